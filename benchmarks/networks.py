@@ -1,0 +1,87 @@
+"""The networks that results are shown for, with the data that judges them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tvm_lowrank import demo
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+Part = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model file and a function that gives its (data, evaluation data or None)."""
+
+    name: str
+    model: Path
+    data: Callable[[], tuple[Part, Part | None]]
+
+    @property
+    def missing(self) -> str | None:
+        """Why the network cannot be run here, or None."""
+        return None if self.model.exists() else f"{self.model.name} is not beside this checkout"
+
+
+def _cifar(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> tuple[Part, None]:
+    with np.load(SHARED / "data" / "cifar10_test_first5000.npz") as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    inputs = (images.astype(np.float32) / scale - np.float32(mean)) / np.float32(std)
+    return (np.ascontiguousarray(inputs.transpose(0, 3, 1, 2)), labels.astype(np.int64)), None
+
+
+def _photos(folder: str) -> Part:
+    from PIL import Image
+
+    paths = sorted((SHARED / "data" / "imagenet" / folder).glob("*.jpg"))
+    images = [np.asarray(Image.open(path).convert("RGB"), np.float32) for path in paths]
+    bgr = np.stack(images)[..., ::-1] - np.float32([103.939, 116.779, 123.68])
+    labels = np.array([int(path.stem) for path in paths])
+    return np.ascontiguousarray(bgr.transpose(0, 3, 1, 2)), labels
+
+
+def _tones(count: int = 3000, seed: int = 0) -> tuple[Part, None]:
+    """Harmonic tones with noise at the centre of one of CREPE's 360 pitch bins of 20 cents."""
+    rng = np.random.default_rng(seed)
+    bins = rng.integers(30, 300, count)
+    frequency = 10.0 * 2.0 ** ((20.0 * bins + 1997.3794084376191) / 1200.0)
+    time = np.arange(1024) / 16000.0
+    frames = np.zeros((count, 1024))
+    for harmonic in range(1, 9):
+        level = rng.uniform(0.2, 1.0, (count, 1)) / harmonic
+        phase = rng.uniform(0, 2 * np.pi, (count, 1))
+        audible = (harmonic * frequency < 8000)[:, None]
+        frames += audible * level * np.sin(2 * np.pi * harmonic * frequency[:, None] * time + phase)
+    frames /= frames.std(axis=1, keepdims=True)
+    frames += rng.uniform(0.0, 0.3, (count, 1)) * rng.standard_normal(frames.shape)
+    frames -= frames.mean(axis=1, keepdims=True)
+    frames /= frames.std(axis=1, keepdims=True)
+    return (frames.astype(np.float32), bins), None
+
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_RAW = ((0.0,) * 3, (1.0,) * 3)
+
+NETWORKS = (
+    Network("demo", demo.model_path(), lambda: (demo.calibration(), demo.evaluation())),
+    Network(
+        "vgg6-cifar10", SHARED / "models" / "vgg6-cifar10.onnx", lambda: _cifar(*_RAW, scale=1.0)
+    ),
+    Network(
+        "resnet20-cifar10",
+        SHARED / "models" / "resnet20-cifar10.onnx",
+        lambda: _cifar(*_IMAGENET, scale=255.0),
+    ),
+    Network("crepe-tiny", SHARED / "models" / "crepe-tiny.onnx", _tones),
+    Network(
+        "resnet50-imagenet",
+        SHARED / "models" / "resnet50-imagenet.onnx",
+        lambda: (_photos("calibration"), _photos("evaluation")),
+    ),
+)

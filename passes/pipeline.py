@@ -1,0 +1,34 @@
+"""The one place where passes are put in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import tvm
+from tvm import relax
+from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
+from tvm_lowrank.passes.fold_affine import FoldAffine
+
+
+def normalise(mod: tvm.IRModule) -> tvm.IRModule:
+    """Phase 1: one shape for every network, whatever front end it came from.
+
+    Batch norm is decomposed and folded, expressions of constants are evaluated, tuples and dead
+    code go; ``main`` is left as one dataflow block of conv2d + bias and plain operators.
+    """
+    return tvm.ir.transform.Sequential(
+        [
+            relax.transform.DecomposeOpsForInference("main"),
+            relax.transform.CanonicalizeBindings(),
+            relax.transform.FoldConstant(),
+            relax.transform.CanonicalizeBindings(),
+            relax.transform.DeadCodeElimination(["main"]),
+            relax.transform.ConvertToDataflow(),
+            FoldAffine(),
+        ]
+    )(mod)
+
+
+def factor(mod: tvm.IRModule, chains: Mapping[str, Chain]) -> tvm.IRModule:
+    """Phase 2: a normalised module with the named convolutions written as chains."""
+    return FactorConvolutions(chains)(mod)

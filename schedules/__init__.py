@@ -1,0 +1,1 @@
+"""Kernels by processor family, each with its schedule space."""

@@ -1,0 +1,1 @@
+"""Kernels for x86 CPUs: direct convolution, pooling and layout, on blocks of channels."""

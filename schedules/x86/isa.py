@@ -1,0 +1,46 @@
+"""The vector instruction set of a compilation target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm.target.codegen import llvm_cpu_has_features
+
+
+@dataclass(frozen=True)
+class VectorISA:
+    """What a kernel has to know of the processor.
+
+    ``lanes`` is the number of float32 values in a vector, and with it the channel block of every
+    ``NCHWc`` map; ``registers`` is the number of architectural vector registers.
+    """
+
+    name: str
+    lanes: int
+    registers: int
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector."""
+        return 4 * self.lanes
+
+
+AVX512 = VectorISA("avx512", 16, 32)
+AVX2 = VectorISA("avx2", 8, 16)
+GENERIC = VectorISA("generic", 4, 16)
+
+
+def isa_of(target: tvm.target.Target) -> VectorISA:
+    """Return the instruction set that code for ``target`` may use.
+
+    Only the target is asked, never the machine that compiles: the two differ when a network is
+    compiled for another computer. Targets that are not LLVM CPUs count as ``GENERIC``.
+    """
+    if target.kind.name != "llvm":
+        return GENERIC
+    if llvm_cpu_has_features("avx512f", target):
+        return AVX512
+    if llvm_cpu_has_features(["avx2", "fma"], target):
+        return AVX2
+    return GENERIC

@@ -1,0 +1,187 @@
+"""The legal schedules of a direct convolution, most promising first by a simple model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tvm_lowrank.geometry import ConvGeometry
+
+from .isa import VectorISA
+from .padding import pad_geometry, padded_copy
+from .tiles import Tiling, tiling
+from .workload import ConvSchedule, ConvWorkload
+
+# Multiply-adds in flight that keep two units of four cycles' latency busy.
+_IN_FLIGHT = 8
+# Vector loads and broadcasts that a cycle sustains (two ports, measured on Sapphire Rapids).
+_LOADS_PER_CYCLE = 1.6
+# Cycles of a register tile outside of its reduction: index arithmetic, clearing, storing.
+_TILE_OVERHEAD = 30
+# Bytes that a core keeps close at hand (half of a usual L2 cache).
+_CACHE_BYTES = 1 << 20
+# Bytes of its first-level cache that the weights of a group of channels may take.
+_NEAR_BYTES = 1 << 15
+# Numbers of threads for which a schedule should divide the work evenly.
+_THREADS = (2, 4, 8)
+_MOST_SCHEDULES = 32
+
+
+def canonical_geometry(geometry: ConvGeometry) -> ConvGeometry:
+    """The same convolution on the same memory, with the long axis of the map as its width.
+
+    A map of one column becomes one row (kernels of 1-D networks), and a pointwise convolution
+    sees all its pixels as one row.
+    """
+    height, width = geometry.height, geometry.width
+    if geometry.kernel == (1, 1) and geometry.stride == (1, 1) and not any(geometry.padding):
+        return replace(geometry, height=1, width=height * width)
+    top, left, bottom, right = geometry.padding
+    if width == 1 and geometry.kernel[1] == 1 and left == right == 0:
+        return replace(
+            geometry,
+            height=1,
+            width=height,
+            kernel=(1, geometry.kernel[0]),
+            stride=(1, geometry.stride[0]),
+            padding=(0, top, 0, bottom),
+            dilation=(1, geometry.dilation[0]),
+        )
+    return geometry
+
+
+def reduction_of(geometry: ConvGeometry, in_block: int) -> tuple[int, int, int]:
+    """The loops over input channels: outer extent, inner extent, inner stride in elements."""
+    if in_block == 1 and geometry.kernel == (1, 1):
+        return 1, geometry.in_channels, geometry.height * geometry.width
+    return -(-geometry.in_channels // in_block), in_block, 1
+
+
+def is_legal(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> str | None:
+    """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
+    vectors = -(-workload.geometry.out_channels // isa.lanes)
+    if workload.in_block not in (1, isa.lanes):
+        return f"in_block is {workload.in_block}, expected 1 or {isa.lanes}"
+    counts = (schedule.tile, schedule.vectors, schedule.chunk, schedule.chains, schedule.rows)
+    if min(counts) < 1:
+        return "tile, vectors, chunk, chains and rows must be positive"
+    width = canonical_geometry(workload.geometry).out_width
+    if schedule.rows > 1 and schedule.tile != width:
+        return f"tiles of {schedule.rows} rows must be {width} wide"
+    if vectors % schedule.vectors:
+        return f"vectors={schedule.vectors} does not divide the {vectors} vectors of the output"
+    if _registers(schedule) > isa.registers - 1:
+        return f"it needs {_registers(schedule)} of {isa.registers - 1} vector registers"
+    return None
+
+
+def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
+    """Legal schedules of the direct convolution, most promising first; the first is the default.
+
+    Never empty. The order comes from counting the cycles of the register tiles (multiply-adds,
+    loads, latency) and the imbalance of the parallel tasks; it is for a tuner to correct.
+    """
+    geometry = canonical_geometry(workload.geometry)
+    vectors = -(-geometry.out_channels // isa.lanes)
+    found: dict[ConvSchedule, float] = {}
+    for group in range(1, vectors + 1):
+        if vectors % group:
+            continue
+        for tile, rows in _tiles(geometry, group, isa):
+            chains = _chains(workload, geometry, rows * tile * group, group, isa)
+            shape = ConvSchedule(tile, group, chains=chains, rows=rows)
+            if is_legal(workload, shape, isa) is not None:
+                continue
+            cycles = _cycles(workload, geometry, shape, isa)
+            for order, chunk in _orders(geometry, shape, vectors // group):
+                schedule = replace(shape, order=order, chunk=chunk)
+                found[schedule] = cycles * _imbalance(geometry, schedule, vectors // group)
+    # Sorting is stable: among equals, the order that _orders prefers stays first.
+    return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
+
+
+def _registers(schedule: ConvSchedule) -> int:
+    """Vector registers of the inner loop: accumulators, a vector of weights each, a broadcast."""
+    accumulators = schedule.rows * schedule.tile * schedule.vectors * schedule.chains
+    return accumulators + schedule.vectors + 1
+
+
+def _tiles(geometry: ConvGeometry, group: int, isa: VectorISA) -> list[tuple[int, int]]:
+    """Widths and rows of register tiles worth trying with ``group`` vectors."""
+    pixels = (isa.registers - 2 - group) // group
+    if pixels < 1:
+        return []
+    least = -(-geometry.out_width // min(geometry.out_width, pixels))
+    widths = {-(-geometry.out_width // count) for count in range(least, 2 * least + 3)}
+    tiles = [(width, 1) for width in sorted(widths, reverse=True)]
+    for rows in range(2, min(geometry.out_height, pixels // geometry.out_width) + 1):
+        tiles.append((geometry.out_width, rows))
+    return tiles
+
+
+def _chains(
+    workload: ConvWorkload, geometry: ConvGeometry, accumulators: int, group: int, isa: VectorISA
+) -> int:
+    """Partial sums that bring a small register tile to `_IN_FLIGHT` accumulators."""
+    chains = 1
+    inner = reduction_of(geometry, workload.in_block)[1]
+    while accumulators * chains < _IN_FLIGHT and inner >= 2 * chains:
+        if 2 * accumulators * chains + group + 1 > isa.registers - 1:
+            break
+        chains *= 2
+    return chains
+
+
+def _orders(geometry: ConvGeometry, shape: ConvSchedule, groups: int) -> list[tuple[str, int]]:
+    """Orders of the tasks with their chunks, the one with less traffic from memory first."""
+    inputs = 4 * geometry.in_channels * geometry.height * geometry.width
+    weights = 4 * geometry.weight_count
+    tiles = _tiling(geometry, shape)
+    chunk = tiles.per_line if tiles.lines > 1 else min(4, tiles.per_line)
+    chunks = tiles.count / chunk
+    again_inputs = inputs * (groups if inputs > _CACHE_BYTES else 1)
+    again_weights = weights * (chunks if weights > _CACHE_BYTES else 1)
+    channels, by_rows = ("channels", 1), ("rows", chunk)
+    if again_inputs + weights <= again_weights + inputs:
+        return [channels, by_rows]
+    return [by_rows, channels]
+
+
+def _tiling(geometry: ConvGeometry, schedule: ConvSchedule) -> Tiling:
+    sides = geometry.padding if schedule.rows > 1 else (0, 0, 0, 0)
+    return tiling(pad_geometry(geometry, sides), schedule.tile, schedule.rows)
+
+
+def _cycles(
+    workload: ConvWorkload, geometry: ConvGeometry, schedule: ConvSchedule, isa: VectorISA
+) -> float:
+    """Cycles for one image on a core with two multiply-add units."""
+    steps = geometry.in_channels * geometry.kernel[0] * geometry.kernel[1]
+    groups = -(-geometry.out_channels // (isa.lanes * schedule.vectors))
+    weights = schedule.vectors * isa.vector_bytes
+    # Weights that do not stay in the first-level cache come in at 128 bytes a cycle at most.
+    fetch = weights / 128 if weights * steps > _NEAR_BYTES else 0.0
+    in_row = geometry.stride[1] < geometry.kernel[1]
+    tiles = _tiling(geometry, schedule)
+    per_line = 0.0
+    for group in tiles.groups:
+        work = group.width * schedule.vectors / 2
+        loads = (group.width + schedule.vectors) / _LOADS_PER_CYCLE
+        step = max(work, loads, 4 / schedule.chains) + fetch
+        if in_row and workload.in_block == 1:
+            # LLVM keeps inputs that neighbouring taps share, and spills what no longer fits.
+            kept = group.width + geometry.kernel[1] - 1
+            step += 0.2 * max(0, _registers(schedule) + kept - isa.registers)
+        per_line += group.count * (steps * step + _TILE_OVERHEAD)
+    cycles = per_line * tiles.lines * groups
+    sides = padded_copy(geometry, schedule, workload.in_block)
+    if any(sides):
+        padded = pad_geometry(geometry, sides)
+        cycles += geometry.in_channels * padded.height * padded.width / isa.lanes * 2
+    return cycles
+
+
+def _imbalance(geometry: ConvGeometry, schedule: ConvSchedule, groups: int) -> float:
+    """Time over that of perfectly shared work, averaged over some numbers of threads."""
+    chunks = -(-_tiling(geometry, schedule).count // schedule.chunk)
+    tasks = groups * geometry.batch * chunks
+    return sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)

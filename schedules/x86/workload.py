@@ -1,0 +1,101 @@
+"""What a convolution kernel computes and how: the workload and its schedule, as plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tvm_lowrank.geometry import ConvGeometry
+
+EPILOGUE_STEPS = ("bias", "residual", "relu", "affine", "sigmoid")
+ORDERS = ("channels", "rows")
+
+
+@dataclass(frozen=True)
+class ConvWorkload:
+    """One convolution of the network, with the layout of its input and what follows it.
+
+    ``in_block`` is the number of channels in a block of the input: the vector length for an
+    ``NCHWc`` input, 1 for a plain ``NCHW`` one. The output is always blocked by the vector length.
+    ``epilogue`` names the steps applied, in order, to each output value:
+
+    - ``"bias"``: add a value per channel;
+    - ``"residual"``: add a map of the shape of the output;
+    - ``"relu"``: ``max(y, 0)``;
+    - ``"affine"``: multiply by a scale per channel and add a shift per channel;
+    - ``"sigmoid"``: ``1 / (1 + exp(-y))``.
+
+    Raises ValueError for grouped convolutions and unknown steps.
+    """
+
+    geometry: ConvGeometry
+    in_block: int
+    epilogue: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.geometry.groups != 1:
+            raise ValueError(f"geometry.groups must be 1, not {self.geometry.groups}")
+        if self.geometry.out_height < 1 or self.geometry.out_width < 1:
+            raise ValueError(f"the output map of {self.geometry} is empty")
+        unknown = [step for step in self.epilogue if step not in EPILOGUE_STEPS]
+        if unknown:
+            raise ValueError(f"unknown epilogue steps {unknown}; known are {EPILOGUE_STEPS}")
+
+    def key(self) -> str:
+        """A stable text that identifies the workload in tuning records."""
+        return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return {
+            "geometry": self.geometry.to_json(),
+            "in_block": self.in_block,
+            "epilogue": list(self.epilogue),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ConvWorkload:
+        """Rebuild a workload from `to_json`'s dictionary."""
+        geometry = ConvGeometry.from_json(data["geometry"])
+        return cls(geometry, data["in_block"], tuple(data["epilogue"]))
+
+
+@dataclass(frozen=True)
+class ConvSchedule:
+    """The tunable choices of the direct convolution.
+
+    - ``tile``: output pixels, along a row, of a register tile;
+    - ``rows``: rows of a register tile; more than one only if ``tile`` is the whole width of the
+      output. Narrow maps use it to read their weights less often, from a padded copy of the input;
+    - ``vectors``: vectors of output channels of a register tile, a divisor of their number;
+    - ``order``: what the parallel tasks run through last. ``"channels"`` finishes the whole map for
+      one group of output channels before the next (its weights stay in cache), ``"rows"`` finishes
+      all channels of a chunk of the map before the next (its input stays in cache);
+    - ``chunk``: register tiles, in row-major order of the map, of one parallel task;
+    - ``chains``: independent partial sums of one output value, which hide the latency of
+      multiply-add where ``rows * tile * vectors`` accumulators are too few.
+    """
+
+    tile: int
+    vectors: int
+    order: str = "channels"
+    chunk: int = 1
+    chains: int = 1
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, not {self.order!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ConvSchedule:
+        """Rebuild a schedule from `to_json`'s dictionary."""
+        return cls(**data)

@@ -1,0 +1,368 @@
+"""The chains and the factors: exactness, equality with the dense convolution, optimality."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tvm_lowrank.cost.operations import multiplications
+from tvm_lowrank.decompose import (
+    FORMS,
+    InputMoments,
+    linear_combination,
+    relative_error,
+    separable,
+    tucker2,
+)
+from tvm_lowrank.decompose.projection import SharedBasis
+from tvm_lowrank.geometry import ConvGeometry
+
+FULL_RANKS = {"linear_combination": 10, "separable": 24, "tucker2": (8, 10)}
+RANKS = {
+    "linear_combination": [1, 3, 6, 9],
+    "separable": [1, 4, 9, 16, 23],
+    "tucker2": [(1, 10), (3, 10), (5, 10), (7, 10), (8, 10)],
+}
+
+
+def conv(inputs, weight, geometry):
+    """Reference convolution in float64, tap by tap."""
+    g = geometry
+    top, left, bottom, right = g.padding
+    padded = np.pad(inputs, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    out = np.zeros((len(inputs), g.out_channels, g.out_height, g.out_width))
+    for x in range(g.kernel[0]):
+        for y in range(g.kernel[1]):
+            r, c = x * g.dilation[0], y * g.dilation[1]
+            rows = padded[:, :, r : r + (g.out_height - 1) * g.stride[0] + 1 : g.stride[0]]
+            seen = rows[..., c : c + (g.out_width - 1) * g.stride[1] + 1 : g.stride[1]]
+            out += np.einsum("fc,nchw->nfhw", weight[:, :, x, y], seen)
+    return out
+
+
+def correlated_moments(size, seed=0, samples=100_000, decay=0.8):
+    random = np.random.default_rng(seed)
+    basis = np.linalg.qr(random.normal(size=(size, size)))[0]
+    spectrum = np.arange(1, size + 1) ** -decay
+    return InputMoments((basis * spectrum) @ basis.T, random.normal(size=size), samples)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    geometry = ConvGeometry(8, 10, 9, 9, (3, 3), padding=(1, 1, 1, 1))
+    weight = np.random.default_rng(3).normal(size=geometry.weight_shape)
+    return geometry, weight, correlated_moments(72)
+
+
+@st.composite
+def geometries(draw):
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 3)))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
+    return ConvGeometry(
+        in_channels=draw(st.integers(1, 6)),
+        out_channels=draw(st.integers(1, 6)),
+        height=max(1, reach[0] - padding[0] - padding[2]) + draw(st.integers(0, 6)),
+        width=max(1, reach[1] - padding[1] - padding[3]) + draw(st.integers(0, 6)),
+        kernel=kernel,
+        stride=(draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        padding=padding,
+        dilation=dilation,
+        batch=2,
+    )
+
+
+@given(geometry=geometries(), seed=st.integers(0, 1000), with_data=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_chain_equals_dense_convolution_with_reconstructed_weight(geometry, seed, with_data):
+    random = np.random.default_rng(seed)
+    f, c, x, y = geometry.weight_shape
+    weight = random.normal(size=(f, c, x, y))
+    moments = correlated_moments(c * x * y, seed) if with_data else None
+    inputs = random.normal(size=(2, c, geometry.height, geometry.width))
+    for name, form in FORMS.items():
+        if form.refuse(geometry):
+            continue
+        inner = 1 + seed % c
+        rank = {
+            "linear_combination": 1 + seed % min(f, c * x * y),
+            "separable": 1 + seed % min(c * x, f * y),
+            "tucker2": (inner, 1 + seed % min(f, inner * x * y)),
+        }[name]
+        factors = form.fitter(weight, geometry, moments).fit(rank)
+        stages = form.stages(geometry, rank)
+        assert [s.weight_shape for s in stages] == [w.shape for w in factors]
+        assert all(w.dtype == np.float64 and w.flags.c_contiguous for w in factors)
+        value = inputs
+        for stage, factor in zip(stages, factors, strict=True):
+            assert value.shape == (2, stage.in_channels, stage.height, stage.width)
+            value = conv(value, factor, stage)
+        expected = conv(inputs, form.reconstruct(factors), geometry)
+        np.testing.assert_allclose(value, expected, atol=1e-9 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("with_data", [False, True])
+def test_full_rank_is_exact(name, with_data, layer):
+    geometry, weight, moments = layer
+    form = FORMS[name]
+    factors = form.fitter(weight, geometry, moments if with_data else None).fit(FULL_RANKS[name])
+    assert np.linalg.norm(form.reconstruct(factors) - weight) < 1e-5 * np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("refine", [False, True])
+def test_error_falls_with_rank(name, refine, layer):
+    geometry, weight, moments = layer
+    form = FORMS[name]
+    fitter = form.fitter(weight, geometry, moments, refine=refine)
+    ranks = RANKS[name]
+    errors = [relative_error(weight, form.reconstruct(fitter.fit(r)), moments) for r in ranks]
+    assert all(later < earlier for earlier, later in pairwise(errors))
+    assert 0 <= errors[-1] < 0.3 < errors[0] < 1
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_data_beats_weights_and_refining_beats_closed_form(name, layer):
+    geometry, weight, moments = layer
+    form = FORMS[name]
+
+    def error(rank, given, refine):
+        fitted = form.fitter(weight, geometry, given, refine=refine).fit(rank)
+        return relative_error(weight, form.reconstruct(fitted), moments)
+
+    ranks = [*RANKS[name][:-1], *([(3, 4), (5, 6)] if name == "tucker2" else [])]
+    for rank in ranks:
+        plain, data = error(rank, None, True), error(rank, moments, False)
+        refined = error(rank, moments, True)
+        assert data < plain
+        assert refined <= data
+        if name != "linear_combination":
+            assert refined < 0.995 * data
+
+
+def test_linear_combination_reaches_the_eigenvalue_tail(layer):
+    _, weight, moments = layer
+    damped = moments.covariance + moments.damping * np.eye(72)
+    flat = weight.reshape(10, -1)
+    values = np.linalg.eigvalsh(flat @ damped @ flat.T)
+    metric = InputMoments(damped, moments.mean, moments.samples)
+    random = np.random.default_rng(0)
+    for rank in (1, 4, 9):
+        filters, sums = linear_combination(weight, rank, moments)
+        got = relative_error(weight, np.einsum("fkxy,kcuv->fcuv", sums, filters), metric)
+        assert got == pytest.approx(values[:-rank].sum() / values.sum(), rel=1e-9)
+        for _ in range(20):
+            basis = np.linalg.qr(random.normal(size=(10, rank)))[0]
+            other = (basis @ (basis.T @ flat)).reshape(weight.shape)
+            assert relative_error(weight, other, metric) > got
+
+
+def test_weight_only_separable_is_the_truncated_svd(layer):
+    _, weight, _ = layer
+    singular = np.linalg.svd(weight.transpose(1, 2, 0, 3).reshape(24, 30), compute_uv=False)
+    vertical, horizontal = separable(weight, 7)
+    lost = weight - np.einsum("kcxa,fkby->fcxy", vertical, horizontal)
+    assert np.sum(lost**2) == pytest.approx(np.sum(singular[7:] ** 2), rel=1e-9)
+
+
+def test_identity_moments_mean_weight_only(layer):
+    geometry, weight, _ = layer
+    for name, form in FORMS.items():
+        rank = RANKS[name][1]
+        plain = form.fitter(weight, geometry).fit(rank)
+        white = form.fitter(weight, geometry, InputMoments.identity(geometry)).fit(rank)
+        for a, b in zip(plain, white, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_shared_basis_gradient_is_that_of_the_error(layer):
+    _, weight, moments = layer
+    shared = SharedBasis(weight.reshape(10, 8, 9), moments)
+    random = np.random.default_rng(1)
+    point, direction = random.normal(size=(2, 4, 8))
+    for outputs in (None, 6):
+        ahead, behind = (shared._solve(point + s * 1e-5 * direction, outputs) for s in (1, -1))
+        slope = np.sum(shared._solve(point, outputs).gradient * direction)
+        assert (ahead.error - behind.error) / 2e-5 == pytest.approx(slope, rel=1e-5)
+
+
+def test_core_is_least_squares_given_the_basis(layer):
+    _, weight, moments = layer
+    reduce, core = tucker2(weight, (4, 10), moments)
+    form = FORMS["tucker2"]
+    metric = InputMoments(
+        moments.covariance + moments.damping * np.eye(72), moments.mean, moments.samples
+    )
+    best = relative_error(weight, form.reconstruct([reduce, core]), metric)
+    random = np.random.default_rng(2)
+    for _ in range(10):
+        moved = core + 1e-3 * random.normal(size=core.shape)
+        assert relative_error(weight, form.reconstruct([reduce, moved]), metric) > best
+
+
+def test_tucker2_has_two_stages_at_full_output_rank(layer):
+    geometry, weight, moments = layer
+    assert [f.shape for f in tucker2(weight, (4, 10), moments)] == [(4, 8, 1, 1), (10, 4, 3, 3)]
+    assert [f.shape for f in tucker2(weight, (4, 6))] == [
+        (4, 8, 1, 1),
+        (6, 4, 3, 3),
+        (10, 6, 1, 1),
+    ]
+    assert len(FORMS["tucker2"].stages(geometry, (4, 10))) == 2
+    assert len(FORMS["tucker2"].stages(geometry, (4, 6))) == 3
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("multiple", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        ConvGeometry(64, 64, 8, 8, (3, 3), padding=(1, 1, 1, 1)),
+        ConvGeometry(64, 128, 56, 56, (3, 3), (2, 2), (0, 0, 1, 1)),
+        ConvGeometry(3, 64, 224, 224, (7, 7), (2, 2), (3, 3, 3, 3)),
+        ConvGeometry(512, 512, 7, 7, (3, 3), padding=(1, 1, 1, 1)),
+        ConvGeometry(256, 64, 14, 14, (1, 1)),
+        ConvGeometry(16, 16, 32, 1, (64, 1), padding=(31, 0, 32, 0)),
+        ConvGeometry(2, 2, 4, 4, (3, 3)),
+    ],
+    ids=str,
+)
+def test_ranks_are_multiples_that_save(name, multiple, geometry):
+    form = FORMS[name]
+    ranks = form.ranks(geometry, multiple)
+    if form.refuse(geometry):
+        assert ranks == []
+    costs = [multiplications(form.stages(geometry, rank)) for rank in ranks]
+    assert costs == sorted(costs)
+    assert all(cost < geometry.multiplications for cost in costs)
+    assert len(set(ranks)) == len(ranks) <= 10
+    for rank in ranks:
+        parts = rank if isinstance(rank, tuple) else (rank,)
+        assert all(k % multiple == 0 or k == geometry.out_channels for k in parts)
+    if geometry.in_channels >= 64 and multiple <= 8 and not form.refuse(geometry):
+        assert len(ranks) >= 4
+        assert costs[0] < 0.3 * geometry.multiplications
+        assert costs[-1] > 0.6 * geometry.multiplications
+
+
+def test_refusals_say_why():
+    depthwise = ConvGeometry(8, 8, 5, 5, (3, 3), groups=8)
+    grouped = ConvGeometry(8, 8, 5, 5, (3, 3), groups=2)
+    for form in FORMS.values():
+        assert form.refuse(depthwise) == "groups = channels: depthwise"
+        assert "groups = 2" in form.refuse(grouped)
+        assert form.refuse(ConvGeometry(8, 8, 5, 5, (3, 3))) is None
+    pointwise, column = ConvGeometry(8, 8, 5, 5, (1, 1)), ConvGeometry(8, 8, 9, 1, (9, 1))
+    assert FORMS["linear_combination"].refuse(pointwise) is None
+    assert "1x1" in FORMS["tucker2"].refuse(pointwise)
+    assert "9x1" in FORMS["separable"].refuse(column)
+    assert FORMS["tucker2"].refuse(column) is None
+    with pytest.raises(ValueError, match="9x1"):
+        separable(np.ones(column.weight_shape), 1)
+    with pytest.raises(ValueError, match="1x1"):
+        tucker2(np.ones(pointwise.weight_shape), (1, 1))
+    with pytest.raises(ValueError, match="depthwise"):
+        FORMS["linear_combination"].fitter(np.ones(depthwise.weight_shape), depthwise)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("linear_combination", 0),
+        ("linear_combination", 11),
+        ("linear_combination", (2, 2)),
+        ("separable", 25),
+        ("tucker2", 3),
+        ("tucker2", (9, 4)),
+        ("tucker2", (2, 11)),
+        ("tucker2", (0, 4)),
+    ],
+)
+def test_impossible_ranks_are_named(name, rank, layer):
+    geometry, weight, moments = layer
+    for call in (
+        lambda: FORMS[name].stages(geometry, rank),
+        lambda: FORMS[name].fitter(weight, geometry, moments).fit(rank),
+        lambda: FORMS[name].fitter(weight, geometry).fit(rank),
+    ):
+        with pytest.raises(ValueError, match="rank="):
+            call()
+
+
+def test_wrong_shapes_are_named(layer):
+    geometry, weight, _ = layer
+    for form in FORMS.values():
+        with pytest.raises(ValueError, match="weight"):
+            form.fitter(weight[:5], geometry)
+        with pytest.raises(ValueError, match="moments of 9"):
+            form.fitter(weight, geometry, correlated_moments(9))
+        with pytest.raises(ValueError, match="multiple=0"):
+            form.ranks(geometry, 0)
+
+
+def test_fitting_is_deterministic_and_leaves_its_arguments_alone(layer):
+    geometry, weight, moments = layer
+    before = weight.copy(), moments.covariance.copy()
+    for name, form in FORMS.items():
+        rank = RANKS[name][1]
+        fitter = form.fitter(weight, geometry, moments)
+        first = fitter.fit(rank)
+        fitter.fit(RANKS[name][2])
+        for again in (fitter.fit(rank), form.fitter(weight, geometry, moments).fit(rank)):
+            for a, b in zip(first, again, strict=True):
+                np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(before[0], weight)
+    np.testing.assert_array_equal(before[1], moments.covariance)
+
+
+def _degenerate(kind, size):
+    moments = correlated_moments(size, samples=50_000)
+    covariance = moments.covariance.copy()
+    if kind == "dead channels":
+        covariance[:27], covariance[:, :27] = 0, 0
+    elif kind == "all dead":
+        covariance[:] = 0
+    elif kind == "few samples":
+        seen = np.random.default_rng(0).normal(size=(5, size))
+        return InputMoments(seen.T @ seen / 5, np.zeros(size), 5)
+    elif kind == "constant inputs":
+        covariance = np.ones((size, size))
+    elif kind == "tiny":
+        covariance *= 1e-20
+    return InputMoments(covariance, moments.mean, moments.samples)
+
+
+@pytest.mark.parametrize(
+    "kind", ["dead channels", "all dead", "few samples", "constant inputs", "tiny"]
+)
+@pytest.mark.parametrize("name", FORMS)
+def test_degenerate_moments_do_not_blow_up(name, kind, layer):
+    geometry, weight, _ = layer
+    form, moments = FORMS[name], _degenerate(kind, 72)
+    fitter = form.fitter(weight, geometry, moments)
+    for rank in [*RANKS[name], FULL_RANKS[name]]:
+        approximation = form.reconstruct(fitter.fit(rank))
+        assert np.isfinite(approximation).all()
+        # Damping: what the data say nothing about still follows the weight.
+        assert np.linalg.norm(approximation) < 2 * np.linalg.norm(weight)
+        assert relative_error(weight, approximation, moments) <= 1
+    assert np.linalg.norm(approximation - weight) < 1e-5 * np.linalg.norm(weight)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("with_data", [False, True])
+def test_zero_and_partly_zero_weights(name, with_data, layer):
+    geometry, weight, moments = layer
+    form, given = FORMS[name], moments if with_data else None
+    ranks = [*RANKS[name], *([(3, 4)] if name == "tucker2" else [])]
+    for rank in ranks:
+        factors = form.fitter(np.zeros_like(weight), geometry, given).fit(rank)
+        assert np.abs(form.reconstruct(factors)).max() < 1e-12
+        assert [f.shape for f in factors] == [s.weight_shape for s in form.stages(geometry, rank)]
+        pruned = weight.copy()
+        pruned[2:], pruned[:, 3:] = 0, 0
+        assert np.isfinite(form.reconstruct(form.fitter(pruned, geometry, given).fit(rank))).all()

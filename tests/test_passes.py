@@ -1,0 +1,147 @@
+"""The passes: structure of the IR before and after, and the numbers it computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from helpers import operators, reference, relative, run
+from tvm import relax
+from tvm_lowrank.passes.expose_inputs import ExposeInputs
+from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
+from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.schedules.x86.isa import isa_of
+from tvm_lowrank.schedules.x86.space import space
+
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.target import host_target
+
+
+@pytest.fixture(scope="module")
+def normalised(small):
+    return normalise(load_model(small))
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return np.random.default_rng(1).standard_normal((1, 3, 18, 18)).astype(np.float32)
+
+
+def lower(mod, **options):
+    target = host_target()
+    isa = isa_of(target)
+    return LowerConvolutions(isa, lambda workload: space(workload, isa)[0], **options), target
+
+
+def test_normalise_folds_batch_norm_into_the_convolution_before_it(normalised, small, sample):
+    found = operators(normalised)
+    assert not any("batch_norm" in name or name in ("divide", "subtract") for name in found)
+    assert found["nn.conv2d"] == 6
+    assert found["multiply"] == 1  # the batch norm that follows an activation
+    assert relative(run(normalised, sample), reference(small, sample)) < 1e-5
+
+
+def test_normalise_gives_every_convolution_a_bias(normalised):
+    layers = collect_layers(normalised)
+    assert [layer.geometry.kernel for layer in layers] == [
+        (5, 5), (3, 3), (3, 3), (3, 3), (3, 3), (1, 1),
+    ]  # fmt: skip
+    assert [layer.geometry.groups for layer in layers] == [1, 1, 1, 1, 32, 1]
+    assert layers[3].geometry.padding == (1, 0, 1, 1)
+    assert layers[2].geometry.dilation == (2, 2)
+    for layer in layers:
+        assert layer.bias.shape == (layer.geometry.out_channels,)
+
+
+def test_a_scale_shared_by_two_readers_is_not_folded_twice():
+    x = relax.Var("x", relax.TensorType((1, 4, 5, 5), "float32"))
+    rng = np.random.default_rng(0)
+    weight = relax.const(rng.standard_normal((6, 4, 3, 3)).astype("float32"))
+    scale = relax.const(rng.uniform(1, 2, (1, 6, 1, 1)).astype("float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            conv = builder.emit(relax.op.nn.conv2d(x, weight))
+            scaled = builder.emit(relax.op.multiply(conv, scale))
+            out = builder.emit_output(relax.op.add(builder.emit(relax.op.nn.relu(conv)), scaled))
+        builder.emit_func_output(out)
+    mod = builder.get()
+    data = rng.standard_normal((1, 4, 5, 5)).astype(np.float32)
+    assert relative(run(normalise(mod), data), run(mod, data)) < 1e-5
+
+
+def test_expose_inputs_returns_what_each_convolution_reads(normalised, sample):
+    outputs = run(ExposeInputs()(normalised), sample)
+    assert len(outputs) == 7
+    assert np.array_equal(outputs[1], sample)
+    assert [o.shape[1] for o in outputs[1:]] == [3, 24, 24, 24, 32, 32]
+    assert relative(outputs[0], run(normalised, sample)) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_factored_layers_equal_their_reconstruction_under_stock_compilation(
+    name, normalised, sample
+):
+    form, chains, dense = FORMS[name], {}, {}
+    for layer in collect_layers(normalised):
+        if form.refuse(layer.geometry):
+            continue
+        rank = form.ranks(layer.geometry, 8)[-1:]
+        if not rank:
+            continue
+        weight = layer.weight.astype(np.float64)
+        factors = form.fitter(weight, layer.geometry, None).fit(rank[0])
+        stages = tuple(form.stages(layer.geometry, rank[0]))
+        chains[layer.name] = Chain(stages, tuple(factors), layer.bias + 0.5)
+        whole = form.reconstruct(factors)
+        dense[layer.name] = Chain((layer.geometry,), (whole,), layer.bias + 0.5)
+    assert chains
+    factored = FactorConvolutions(chains)(normalised)
+    added = sum(len(chain.stages) - 1 for chain in chains.values())
+    assert operators(factored)["nn.conv2d"] == 6 + added
+    expected = run(FactorConvolutions(dense)(normalised), sample)
+    assert relative(run(factored, sample), expected) < 1e-5
+
+
+def test_lowering_fuses_epilogues_and_converts_layouts_only_at_borders(normalised, small, sample):
+    pass_, target = lower(normalised)
+    lowered = pass_(normalised)
+    found = operators(lowered)
+    # Five convolutions and the dense layer are kernels; the depthwise one stays TVM's.
+    assert found["lowrank_conv2d"] == 6 and found["nn.conv2d"] == 1
+    # Out of blocks and back around the depthwise layer, and out at the end; the input, of three
+    # channels, is read as it is.
+    assert found["lowrank_unblock"] == 2 and found["lowrank_block"] == 1
+    # The residual and all activations but the depthwise layer's are inside kernels.
+    assert found["nn.relu"] == 1 and found["multiply"] == 0
+    epilogues = [workload.epilogue for workload in pass_.workloads_]
+    assert ("bias", "residual", "relu") in epilogues
+    assert ("bias", "relu", "affine") in epilogues
+    assert relative(run(lowered, sample, target=target), reference(small, sample)) < 1e-5
+
+
+def test_weights_as_parameters_compute_the_same(normalised, sample):
+    pass_, target = lower(normalised, weights_as_parameters=True)
+    lowered = pass_(normalised)
+    layers = {layer.name: layer for layer in collect_layers(normalised)}
+    assert len(pass_.parameters_) == 10
+    packed = [
+        p.pack(layers[p.layer].weight if p.kind == "weight" else layers[p.layer].bias)
+        for p in pass_.parameters_
+    ]
+    assert relative(run(lowered, sample, *packed, target=target), run(normalised, sample)) < 1e-5
+
+
+def test_control_flow_passes_through_untouched():
+    x = relax.Var("x", relax.TensorType((2, 2), "float32"))
+    cond = relax.Var("c", relax.TensorType((), "bool"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [cond, x]):
+        branch = builder.emit(relax.If(cond, relax.SeqExpr([], x), relax.SeqExpr([], x)))
+        builder.emit_func_output(branch)
+    mod = builder.get()
+    assert collect_layers(mod) == []
+    tvm.ir.assert_structural_equal(FactorConvolutions({})(mod), mod)

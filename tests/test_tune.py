@@ -1,0 +1,192 @@
+"""The command: what it writes, how it goes on after a kill, and one sentence for each bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from helpers import reference, relative
+from onnx import numpy_helper
+
+import tvm_lowrank
+from tvm_lowrank import tune
+
+
+@pytest.fixture(scope="module")
+def files(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tune")
+    onnx.save(small, folder / "net.onnx")
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((60, 3, 18, 18)).astype(np.float32)
+    labels = reference(small, inputs).argmax(1)
+    np.savez(folder / "data.npz", inputs=inputs, labels=labels)
+    return folder
+
+
+def run(files, *arguments, model="net.onnx", data="data.npz"):
+    given = [str(files / model), "--data", str(files / data), "--trials", "1"]
+    return tune.main([*given, *arguments])
+
+
+def test_tune_writes_library_plan_and_records(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(files, "-o", str(out), "--max-drop", "30") == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "model.so", "plan.json", "plan.npz", "records.jsonl",
+    ]  # fmt: skip
+    plan = tvm_lowrank.Plan.load(out / "plan.json")
+    assert plan.metric == "top1" and plan.result["samples"] == 20
+    assert plan.result["accuracy_before"] == 100.0
+    assert plan.result["drop"] <= 30.0
+    text = capsys.readouterr().out
+    assert "conv5" in text and "latency" in text and "top-1" in text
+    x = np.load(files / "data.npz")["inputs"][:1]
+    built = tvm_lowrank.load(out / "model.so")(x)
+    assert built.shape == (1, 10)
+
+
+def test_lossless_equals_onnx_runtime(files, small, tmp_path):
+    assert run(files, "-o", str(tmp_path), "--lossless", "--batch", "2") == 0
+    x = np.load(files / "data.npz")["inputs"][:2]
+    built = tvm_lowrank.load(tmp_path / "model.so")(x)
+    assert relative(built, reference(small, x)) < 1e-5
+
+
+def test_a_killed_run_goes_on_from_its_records(files, tmp_path):
+    command = [sys.executable, "-m", "tvm_lowrank.tune", str(files / "net.onnx")]
+    command += ["--data", str(files / "data.npz"), "--trials", "2", "-o", str(tmp_path)]
+    records = tmp_path / "records.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (records.exists() and len(records.read_bytes().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = records.read_bytes().rpartition(b"\n")[0]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = records.read_bytes()
+    assert after.startswith(kept)
+    lines = [json.loads(line) for line in after.splitlines()]
+    measured = [(line["workload"], json.dumps(line["schedule"])) for line in lines]
+    assert len(measured) == len(set(measured)), "something was measured twice"
+    assert (tmp_path / "model.so").exists()
+
+
+def test_interruption_says_how_to_go_on(files, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "search", interrupt)
+    assert run(files, "-o", str(tmp_path)) == 130
+    assert "same command goes on" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def bad_model(files, name, change):
+    model = onnx.load(files / "net.onnx")
+    change(model)
+    onnx.save(model, files / name)
+    return name
+
+
+def with_nan(model):
+    tensor = model.graph.initializer[0]
+    array = numpy_helper.to_array(tensor).copy()
+    array.flat[0] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def truncated(files):
+    (files / "cut.onnx").write_bytes((files / "net.onnx").read_bytes()[:-300])
+    return {"model": "cut.onnx"}
+
+
+def nan_weights(files):
+    return {"model": bad_model(files, "nan.onnx", with_nan)}
+
+
+def wrong_shape(files):
+    np.savez(files / "shape.npz", inputs=np.zeros((60, 3, 32, 32), np.float32))
+    return {"data": "shape.npz"}
+
+
+def wrong_labels(files):
+    inputs = np.load(files / "data.npz")["inputs"]
+    np.savez(files / "labels.npz", inputs=inputs, labels=np.zeros(7, int))
+    return {"data": "labels.npz"}
+
+
+def no_inputs(files):
+    np.savez(files / "empty.npz", images=np.zeros(3))
+    return {"data": "empty.npz"}
+
+
+def not_npz(files):
+    (files / "text.npz").write_text("hello")
+    return {"data": "text.npz"}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (truncated, [], "cut.onnx is not a valid ONNX file"),
+        (nan_weights, [], "NaN or infinite"),
+        (wrong_shape, [], "(60, 3, 32, 32), but the network takes samples of shape (3, 18, 18)"),
+        (wrong_labels, [], "'labels' has shape (7,) for 60 inputs"),
+        (no_inputs, [], "no array 'inputs'"),
+        (not_npz, [], "not a readable .npz file"),
+        (lambda _: {"data": "absent.npz"}, [], "does not exist"),
+        (lambda _: {"model": "absent.onnx"}, [], "does not exist"),
+        (lambda _: {}, ["--target", "quantum"], "unknown to TVM"),
+        (lambda _: {}, ["--target", "cuda"], "no kernels here yet"),
+        (lambda _: {}, ["--forms", "origami"], "choose among dense"),
+        (lambda _: {}, ["--threads", "0"], "threads is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(files, tmp_path, capsys, make, options, message):
+    keep = {"model.so": b"old library", "plan.json": b"old plan"}
+    for name, content in keep.items():
+        (tmp_path / name).write_bytes(content)
+    code = run(files, "-o", str(tmp_path), *options, **make(files))
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == keep
+
+
+def test_a_damaged_record_file_is_refused_and_kept(files, tmp_path, capsys):
+    (tmp_path / "records.jsonl").write_text('{"format": 1}\n')
+    (tmp_path / "model.so").write_bytes(b"old library")
+    assert run(files, "-o", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "records.jsonl, line 1, are damaged" in error and error.count("\n") == 1
+    assert (tmp_path / "records.jsonl").read_text() == '{"format": 1}\n'
+    assert (tmp_path / "model.so").read_bytes() == b"old library"
+
+
+def test_an_unwritable_folder_is_refused(files, tmp_path, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    assert run(files, "-o", str(blocked / "out")) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and error.count("\n") == 1
+    if os.geteuid() != 0:
+        locked = tmp_path / "locked"
+        locked.mkdir(mode=0o500)
+        assert run(files, "-o", str(locked)) == 2
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--help"])
+    assert stop.value.code == 0
+    assert "examples:" in capsys.readouterr().out

@@ -1,0 +1,137 @@
+"""What the tests of the x86 kernels share: targets, blocked layouts, a reference convolution."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import tvm
+from tvm_lowrank.schedules.x86 import convolution
+from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
+from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+
+from tvm_lowrank.geometry import ConvGeometry
+
+CPUS = {"avx512": "skylake-avx512", "avx2": "haswell", "generic": "x86-64"}
+TOLERANCE = 1e-5
+
+
+def target(name: str) -> tvm.target.Target:
+    return tvm.target.Target({"kind": "llvm", "mcpu": CPUS[name]})
+
+
+@functools.cache
+def _host_features() -> frozenset[str]:
+    host = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
+    has = tvm.target.codegen.llvm_cpu_has_features
+    return frozenset(name for name in ("avx512f", "avx2", "fma") if has(name, host))
+
+
+def runnable_isa(name: str) -> VectorISA:
+    """The instruction set, or a skipped test if this machine cannot run its code."""
+    needed = {"avx512": {"avx512f"}, "avx2": {"avx2", "fma"}, "generic": set()}[name]
+    missing = needed - _host_features()
+    if missing:
+        pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
+    return isa_of(target(name))
+
+
+def build(func: tvm.tirx.PrimFunc, isa: VectorISA) -> tvm.runtime.Module:
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    compiled = tvm.compile(module, target=target(isa.name))
+    return compiled.mod if hasattr(compiled, "mod") else compiled
+
+
+def run(func: tvm.tirx.PrimFunc, isa: VectorISA, inputs: list[np.ndarray], out_shape) -> np.ndarray:
+    """Compile and call; the output starts as NaN, so that what is not written shows."""
+    tensors = [tvm.runtime.tensor(array) for array in inputs]
+    out = tvm.runtime.tensor(np.full(out_shape, np.nan, "float32"))
+    build(func, isa)["main"](*tensors, out)
+    return out.numpy()
+
+
+def block(x: np.ndarray, size: int) -> np.ndarray:
+    """NCHW to channel blocks, zeros beyond C; unchanged for size 1."""
+    if size == 1:
+        return np.ascontiguousarray(x, "float32")
+    n, c, h, w = x.shape
+    blocks = -(-c // size)
+    padded = np.zeros((n, blocks * size, h, w), "float32")
+    padded[:, :c] = x
+    return np.ascontiguousarray(padded.reshape(n, blocks, size, h, w).transpose(0, 1, 3, 4, 2))
+
+
+def unblock(y: np.ndarray, channels: int) -> np.ndarray:
+    n, blocks, h, w, lanes = y.shape
+    return y.transpose(0, 1, 4, 2, 3).reshape(n, blocks * lanes, h, w)[:, :channels]
+
+
+def windows(x: np.ndarray, geometry: ConvGeometry, fill: float = 0.0) -> np.ndarray:
+    """Every tap's view of the padded input: (X, Y, N, C, OH, OW), float64."""
+    top, left, bottom, right = geometry.padding
+    padded = np.pad(
+        x.astype(np.float64), ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=fill
+    )
+    rows, columns = geometry.out_height, geometry.out_width
+    (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
+    return np.array(
+        [
+            [
+                padded[:, :, i * dh :, j * dw :][
+                    :, :, : (rows - 1) * sh + 1 : sh, : (columns - 1) * sw + 1 : sw
+                ]
+                for j in range(geometry.kernel[1])
+            ]
+            for i in range(geometry.kernel[0])
+        ]
+    )
+
+
+def reference_convolution(x, weight, geometry: ConvGeometry) -> np.ndarray:
+    return np.einsum("xynchw,fcxy->nfhw", windows(x, geometry), weight.astype(np.float64))
+
+
+def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+class Case:
+    """Random data for a workload, the kernel's arguments, and the float64 result."""
+
+    def __init__(self, workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> None:
+        geometry = workload.geometry
+        rng = np.random.default_rng(0)
+        self.x = rng.standard_normal(
+            (geometry.batch, geometry.in_channels, geometry.height, geometry.width)
+        ).astype("float32")
+        self.weight = rng.standard_normal(geometry.weight_shape).astype("float32")
+        channels = geometry.out_channels
+        self.out_shape = (
+            geometry.batch,
+            -(-channels // isa.lanes),
+            geometry.out_height,
+            geometry.out_width,
+            isa.lanes,
+        )
+        packed = convolution.pack_weights(self.weight, workload, schedule, isa)
+        self.inputs = [block(self.x, workload.in_block), packed]
+        y = reference_convolution(self.x, self.weight, geometry)
+        for step in workload.epilogue:
+            if step == "relu":
+                y = np.maximum(y, 0)
+            elif step == "sigmoid":
+                y = 1 / (1 + np.exp(-y))
+            elif step == "residual":
+                residual = rng.standard_normal(y.shape).astype("float32")
+                self.inputs.append(block(residual, isa.lanes))
+                y = y + residual
+            else:
+                vectors = [
+                    rng.standard_normal(channels).astype("float32")
+                    for _ in range(2 if step == "affine" else 1)
+                ]
+                self.inputs += [convolution.pack_channels(vector, isa) for vector in vectors]
+                columns = [vector[:, None, None] for vector in vectors]
+                y = y * columns[0] + columns[1] if step == "affine" else y + columns[0]
+        self.expected = y

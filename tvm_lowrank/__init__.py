@@ -1,0 +1,27 @@
+"""Trained CNNs rewritten into cheaper networks for Apache TVM, and measured to be faster."""
+
+from __future__ import annotations
+
+from tvm_lowrank._check import check_versions
+
+check_versions()
+
+from tvm_lowrank.api import plan, transform  # noqa: E402
+from tvm_lowrank.deploy import Network, load  # noqa: E402
+from tvm_lowrank.errors import LowRankError  # noqa: E402
+from tvm_lowrank.pipeline import LowRank  # noqa: E402
+from tvm_lowrank.plan import LayerPlan, Plan  # noqa: E402
+from tvm_lowrank.target import host_target  # noqa: E402
+
+__all__ = [
+    "LayerPlan",
+    "LowRank",
+    "LowRankError",
+    "Network",
+    "Plan",
+    "host_target",
+    "load",
+    "plan",
+    "transform",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,57 @@
+"""Choosing one candidate a layer: the least time for a bounded loss, by Lagrangian relaxation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from tvm_lowrank.candidates import Candidate
+
+Choice = dict[str, Candidate]
+
+
+def harm(candidate: Candidate, sensitivity: float) -> float:
+    """Expected harm of a candidate to the network's output, in arbitrary units.
+
+    ``sqrt(s) * (e + 3 e^2)`` for a layer whose error e moves the output by s * e: the square root
+    tempers what small-sample sensitivities over-state, the quadratic term keeps any one layer from
+    carrying the whole loss.
+    """
+    return math.sqrt(max(sensitivity, 0.0)) * (candidate.error + 3 * candidate.error**2)
+
+
+def choose(
+    options: Mapping[str, Sequence[Candidate]], sensitivity: Mapping[str, float], price: float
+) -> Choice:
+    """For each layer the option of least ``harm + price * microseconds``."""
+    return {
+        name: min(
+            candidates,
+            key=lambda c: harm(c, sensitivity.get(name, 0.0)) + price * c.measured_us,
+        )
+        for name, candidates in options.items()
+    }
+
+
+def microseconds(choice: Choice) -> float:
+    """Sum of the chosen kernels' measured times."""
+    return sum(candidate.measured_us for candidate in choice.values())
+
+
+def for_time(
+    options: Mapping[str, Sequence[Candidate]],
+    sensitivity: Mapping[str, float],
+    budget_us: float,
+) -> Choice:
+    """The least harmful choice whose kernels take at most ``budget_us``, by bisection of the price.
+
+    The fastest choice when none is within the budget.
+    """
+    low, high = 1e-12, 1e6
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        if microseconds(choose(options, sensitivity, price)) > budget_us:
+            low = price
+        else:
+            high = price
+    return choose(options, sensitivity, high)

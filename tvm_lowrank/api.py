@@ -1,0 +1,122 @@
+"""What users call: ``plan`` and ``transform``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvm_lowrank.data import Samples
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.plan import Plan
+from tvm_lowrank.planner import ALGORITHMS, Options, search
+
+
+def plan(
+    mod: Any,
+    target: Any = None,
+    data: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    max_drop: float = 1.0,
+    *,
+    evaluation: tuple[np.ndarray, np.ndarray | None] | None = None,
+    forms: Sequence[str] | None = None,
+    algorithms: Sequence[str] | None = None,
+    lossless: bool = False,
+    exclude: Sequence[str] = (),
+    batch: int = 1,
+    threads: int | None = None,
+    seed: int = 0,
+    trials: int = 4,
+    records: str | Path | None = None,
+) -> Plan:
+    """Find the fastest network within the accuracy budget, and measure that it is.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule, str, Path, onnx.ModelProto or torch.export.ExportedProgram
+        The trained network.
+    target : optional
+        An llvm target (`tvm_lowrank.target.parse_target`); this machine's processor by default.
+        Candidates are measured on this machine, so it must be able to run the target's code.
+    data : np.ndarray, optional
+        Preprocessed inputs (samples, ...), split into disjoint parts for fitting, choosing and
+        judging. Without them noise stands in, the budget is the relative output error, and a
+        warning says that accuracy was not measured.
+    labels : np.ndarray, optional
+        Class indices (samples,). With labels ``max_drop`` is points of top-1 accuracy, without
+        it is points of disagreement with the original network.
+    max_drop : float
+        The budget: points (or per cent of output error without data).
+    evaluation : (inputs, labels), optional
+        Samples that state the accuracy, instead of a part of ``data``.
+    forms, algorithms : sequences of str, optional
+        Restrict the search. Forms are ``dense`` and the names in `tvm_lowrank.decompose.FORMS`.
+    lossless : bool
+        Short for ``forms=("dense",)``.
+    exclude : sequence of str
+        Names or patterns (``conv1*``) of layers to leave as they are.
+    batch : int
+        Extent of dynamic dimensions.
+    threads : int, optional
+        Threads of TVM's runtime; all physical cores by default.
+    seed : int
+        Of the data's split and of everything else that is random.
+    trials : int
+        Schedules measured for each kernel.
+    records : str or Path, optional
+        Tuning records to read and append to.
+
+    Returns
+    -------
+    Plan
+        Also when nothing was gained; ``plan.transformed`` and ``plan.reason`` tell.
+
+    Raises
+    ------
+    LowRankError
+        The model, the data, the target or an option cannot be used; the message says what to do.
+    """
+    if data is None:
+        warnings.warn(
+            "no data given: factors are fitted to noise and accuracy is not measured; "
+            "pass data=, and labels= where there are any",
+            stacklevel=2,
+        )
+    chosen = ("dense",) if lossless else tuple(forms or ("dense", *FORMS))
+    options = Options(
+        max_drop=max_drop,
+        forms=chosen,
+        algorithms=tuple(algorithms or ALGORITHMS),
+        exclude=tuple(exclude),
+        threads=threads,
+        seed=seed,
+        trials=trials,
+    )
+    return search(
+        load_model(mod, batch),
+        target,
+        None if data is None else Samples(data, labels),
+        None if evaluation is None else Samples(*evaluation),
+        options,
+        None if records is None else Path(records),
+    )
+
+
+def transform(mod: Any, **options: Any) -> tvm.IRModule:
+    """Rewrite a network into a faster one: ``plan(mod, **options).apply(mod)``.
+
+    Takes the parameters of `plan` and raises what it raises.
+
+    Returns
+    -------
+    tvm.IRModule
+        Relax and TIR for ``tvm.compile(mod, target)``; it needs nothing of this package any more.
+    """
+    loaded = load_model(mod, options.get("batch", 1))
+    return plan(loaded, **options).apply(loaded)

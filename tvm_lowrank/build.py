@@ -1,0 +1,48 @@
+"""From a Relax module to something that runs, and to a ``.so``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tvm_lowrank.deploy import Network
+from tvm_lowrank.errors import LowRankError
+
+
+def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
+    """Compile with TVM's own default pipeline."""
+    return tvm.compile(mod, target=target)
+
+
+def network_of(executable: Any) -> Network:
+    """An executable of `compile_module`, ready to run in this process."""
+    return Network(relax.VirtualMachine(executable, tvm.cpu()), tvm.cpu())
+
+
+def export(executable: Any, path: Path) -> Path:
+    """Write a shared library; an older file of that name is replaced only by a complete one.
+
+    Raises
+    ------
+    LowRankError
+        No C compiler is found, or the folder cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+            fresh = Path(folder) / path.name
+            executable.export_library(str(fresh))
+            os.replace(fresh, path)
+    except OSError as error:
+        raise LowRankError(
+            f"{path} cannot be written ({error}); free space or check rights"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise LowRankError(
+            f"{path} could not be linked ({error}); a C compiler (gcc or clang) must be on the PATH"
+        ) from error
+    return path

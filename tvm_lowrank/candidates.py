@@ -1,0 +1,154 @@
+"""What could replace a layer: every form at its useful ranks, fitted, priced and measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.decompose.form import Rank
+from tvm_lowrank.decompose.moments import InputMoments, bias_correction, relative_error
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import ConvLayer
+
+# A layer that loses more of its output's variance than this is of no use to any network.
+_WORST_ERROR = 0.6
+# Predicted times are good to about this factor; what is predicted slower is not measured.
+_PREDICTED_GAIN = 0.95
+_MEASURED_GAIN = 0.97
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a layer.
+
+    ``error`` is the share of the layer's output variance that is lost on the data (0 for dense);
+    ``bias`` is corrected so that the mean output stays. ``factors`` hold an OIHW weight a stage.
+    """
+
+    form: str
+    rank: Rank
+    stages: tuple[ConvGeometry, ...]
+    factors: tuple[np.ndarray, ...]
+    bias: np.ndarray
+    error: float
+    predicted_us: float
+    measured_us: float = math.inf
+
+    @property
+    def weight(self) -> np.ndarray:
+        """The dense OIHW weight that the factors stand for."""
+        if self.form == "dense":
+            return self.factors[0]
+        return np.asarray(FORMS[self.form].reconstruct(self.factors), np.float32)
+
+    @property
+    def multiplications(self) -> int:
+        """Multiplications of all stages by the direct algorithm."""
+        return sum(stage.multiplications for stage in self.stages)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all stages' float32 weights."""
+        return 4 * sum(stage.weight_count for stage in self.stages)
+
+
+def dense_candidate(layer: ConvLayer, roofline: Roofline, timer: KernelTimer) -> Candidate:
+    """The layer as it is, measured."""
+    geometry, weight, bias = layer.geometry, layer.weight, layer.bias
+    assert geometry is not None
+    predicted = roofline.microseconds([geometry], timer.isa.lanes)
+    candidate = Candidate("dense", 0, (geometry,), (weight,), bias, 0.0, predicted)
+    return _measured(candidate, timer)
+
+
+def propose(
+    layer: ConvLayer,
+    moments: InputMoments,
+    forms: Sequence[str],
+    roofline: Roofline,
+    timer: KernelTimer,
+    limit: int = 8,
+) -> tuple[list[Candidate], str | None]:
+    """The best few candidates by predicted time and error, not measured yet.
+
+    Returns
+    -------
+    candidates : list of Candidate
+        At most ``limit``, fastest first: the front of predicted time against error.
+    reason : str or None
+        Why there is none.
+    """
+    geometry, weight = layer.geometry, layer.weight
+    assert geometry is not None
+    exact = weight.astype(np.float64)
+    dense_us = roofline.microseconds([geometry], timer.isa.lanes)
+    refusals, found = [], []
+    for name in forms:
+        form = FORMS[name]
+        refusal = form.refuse(geometry)
+        if refusal:
+            refusals.append(f"{name}: {refusal}")
+            continue
+        plausible = []
+        for rank in form.ranks(geometry, timer.isa.lanes):
+            stages = tuple(form.stages(geometry, rank))
+            predicted = roofline.microseconds(stages, timer.isa.lanes)
+            if predicted < _PREDICTED_GAIN * dense_us:
+                plausible.append((rank, stages, predicted))
+        fitter = form.fitter(exact, geometry, moments, refine=False) if plausible else None
+        for rank, stages, predicted in plausible:
+            assert fitter is not None
+            factors = fitter.fit(rank)
+            whole = form.reconstruct(factors)
+            error = relative_error(exact, whole, moments)
+            if error <= _WORST_ERROR:
+                found.append(
+                    Candidate(
+                        name,
+                        rank,
+                        stages,
+                        tuple(np.asarray(factor, np.float32) for factor in factors),
+                        layer.bias + bias_correction(exact, whole, moments),
+                        error,
+                        predicted,
+                    )
+                )
+    if found:
+        return _thin(_front(found, lambda candidate: candidate.predicted_us), limit), None
+    return [], "; ".join(refusals) or "no form is predicted faster at a useful error"
+
+
+def confirm(
+    candidates: Sequence[Candidate], dense: Candidate, timer: KernelTimer
+) -> list[Candidate]:
+    """The candidates that are measured faster than the dense layer, on the front, fastest first."""
+    measured = [_measured(candidate, timer) for candidate in candidates]
+    faster = [c for c in measured if c.measured_us < _MEASURED_GAIN * dense.measured_us]
+    return _front(faster, lambda candidate: candidate.measured_us)
+
+
+def _measured(candidate: Candidate, timer: KernelTimer) -> Candidate:
+    return replace(candidate, measured_us=timer.chain(candidate.stages))
+
+
+def _front(candidates: Sequence[Candidate], time: Callable[[Candidate], float]) -> list[Candidate]:
+    """Those that no other beats in both time and error, fastest first."""
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.error, time(c))):
+        if not front or time(candidate) < time(front[-1]):
+            front.append(candidate)
+    return front[::-1]
+
+
+def _thin(front: list[Candidate], limit: int) -> list[Candidate]:
+    """At most ``limit`` of a front, evenly spread."""
+    if len(front) <= limit:
+        return front
+    picks = np.unique(np.linspace(0, len(front) - 1, limit).round().astype(int))
+    return [front[index] for index in picks]

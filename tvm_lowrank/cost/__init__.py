@@ -1,0 +1,1 @@
+"""What things cost: operation counts, a roofline, and measurement."""

@@ -1,0 +1,147 @@
+"""The user's data: checked, and split so that fitting, choosing and judging never share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tvm
+
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.passes.graph import static_shape
+
+# More samples than this change the moments of a layer little and cost time in every pass.
+FIT_SAMPLES = 512
+SELECT_SAMPLES = 1536
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs (samples, ...) and, if known, a class index for each."""
+
+    inputs: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, indices: np.ndarray) -> Samples:
+        """The samples at ``indices``."""
+        return Samples(self.inputs[indices], None if self.labels is None else self.labels[indices])
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Disjoint samples for fitting factors, choosing a plan and stating its accuracy.
+
+    ``synthetic`` marks noise that stands for data the user did not give.
+    """
+
+    fit: Samples
+    select: Samples
+    final: Samples
+    synthetic: bool = False
+
+
+def read_npz(path: str | Path) -> Samples:
+    """Samples from a ``.npz`` file with ``inputs`` and, optionally, ``labels``.
+
+    Raises
+    ------
+    LowRankError
+        The file is missing, is not an npz file, or has no array ``inputs``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LowRankError(f"data file {path} does not exist; give an .npz file with 'inputs'")
+    try:
+        with np.load(path) as arrays:
+            held = {name: arrays[name] for name in arrays.files}
+    except Exception as error:
+        raise LowRankError(
+            f"{path} is not a readable .npz file ({error}); write it with numpy.savez"
+        ) from error
+    if "inputs" not in held:
+        raise LowRankError(f"{path} holds {sorted(held)}, but no array 'inputs'; add one")
+    return Samples(held["inputs"], held.get("labels"))
+
+
+def input_shape(mod: tvm.IRModule) -> tuple[int, ...]:
+    """Shape of the network's only input.
+
+    Raises
+    ------
+    LowRankError
+        The network has several inputs, or one that is not a static float32 tensor.
+    """
+    params = mod["main"].params
+    if len(params) != 1:
+        raise LowRankError(f"the network has {len(params)} inputs; only one is supported")
+    shape = static_shape(params[0])
+    if shape is None:
+        raise LowRankError(
+            f"input {params[0].name!r} has type {params[0].ty}, not float32 with a static shape"
+        )
+    return shape
+
+
+def check_samples(samples: Samples, mod: tvm.IRModule, where: str = "data") -> Samples:
+    """The samples as float32, after checking them against the network.
+
+    Raises
+    ------
+    LowRankError
+        Shape, number of labels, label type or finiteness is wrong; the message names which.
+    """
+    shape = input_shape(mod)
+    inputs, labels = np.asarray(samples.inputs), samples.labels
+    if inputs.shape[1:] != shape[1:] or inputs.ndim != len(shape):
+        raise LowRankError(
+            f"{where} 'inputs' has shape {inputs.shape}, but the network takes samples of shape "
+            f"{shape[1:]}: give an array of shape (samples, {', '.join(map(str, shape[1:]))})"
+        )
+    if inputs.dtype.kind not in "fiu":
+        raise LowRankError(f"{where} 'inputs' has dtype {inputs.dtype}; give numbers")
+    inputs = inputs.astype(np.float32, copy=False)
+    if not np.isfinite(inputs).all():
+        raise LowRankError(f"{where} 'inputs' holds NaN or infinite values; clean the data")
+    if len(inputs) < 4:
+        raise LowRankError(f"{where} has {len(inputs)} samples; at least 4 are needed")
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.shape != (len(inputs),):
+            raise LowRankError(
+                f"{where} 'labels' has shape {labels.shape} for {len(inputs)} inputs; "
+                f"give one class index a sample, shape ({len(inputs)},)"
+            )
+        if labels.dtype.kind not in "iu":
+            raise LowRankError(f"{where} 'labels' has dtype {labels.dtype}; give class indices")
+    return Samples(inputs, labels)
+
+
+def split(
+    mod: tvm.IRModule, data: Samples | None, final: Samples | None = None, seed: int = 0
+) -> DataSplit:
+    """Checked data, shuffled under the seed and split into three disjoint parts.
+
+    A third of ``data``, at most 512 samples, fits factors; a third, at most 1,536, chooses among
+    plans; the rest states the accuracy. With ``final`` given, that states it and ``data`` is halved
+    between the other two. Without data the parts are synthetic noise.
+    """
+    rng = np.random.default_rng(seed)
+    if data is None:
+        shape = (96, *input_shape(mod)[1:])
+        inputs = rng.standard_normal(shape, np.float32)
+        parts = (Samples(inputs[:48]), Samples(inputs[48:72]), Samples(inputs[72:]))
+        return DataSplit(*parts, synthetic=True)
+    data = check_samples(data, mod)
+    order = rng.permutation(len(data))
+    share = len(data) // (3 if final is None else 2)
+    fit, select = min(FIT_SAMPLES, share), min(SELECT_SAMPLES, share)
+    rest = data.take(np.sort(order[fit + select :])) if final is None else final
+    return DataSplit(
+        data.take(order[:fit]),
+        data.take(order[fit : fit + select]),
+        check_samples(rest, mod, "evaluation data"),
+    )

@@ -1,0 +1,38 @@
+"""Decompositions of convolution weights in NumPy: one file a form, one registry."""
+
+from tvm_lowrank.decompose.form import Fitter, Form, Rank
+from tvm_lowrank.decompose.linear_combination import LinearCombination, linear_combination
+from tvm_lowrank.decompose.moments import (
+    InputMoments,
+    MomentAccumulator,
+    PatchSampler,
+    bias_correction,
+    relative_error,
+)
+from tvm_lowrank.decompose.separable import Separable, separable
+from tvm_lowrank.decompose.tucker2 import Tucker2, tucker2
+
+# A new form is one file and one line here.
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        LinearCombination(),
+        Separable(),
+        Tucker2(),
+    )
+}
+
+__all__ = [
+    "FORMS",
+    "Fitter",
+    "Form",
+    "InputMoments",
+    "MomentAccumulator",
+    "PatchSampler",
+    "Rank",
+    "bias_correction",
+    "linear_combination",
+    "relative_error",
+    "separable",
+    "tucker2",
+]

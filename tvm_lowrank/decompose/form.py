@@ -1,0 +1,139 @@
+"""The contract of a form: which chain of convolutions replaces one, at which ranks, fitted how."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from tvm_lowrank.cost.operations import multiplications
+from tvm_lowrank.decompose.moments import Array, InputMoments
+from tvm_lowrank.geometry import ConvGeometry
+
+Rank: TypeAlias = int | tuple[int, ...]
+
+# Shares of the dense convolution's multiplications at which ranks are offered.
+SHARES = (1 / 8, 1 / 5, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+
+
+class Fitter(ABC):
+    """Fits one weight at several ranks; what the ranks share is computed once."""
+
+    @abstractmethod
+    def fit(self, rank: Rank) -> list[Array]:
+        """One OIHW float64 weight a stage, in the order of `Form.stages`; ValueError: bad rank."""
+
+
+class Form(ABC):
+    """A way to replace a convolution by a chain of cheaper ones. Stateless."""
+
+    name: str
+
+    def refuse(self, geometry: ConvGeometry) -> str | None:
+        """Why the form cannot replace this convolution, or None where it can."""
+        if geometry.groups == 1:
+            return self._refuse_ungrouped(geometry)
+        if geometry.groups == geometry.in_channels:
+            return "groups = channels: depthwise"
+        return f"groups = {geometry.groups}: grouped"
+
+    @abstractmethod
+    def _refuse_ungrouped(self, geometry: ConvGeometry) -> str | None:
+        """`refuse` for groups = 1."""
+
+    @abstractmethod
+    def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
+        """Useful ranks, cheapest first: multiples of ``multiple`` that save multiplications."""
+
+    @abstractmethod
+    def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
+        """The chain; it equals the dense convolution with the reconstructed weight exactly.
+
+        No stage but the last has a bias. ValueError where the rank cannot be.
+        """
+
+    @abstractmethod
+    def fitter(
+        self,
+        weight: Array,
+        geometry: ConvGeometry,
+        moments: InputMoments | None = None,
+        refine: bool = True,
+    ) -> Fitter:
+        """A `Fitter` of the OIHW ``weight``; without moments it is fitted to the weight alone.
+
+        ``refine=False`` leaves out the iterations that lower the error after the closed form.
+        """
+
+    @abstractmethod
+    def reconstruct(self, factors: Sequence[Array]) -> Array:
+        """The dense OIHW weight that the factors stand for."""
+
+
+def spread(
+    costs: Sequence[tuple[int, Rank]], dense: int, shares: Sequence[float] = SHARES
+) -> list[Rank]:
+    """For each share the most expensive rank within that share of ``dense``; cheapest first.
+
+    ``costs`` are pairs of multiplications and rank.
+    """
+    chosen: dict[Rank, int] = {}
+    for share in shares:
+        within = [(cost, rank) for cost, rank in costs if cost <= share * dense]
+        if within:
+            cost, rank = max(within, key=lambda pair: pair[0])
+            chosen[rank] = cost
+    return sorted(chosen, key=lambda rank: chosen[rank])
+
+
+def single_ranks(form: Form, geometry: ConvGeometry, multiple: int, limit: int) -> list[Rank]:
+    """`Form.ranks` of a form with one rank, below the full rank ``limit``."""
+    check_multiple(multiple)
+    if form.refuse(geometry):
+        return []
+    costs: list[tuple[int, Rank]] = []
+    for rank in range(multiple, limit, multiple):
+        cost = multiplications(form.stages(geometry, rank))
+        if cost >= geometry.multiplications:
+            break
+        costs.append((cost, rank))
+    return spread(costs, geometry.multiplications)
+
+
+def check_multiple(multiple: int) -> None:
+    """ValueError unless the vector width is positive."""
+    if multiple < 1:
+        raise ValueError(f"multiple={multiple}: a positive vector width was expected")
+
+
+def single(rank: Rank, limit: int, form: str) -> int:
+    """``rank`` as an integer in 1..limit, else ValueError."""
+    if isinstance(rank, tuple) or not 1 <= rank <= limit:
+        raise ValueError(f"rank={rank!r} of {form}: an integer from 1 to {limit} was expected")
+    return int(rank)
+
+
+def check_weight(weight: Array, geometry: ConvGeometry) -> None:
+    """ValueError unless the weight has the geometry's OIHW shape."""
+    if weight.shape != geometry.weight_shape:
+        raise ValueError(f"weight {weight.shape}: {geometry.weight_shape} was expected")
+
+
+def geometry_of(weight: Array) -> ConvGeometry:
+    """A stand-in geometry for a weight that is decomposed outside any network.
+
+    ValueError unless the weight is a 4-D OIHW array.
+    """
+    if weight.ndim != 4:
+        raise ValueError(f"weight {weight.shape}: a 4-D OIHW array was expected")
+    f, c, x, y = weight.shape
+    return ConvGeometry(c, f, x, y, (x, y))
+
+
+def usable(moments: InputMoments | None, size: int) -> InputMoments | None:
+    """The moments, or None where they say nothing; ValueError where they are of another layer."""
+    if moments is None:
+        return None
+    if len(moments.mean) != size:
+        raise ValueError(f"moments of {len(moments.mean)} inputs for a weight of {size}")
+    return None if moments.is_identity else moments

@@ -1,0 +1,110 @@
+"""Linear combination of filters: K full filters, then 1x1 sums of them (an SVD for 1x1 kernels)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tvm_lowrank.decompose.form import (
+    Fitter,
+    Form,
+    Rank,
+    check_weight,
+    geometry_of,
+    single,
+    single_ranks,
+    usable,
+)
+from tvm_lowrank.decompose.moments import Array, InputMoments
+from tvm_lowrank.geometry import ConvGeometry
+
+
+class LinearCombination(Form):
+    """``X x Y, C -> K`` with the stride, padding and dilation, then ``1 x 1, K -> F``."""
+
+    name = "linear_combination"
+
+    def _refuse_ungrouped(self, geometry: ConvGeometry) -> str | None:
+        return "one output channel: nothing to combine" if geometry.out_channels == 1 else None
+
+    def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
+        """See `Form.ranks`; K multiplications cost ``C X Y + F`` an output pixel."""
+        return single_ranks(self, geometry, multiple, _limit(geometry))
+
+    def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
+        """See `Form.stages`; ``rank`` is from 1 to min(F, C X Y)."""
+        filters = single(rank, _limit(geometry), self.name)
+        return [
+            replace(geometry, out_channels=filters),
+            ConvGeometry(
+                filters,
+                geometry.out_channels,
+                geometry.out_height,
+                geometry.out_width,
+                (1, 1),
+                batch=geometry.batch,
+            ),
+        ]
+
+    def fitter(
+        self,
+        weight: Array,
+        geometry: ConvGeometry,
+        moments: InputMoments | None = None,
+        refine: bool = True,
+    ) -> Fitter:
+        """See `Form.fitter`; the closed form is already the optimum, there is nothing to refine.
+
+        ValueError where `refuse` gives a reason.
+        """
+        if reason := self.refuse(geometry):
+            raise ValueError(reason)
+        check_weight(weight, geometry)
+        return _Fitter(weight, moments)
+
+    def reconstruct(self, factors: Sequence[Array]) -> Array:
+        """``(K, C, X, Y)`` and ``(F, K, 1, 1)`` to ``(F, C, X, Y)``."""
+        filters, sums = factors
+        return np.tensordot(sums[:, :, 0, 0], filters, axes=1)
+
+
+class _Fitter(Fitter):
+    """Reduced-rank regression: project the outputs on the leading eigenvectors of ``W S W'``."""
+
+    def __init__(self, weight: Array, moments: InputMoments | None):
+        self._weight = np.asarray(weight, np.float64)
+        flat = self._weight.reshape(len(weight), -1)
+        self._limit = min(flat.shape)
+        given = usable(moments, flat.shape[1])
+        outputs = flat @ flat.T
+        if given is not None:
+            outputs = flat @ given.covariance @ flat.T + given.damping * outputs
+        self._vectors = np.linalg.eigh(outputs)[1][:, ::-1]
+
+    def fit(self, rank: Rank) -> list[Array]:
+        kept = self._vectors[:, : single(rank, self._limit, LinearCombination.name)]
+        return [
+            np.tensordot(kept.T, self._weight, axes=1),
+            np.ascontiguousarray(kept)[:, :, None, None],
+        ]
+
+
+def linear_combination(
+    weight: Array, rank: int, moments: InputMoments | None = None
+) -> tuple[Array, Array]:
+    """Filters ``(K, C, X, Y)`` and sums ``(F, K, 1, 1)`` nearest to an OIHW weight.
+
+    The error in the output's variance is the smallest that the rank allows: reduced-rank
+    regression (Izenman 1975); without moments, the truncated SVD of ``(F, C X Y)``. For a 1x1
+    kernel it is the SVD of the layer; with X x Y, the paper's "linear combination of filters"
+    (section 5.1.2). ValueError for a rank outside 1..min(F, C X Y) or F = 1.
+    """
+    filters, sums = LinearCombination().fitter(weight, geometry_of(weight), moments).fit(rank)
+    return filters, sums
+
+
+def _limit(geometry: ConvGeometry) -> int:
+    f, c, x, y = geometry.weight_shape
+    return min(f, c * x * y)

@@ -1,0 +1,148 @@
+"""Regression of a weight on one basis of its inputs that several taps share.
+
+Separable and Tucker-2 chains are the same problem. Read the D inputs as ``p`` features seen at
+``q`` taps (separable: ``p = C X``, ``q = Y``; Tucker-2: ``p = C``, ``q = X Y``). The first stage is
+``A`` of shape (K, p), applied at every tap; the rest is a linear map ``B`` of shape (F, q K),
+for Tucker-2 of limited rank. Given A, the best B has a closed form: least squares, followed by
+reduced-rank regression (Izenman 1975). What is left is to search over A alone (variable
+projection, Golub and Pereyra 1973), whose gradient needs no derivative of B.
+
+Linear algebra is NumPy's only: SciPy's wheels bring a second OpenBLAS, and calls that alternate
+between the two leave one's threads spinning against the other's (100 times slower on two cores).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_lowrank.decompose.descent import minimise
+from tvm_lowrank.decompose.moments import Array, InputMoments
+
+# Relative to the Gram matrix's mean diagonal; only there for exactly collinear rows.
+GRAM_JITTER = 1e-13
+# Multiplications that `SharedBasis.refine` may spend, and the most iterations it makes.
+REFINE_BUDGET = 2e10
+REFINE_ITERATIONS = 10
+# Errors below this share of the output's variance are rounding.
+EXACT = 1e-9
+# Smallest curvature that is evened out, relative to the largest.
+GAUGE_FLOOR = 1e-6
+
+
+@dataclass
+class _Solution:
+    """One basis with what is best given it; ``core`` is ``(outputs, q K)``, tap-major."""
+
+    basis: Array
+    core: Array
+    mixing: Array | None
+    error: float
+    gradient: Array
+
+
+def weight_basis(weight: Array) -> Array:
+    """Right singular vectors ``(p, p)`` of a weight ``(F, p, q)`` unfolded over p, best first."""
+    unfolded = weight.transpose(0, 2, 1).reshape(-1, weight.shape[1])
+    return np.linalg.eigh(unfolded.T @ unfolded)[1][:, ::-1]
+
+
+class SharedBasis:
+    """The regression for one weight ``(F, p, q)`` under one layer's moments (D = p q).
+
+    Never factorises anything of size D; the largest are p x p and q K x q K.
+    """
+
+    def __init__(self, weight: Array, moments: InputMoments):
+        """Factorise what all ranks share; copies the covariance once."""
+        self.outputs, self.width, self.taps = weight.shape
+        size = self.width * self.taps
+        tap_major = moments.covariance.reshape(self.width, self.taps, self.width, self.taps)
+        copied = np.array(tap_major.transpose(1, 0, 3, 2), order="C", copy=True)
+        self._covariance = copied.reshape(size, size)
+        self._covariance.reshape(-1)[:: size + 1] += moments.damping
+        flat = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(self.outputs, size)
+        self._weighted = flat @ self._covariance
+        self._energy = float(np.sum(self._weighted * flat))
+        blocks = self._covariance.reshape(self.taps, self.width, self.taps, self.width)
+        shared = sum(blocks[t, :, t, :] for t in range(self.taps)) / self.taps
+        # Features are whitened by L: x = L z. The search runs in coordinates of z.
+        lower = np.linalg.cholesky(shared)
+        self._unwhitening = np.linalg.inv(lower)
+        unfolded = flat.reshape(-1, self.width) @ lower
+        self._directions = np.linalg.eigh(unfolded.T @ unfolded)[1][:, ::-1]
+
+    def fit(
+        self, rank: int, outputs: int | None = None, refine: bool = True
+    ) -> tuple[Array, Array, Array | None]:
+        """Basis ``(K, p)``, core ``(F or K2, K, q)`` and, with ``outputs=K2``, mixing ``(F, K2)``.
+
+        The start is the SVD of the unfolding in whitened features (Zhang, Zou, He and Sun 2015,
+        section 3, fit the output side so); `refine` then lowers the error.
+        """
+        outputs = None if outputs == self.outputs else outputs
+        start = np.ascontiguousarray(self._directions[:, :rank].T)
+        iterations = self._affordable(rank) if refine and rank < self.width else 0
+        best = self._solve(start, outputs)
+        if iterations and best.error > EXACT * self._energy:
+            best = self._descend(start, best, outputs, iterations)
+        core = best.core.reshape(len(best.core), self.taps, rank).transpose(0, 2, 1)
+        return best.basis, np.ascontiguousarray(core), best.mixing
+
+    def _affordable(self, rank: int) -> int:
+        size = self.width * self.taps
+        once = size * (rank * size + self.outputs * rank * self.taps)
+        return min(REFINE_ITERATIONS, int(REFINE_BUDGET / once))
+
+    def _descend(
+        self, start: Array, best: _Solution, outputs: int | None, iterations: int
+    ) -> _Solution:
+        """L-BFGS over the whitened basis; the error never rises above that of ``best``.
+
+        Mixing the basis's rows changes nothing but the search's conditioning. They are mixed so
+        that the core's Gram matrix, hence about half the Hessian, is the identity: 3 iterations
+        then do what took 30.
+        """
+        flat_core = best.core.reshape(-1, len(start))
+        values, vectors = np.linalg.eigh(flat_core.T @ flat_core)
+        scale = np.sqrt(np.maximum(values, GAUGE_FLOOR * values[-1]))
+
+        def objective(whitened: Array) -> tuple[float, Array]:
+            nonlocal best
+            tried = self._solve(whitened, outputs)
+            if tried.error < best.error:
+                best = tried
+            return tried.error, tried.gradient
+
+        minimise(objective, scale[:, None] * vectors.T @ start, iterations, inverse_curvature=0.5)
+        return best
+
+    def _solve(self, whitened: Array, outputs: int | None) -> _Solution:
+        """Best core and mixing for the basis ``whitened @ inv(L)``, and the error's gradient."""
+        rank, width, taps = len(whitened), self.width, self.taps
+        basis = whitened @ self._unwhitening
+        seen = basis @ self._covariance.reshape(taps, width, taps * width)
+        gram = (seen.reshape(-1, width) @ basis.T).reshape(taps * rank, taps * rank)
+        cross = (self._weighted.reshape(-1, width) @ basis.T).reshape(self.outputs, taps * rank)
+        gram[np.diag_indices_from(gram)] += GRAM_JITTER * np.trace(gram) / len(gram)
+        core = _solve_gram(gram, cross)
+        mixing, target, explained = None, self._weighted, float(np.sum(core * cross))
+        if outputs is not None:
+            values, vectors = np.linalg.eigh(core @ cross.T)
+            mixing = np.ascontiguousarray(vectors[:, : -outputs - 1 : -1])
+            core, target = mixing.T @ core, mixing.T @ self._weighted
+            explained = float(values[-outputs:].sum())
+        residual = target - core @ seen.reshape(taps * rank, taps * width)
+        pull = core.reshape(-1, rank).T @ residual.reshape(-1, width)
+        gradient = -2.0 * pull @ self._unwhitening.T
+        return _Solution(basis, core, mixing, self._energy - explained, gradient)
+
+
+def _solve_gram(gram: Array, cross: Array) -> Array:
+    """``cross @ inv(gram)``; the pseudo-inverse where the Gram matrix is singular."""
+    try:
+        solved = np.linalg.solve(gram, cross.T)
+    except np.linalg.LinAlgError:
+        solved = np.linalg.lstsq(gram, cross.T, rcond=None)[0]
+    return np.ascontiguousarray(solved.T)

@@ -1,0 +1,72 @@
+"""Running a built ``.so``; needs nothing of this package but NumPy and TVM's runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.threads import set_threads
+
+
+class Network:
+    """A compiled network as a function of NumPy arrays.
+
+    ``network(x)`` takes a float32 array of the shape the network was built for and returns its
+    output, or a tuple of outputs.
+    """
+
+    def __init__(self, machine: Any, device: Any) -> None:
+        self._machine = machine
+        self._device = device
+        self._main = machine["main"]
+
+    def __call__(self, *inputs: np.ndarray) -> Any:
+        """Run once; inputs and outputs are NumPy arrays."""
+        outputs = self._main(*(self.tensor(x) for x in inputs))
+        if hasattr(outputs, "numpy"):
+            return outputs.numpy()
+        return tuple(output.numpy() for output in outputs)
+
+    def tensor(self, array: np.ndarray) -> Any:
+        """A device tensor with a copy of ``array`` as float32."""
+        import tvm
+
+        return tvm.runtime.tensor(np.ascontiguousarray(array, np.float32), self._device)
+
+    def call(self, tensors: list[Any]) -> Any:
+        """Run once on device tensors and return the device tensors as they are."""
+        return self._main(*tensors)
+
+
+def load(path: str | Path, threads: int | None = None) -> Network:
+    """Load a ``model.so`` made by ``tune`` or by ``export_library``.
+
+    Parameters
+    ----------
+    path : str or Path
+        The library.
+    threads : int, optional
+        Threads of TVM's pool; all physical cores by default (see `tvm_lowrank.threads`).
+
+    Raises
+    ------
+    LowRankError
+        The file is missing or is not a library with a Relax network inside.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LowRankError(f"library {path} does not exist; give the model.so of a tune run")
+    set_threads(threads)
+    import tvm
+    from tvm import relax
+
+    try:
+        module = tvm.runtime.load_module(str(path))
+        return Network(relax.VirtualMachine(module, tvm.cpu()), tvm.cpu())
+    except Exception as error:
+        raise LowRankError(
+            f"{path} is not a library that holds a compiled Relax network ({error})"
+        ) from error

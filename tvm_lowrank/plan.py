@@ -1,0 +1,295 @@
+"""The planner's decision: printable, JSON both ways, replayable."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvm_lowrank.decompose.form import Rank
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.passes.factor_convolutions import Chain
+from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.pipeline import factor, normalise
+from tvm_lowrank.schedules.x86.isa import isa_of
+from tvm_lowrank.schedules.x86.space import space
+from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+from tvm_lowrank.target import parse_target
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one convolution.
+
+    ``dense_us`` and ``measured_us`` are the measured times of the layer's kernels before and after,
+    ``error`` the share of its output variance lost on the data; ``reason`` says why a layer is left
+    as it is. ``algorithms`` has one entry a stage.
+    """
+
+    name: str
+    geometry: ConvGeometry | None
+    form: str = "dense"
+    rank: Rank = 0
+    stages: tuple[ConvGeometry, ...] = ()
+    algorithms: tuple[str, ...] = ()
+    error: float = 0.0
+    dense_us: float | None = None
+    predicted_us: float | None = None
+    measured_us: float | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        data = asdict(self)
+        data["geometry"] = self.geometry.to_json() if self.geometry else None
+        data["stages"] = [stage.to_json() for stage in self.stages]
+        data["rank"] = list(self.rank) if isinstance(self.rank, tuple) else self.rank
+        data["algorithms"] = list(self.algorithms)
+        return data
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LayerPlan:
+        """Inverse of `to_json`."""
+        data = dict(data)
+        geometry, rank = data["geometry"], data["rank"]
+        data["geometry"] = ConvGeometry.from_json(geometry) if geometry else None
+        data["stages"] = tuple(ConvGeometry.from_json(stage) for stage in data["stages"])
+        data["rank"] = tuple(rank) if isinstance(rank, list) else rank
+        data["algorithms"] = tuple(data["algorithms"])
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which form each layer takes, with which factors and schedules, and what that measured.
+
+    Attributes
+    ----------
+    target : dict
+        The target as JSON values.
+    threads, seed, max_drop, metric
+        What the search ran with; ``metric`` names the unit of ``max_drop``.
+    layers : tuple of LayerPlan
+    schedules : tuple of (workload, schedule)
+        Measured best schedules, both as JSON dictionaries.
+    factors : dict
+        Layer name to (stage weights, bias); what `save` writes beside the JSON.
+    result : dict
+        Accuracy, latency and size before and after, measured on built libraries.
+    transformed : bool
+        False when the network stays as it is; ``reason`` then says why.
+    """
+
+    target: dict[str, Any]
+    threads: int
+    seed: int
+    max_drop: float
+    metric: str
+    layers: tuple[LayerPlan, ...]
+    schedules: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
+    factors: dict[str, tuple[tuple[np.ndarray, ...], np.ndarray]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    result: dict[str, Any] = field(default_factory=dict)
+    transformed: bool = True
+    reason: str | None = None
+
+    # -- replay --------------------------------------------------------------------------------
+
+    def apply(self, mod: tvm.IRModule) -> tvm.IRModule:
+        """The network rewritten and lowered to the plan's kernels, without any search.
+
+        Parameters
+        ----------
+        mod : tvm.IRModule
+            The network the plan was made for (also with other weights of the layers it leaves
+            dense).
+
+        Returns
+        -------
+        tvm.IRModule
+            Relax and TIR that ``tvm.compile(mod, target)`` builds with TVM's stock pipeline.
+
+        Raises
+        ------
+        LowRankError
+            The network's convolutions are not those of the plan, or the plan was read from JSON
+            without its factors.
+        """
+        return self.lower(self.factor(mod))
+
+    def factor(self, mod: tvm.IRModule) -> tvm.IRModule:
+        """The network normalised and rewritten, in plain Relax, with no kernel of ours yet."""
+        normalised = normalise(mod)
+        layers = collect_layers(normalised)
+        mine, theirs = [p.geometry for p in self.layers], [layer.geometry for layer in layers]
+        if len(mine) != len(theirs):
+            raise LowRankError(
+                f"the plan is for a network of {len(mine)} convolutions, this one has "
+                f"{len(theirs)}; make a plan for this network"
+            )
+        for plan, geometry in zip(self.layers, theirs, strict=True):
+            if plan.geometry != geometry:
+                raise LowRankError(
+                    f"{plan.name} is {geometry} in this network but {plan.geometry} in the plan; "
+                    "make a plan for this network"
+                )
+        return factor(normalised, self.chains())
+
+    def chains(self) -> dict[str, Chain]:
+        """The rewritten layers as chains for `FactorConvolutions`."""
+        chains = {}
+        for layer in self.layers:
+            if layer.form == "dense" or not self.transformed:
+                continue
+            if layer.name not in self.factors:
+                raise LowRankError(
+                    f"the plan has no factors for {layer.name}; read it with Plan.load, with the "
+                    ".npz file that was saved beside the JSON"
+                )
+            weights, bias = self.factors[layer.name]
+            chains[layer.name] = Chain(layer.stages, tuple(weights), bias)
+        return chains
+
+    def lower(self, mod: tvm.IRModule) -> tvm.IRModule:
+        """A normalised (and possibly factored) module lowered with the plan's schedules."""
+        isa = isa_of(parse_target(self.target))
+        return LowerConvolutions(isa, self.scheduler())(mod)
+
+    def scheduler(self) -> Callable[[ConvWorkload], ConvSchedule]:
+        """Picks the plan's schedule for a workload, whatever its epilogue, or the default."""
+        isa = isa_of(parse_target(self.target))
+        known = {}
+        for workload_json, schedule in self.schedules:
+            workload = ConvWorkload.from_json(workload_json)
+            known[workload.geometry, workload.in_block] = ConvSchedule.from_json(schedule)
+
+        def pick(workload: ConvWorkload) -> ConvSchedule:
+            found = known.get((workload.geometry, workload.in_block))
+            return found if found is not None else space(workload, isa)[0]
+
+        return pick
+
+    def dense(self) -> Plan:
+        """The plan that leaves every layer dense, with the same kernels: the baseline."""
+        layers = tuple(
+            replace(layer, form="dense", rank=0, stages=(), algorithms=(), error=0.0)
+            for layer in self.layers
+        )
+        return replace(self, layers=layers, factors={})
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The decision as text, without the factors."""
+        data = {
+            "format": FORMAT,
+            "target": self.target,
+            "threads": self.threads,
+            "seed": self.seed,
+            "max_drop": self.max_drop,
+            "metric": self.metric,
+            "transformed": self.transformed,
+            "reason": self.reason,
+            "result": self.result,
+            "layers": [layer.to_json() for layer in self.layers],
+            "schedules": [list(pair) for pair in self.schedules],
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from `to_json`'s text; it has no factors (see `load`).
+
+        Raises
+        ------
+        LowRankError
+            The text is not a plan of this format.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError("another format version")
+            layers = tuple(LayerPlan.from_json(layer) for layer in data.pop("layers"))
+            schedules = tuple((pair[0], pair[1]) for pair in data.pop("schedules"))
+            return cls(layers=layers, schedules=schedules, **data)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise LowRankError(
+                f"the plan is damaged or of another version ({error!r}); make it again with tune"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` (JSON) and, beside it, the factors as ``.npz``; each is replaced whole."""
+        path = Path(path)
+        arrays = {}
+        for name, (weights, bias) in self.factors.items():
+            arrays[f"{name}/bias"] = bias
+            arrays.update({f"{name}/{index}": weight for index, weight in enumerate(weights)})
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        blob = buffer.getvalue()
+        text = json.loads(self.to_json())
+        text["factors_sha256"] = hashlib.sha256(blob).hexdigest()
+        try:
+            _replace(path.with_suffix(".npz"), blob)
+            _replace(path, json.dumps(text, indent=1).encode())
+        except OSError as error:
+            raise LowRankError(f"plan {path} cannot be written ({error})") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan and its factors.
+
+        Raises
+        ------
+        LowRankError
+            A file is missing or damaged, or the factors are not those of the plan.
+        """
+        path = Path(path)
+        try:
+            text = json.loads(path.read_text(encoding="utf-8"))
+            blob = path.with_suffix(".npz").read_bytes()
+        except (OSError, ValueError) as error:
+            raise LowRankError(
+                f"plan {path} or its .npz cannot be read ({error}); make it again with tune"
+            ) from error
+        expected = text.pop("factors_sha256", None) if isinstance(text, dict) else None
+        plan = cls.from_json(json.dumps(text))
+        if hashlib.sha256(blob).hexdigest() != expected:
+            raise LowRankError(
+                f"{path.with_suffix('.npz')} is not the file that belongs to {path}; "
+                "copy both from one tune run"
+            )
+        with np.load(io.BytesIO(blob)) as arrays:
+            factors = {
+                layer.name: (
+                    tuple(arrays[f"{layer.name}/{i}"] for i in range(len(layer.stages))),
+                    arrays[f"{layer.name}/bias"],
+                )
+                for layer in plan.layers
+                if f"{layer.name}/bias" in arrays.files
+            }
+        return replace(plan, factors=factors)
+
+    @property
+    def rewritten(self) -> Sequence[LayerPlan]:
+        """The layers that do not stay dense."""
+        return [layer for layer in self.layers if layer.form != "dense"]
+
+
+def _replace(path: Path, blob: bytes) -> None:
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_bytes(blob)
+    os.replace(fresh, path)

@@ -1,0 +1,397 @@
+"""The search: from a network and data to a plan whose library was built, timed and judged."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvm_lowrank import allocate, verify
+from tvm_lowrank.allocate import Choice
+from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.calibrate import input_moments, sensitivities
+from tvm_lowrank.candidates import Candidate, confirm, dense_candidate, propose
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.data import DataSplit, Samples, input_shape, split
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.layer import ConvLayer, collect_layers
+from tvm_lowrank.metrics import Quality, judge
+from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.refit import refit
+from tvm_lowrank.target import parse_target, target_key
+from tvm_lowrank.threads import set_threads
+from tvm_lowrank.trial import TrialNetwork
+
+ALGORITHMS = ("direct",)
+# Samples on which sensitivities are taken, points of the speed/accuracy curve that are evaluated,
+# and built networks that may miss the budget before the original is returned.
+_PROBE_SAMPLES = 64
+_CURVE_POINTS = 8
+_REFIT_POINTS = 4
+_BUILDS = 4
+# A network that is not faster by this much is not worth its error.
+_WORTHWHILE = 0.98
+
+Report = Callable[[str, int, int], None]
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a search may do; see `tvm_lowrank.plan` for the meaning of each."""
+
+    max_drop: float = 1.0
+    forms: tuple[str, ...] = ("dense", *FORMS)
+    algorithms: tuple[str, ...] = ALGORITHMS
+    exclude: tuple[str, ...] = ()
+    threads: int | None = None
+    seed: int = 0
+    trials: int = 4
+
+    def __post_init__(self) -> None:
+        for kind, given, known in (
+            ("forms", self.forms, ("dense", *FORMS)),
+            ("algorithms", self.algorithms, ALGORITHMS),
+        ):
+            unknown = [name for name in given if name not in known]
+            if unknown or not given:
+                raise LowRankError(f"{kind}={list(given)}: choose among {', '.join(known)}")
+        if not self.max_drop >= 0:
+            raise LowRankError(f"max_drop is {self.max_drop}; give points, 0 or more")
+        if self.trials < 1:
+            raise LowRankError(f"trials is {self.trials}; give 1 or more")
+
+
+def search(
+    mod: tvm.IRModule,
+    target: Any = None,
+    data: Samples | None = None,
+    final: Samples | None = None,
+    options: Options | None = None,
+    records: Path | None = None,
+    directory: Path | None = None,
+    report: Report = _silent,
+) -> Plan:
+    """Plan, build and judge; ``directory``, if given, receives ``model.so``.
+
+    See `tvm_lowrank.plan` for the parameters and errors.
+    """
+    options = options or Options()
+    if directory is not None:
+        return _Search(mod, target, data, final, options, records, directory, report).run()
+    with tempfile.TemporaryDirectory(prefix="tvm_lowrank-") as scratch:
+        return _Search(mod, target, data, final, options, records, Path(scratch), report).run()
+
+
+@dataclass
+class _Point:
+    """A point of the speed/accuracy curve."""
+
+    choice: Choice
+    microseconds: float
+    quality: Quality
+
+
+@dataclass
+class _Search:
+    mod: tvm.IRModule
+    target_spec: Any
+    data: Samples | None
+    final: Samples | None
+    options: Options
+    records_path: Path | None
+    directory: Path
+    report: Report
+    reasons: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, Candidate] = field(default_factory=dict)
+
+    def run(self) -> Plan:
+        self.target = parse_target(self.target_spec)
+        self.split: DataSplit = split(self.mod, self.data, self.final, self.options.seed)
+        self.metric = "output_error" if self.split.synthetic else "disagreement"
+        if self.split.final.labels is not None and self.split.select.labels is not None:
+            self.metric = "top1"
+        self.threads = set_threads(self.options.threads)
+        self.shape = input_shape(self.mod)
+        records = TuningRecords(self.records_path, target_key(self.target), self.threads)
+        self.timer = KernelTimer(self.target, records, self.options.trials)
+        self.normalised = normalise(self.mod)
+        self.layers = collect_layers(self.normalised)
+        self._measure_dense()
+        candidates = self._candidates()
+        self._build(self._plan({}), self.directory / "dense.so")
+        points = self._curve(candidates) if candidates else []
+        return self._conclude(points, candidates)
+
+    # -- the candidates of each layer ----------------------------------------------------------
+
+    def _measure_dense(self) -> None:
+        self.roofline = self.timer.roofline()
+        for done, layer in enumerate(self.layers):
+            if layer.reason is not None:
+                self.reasons[layer.name] = layer.reason
+            elif layer.geometry is not None and layer.geometry.groups == 1:
+                self.dense[layer.name] = dense_candidate(layer, self.roofline, self.timer)
+            self.report("measuring dense layers", done + 1, len(self.layers))
+
+    def _eligible(self) -> list[ConvLayer]:
+        lossy = [name for name in self.options.forms if name != "dense"]
+        eligible = []
+        for layer in self.layers:
+            if layer.geometry is None:
+                continue
+            if any(fnmatchcase(layer.name, pattern) for pattern in self.options.exclude):
+                self.reasons[layer.name] = "excluded"
+                continue
+            refusals = {FORMS[name].refuse(layer.geometry) for name in lossy}
+            if None in refusals:
+                eligible.append(layer)
+            else:
+                texts = sorted(text for text in refusals if text)
+                self.reasons[layer.name] = "; ".join(texts) or "only the dense form is allowed"
+        return eligible
+
+    def _candidates(self) -> dict[str, list[Candidate]]:
+        """For each layer that could gain, the dense form and what is measured faster."""
+        forms = [name for name in self.options.forms if name != "dense"]
+        eligible = self._eligible()
+        if not eligible:
+            return {}
+        self.observer = TrialNetwork(self.normalised, self.layers, self.timer, expose=True)
+        total = len(self.split.fit)
+        moments = input_moments(
+            self.observer,
+            eligible,
+            self.split.fit.inputs,
+            self.options.seed,
+            lambda done: self.report("calibrating", done, total),
+        )
+        options: dict[str, list[Candidate]] = {}
+        for done, layer in enumerate(eligible):
+            dense = self.dense[layer.name]
+            proposed, reason = propose(
+                layer, moments.pop(layer.name), forms, self.roofline, self.timer
+            )
+            faster = confirm(proposed, dense, self.timer)
+            if faster:
+                options[layer.name] = [*faster, dense]
+            else:
+                self.reasons[layer.name] = reason or "no candidate measured faster"
+            self.report("fitting and measuring forms", done + 1, len(eligible))
+        return options
+
+    # -- the network ---------------------------------------------------------------------------
+
+    def _curve(self, options: dict[str, list[Candidate]]) -> list[_Point]:
+        """Choices between all dense and all fastest, judged on the selection samples.
+
+        First with the factors as they were fitted layer by layer, which costs one run of the
+        network each; then, from the fastest of those that keeps the budget towards faster ones,
+        with the factors refitted in sequence.
+        """
+        trial = TrialNetwork(self.normalised, self.layers, self.timer)
+        select = self.split.select
+        original = trial.run(select.inputs)
+        probe = slice(0, _PROBE_SAMPLES)
+        sensitivity = sensitivities(
+            trial,
+            options,
+            select.inputs[probe],
+            original[probe],
+            self.metric != "output_error",
+            lambda done: self.report("sensitivity of layers", done, len(options)),
+        )
+        points: list[_Point] = []
+
+        def judged(budget: float, refitted: bool) -> bool:
+            choice = allocate.for_time(options, sensitivity, budget)
+            if refitted:
+                layers = {layer.name: layer for layer in self.layers}
+                inputs = self.split.fit.inputs
+                choice = refit(self.observer, layers, choice, inputs, self.options.seed)
+            weights = {n: (c.weight, c.bias) for n, c in choice.items() if c.form != "dense"}
+            outputs = trial.run(select.inputs, weights)
+            quality = judge(outputs, original, select.labels, self.metric)
+            points.append(_Point(choice, allocate.microseconds(choice), quality))
+            self.report("choosing", len(points), _CURVE_POINTS + _REFIT_POINTS)
+            return quality.drop <= self.options.max_drop
+
+        fastest = sum(candidates[0].measured_us for candidates in options.values())
+        slowest = sum(candidates[-1].measured_us for candidates in options.values())
+        within = _bisect(fastest, slowest, _CURVE_POINTS, lambda budget: judged(budget, False))
+        _bisect(fastest, within, _REFIT_POINTS, lambda budget: judged(budget, True))
+        return points
+
+    def _conclude(self, points: list[_Point], options: dict[str, list[Candidate]]) -> Plan:
+        """Build the fastest promising points until one keeps the budget on the final samples."""
+        dense_path, path = self.directory / "dense.so", self.directory / "model.so"
+        final = self.split.final
+        batch = self.shape[0]
+        original = verify.run_all(verify.load(dense_path, self.threads), final.inputs, batch)
+        before = judge(original, original, final.labels, self.metric)
+        promising = sorted(
+            (p for p in points if p.quality.drop <= self.options.max_drop),
+            key=lambda p: p.microseconds,
+        )[:_BUILDS]
+        reason = (
+            "no layer has a faster candidate"
+            if not options
+            else (
+                f"no choice keeps {self.metric} within {self.options.max_drop} where it is chosen"
+            )
+        )
+        for attempt, point in enumerate(promising):
+            self.report("building and judging", attempt, len(promising))
+            plan = self._plan(point.choice)
+            if not plan.rewritten:
+                continue
+            self._build(plan, path)
+            after = verify.quality(
+                path, final.inputs, final.labels, original, self.metric, batch, self.threads
+            )
+            if after.drop > self.options.max_drop:
+                reason = (
+                    f"{self.metric} falls by {after.drop:.2f}, more than {self.options.max_drop}, "
+                    "on the evaluation samples"
+                )
+                continue
+            slow, fast = verify.take_turns([dense_path, path], self.shape, self.threads)
+            if fast.median_ms > _WORTHWHILE * slow.median_ms:
+                reason = (
+                    f"the transformed network takes {fast.median_ms:.3f} ms, the original "
+                    f"{slow.median_ms:.3f} ms"
+                )
+                continue
+            self.report("building and judging", len(promising), len(promising))
+            return replace(plan, result=self._result(before, after, slow, fast, plan))
+        path.unlink(missing_ok=True)
+        dense_path.rename(path)
+        (latency,) = verify.take_turns([path], self.shape, self.threads)
+        plan = replace(self._plan({}), transformed=False, reason=reason)
+        return replace(plan, result=self._result(before, before, latency, latency, plan))
+
+    # -- making values ---------------------------------------------------------------------------
+
+    def _plan(self, choice: Choice) -> Plan:
+        """The plan of a choice, with schedules for every kernel of the network."""
+        layers, factors = [], {}
+        for layer in self.layers:
+            dense = self.dense.get(layer.name)
+            taken = choice.get(layer.name, dense)
+            reason = self.reasons.get(layer.name)
+            if taken is None or dense is None or taken.form == "dense":
+                if reason is None and choice:
+                    reason = "its error would cost more accuracy than its time is worth"
+                stages = (layer.geometry,) if layer.geometry is not None else ()
+                us = dense.measured_us if dense else None
+                layers.append(
+                    LayerPlan(
+                        layer.name,
+                        layer.geometry,
+                        stages=stages,
+                        algorithms=("direct",) * len(stages) if dense else (),
+                        dense_us=us,
+                        predicted_us=dense.predicted_us if dense else None,
+                        measured_us=us,
+                        reason=reason,
+                    )
+                )
+                continue
+            factors[layer.name] = (taken.factors, taken.bias.astype(np.float32))
+            layers.append(
+                LayerPlan(
+                    layer.name,
+                    layer.geometry,
+                    taken.form,
+                    taken.rank,
+                    taken.stages,
+                    ("direct",) * len(taken.stages),
+                    taken.error,
+                    dense.measured_us,
+                    taken.predicted_us,
+                    taken.measured_us,
+                )
+            )
+        plan = Plan(
+            target=_target_json(self.target),
+            threads=self.threads,
+            seed=self.options.seed,
+            max_drop=self.options.max_drop,
+            metric=self.metric,
+            layers=tuple(layers),
+            factors=factors,
+        )
+        return replace(plan, schedules=self._schedules(plan))
+
+    def _schedules(self, plan: Plan) -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
+        """Best schedule of every workload of the lowered network, measured where none is known."""
+        survey = LowerConvolutions(self.timer.isa, plan.scheduler())
+        survey(plan.factor(self.mod))
+        known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for workload in survey.workloads_:
+            if self.timer.known(workload) is None:
+                self.timer.microseconds(workload)
+            known[workload.key()] = (workload.to_json(), self.timer.choose(workload).to_json())
+        return tuple(known[key] for key in sorted(known))
+
+    def _build(self, plan: Plan, path: Path) -> None:
+        export(compile_module(plan.apply(self.mod), self.target), path)
+
+    def _result(
+        self,
+        before: Quality,
+        after: Quality,
+        slow: verify.Latency,
+        fast: verify.Latency,
+        plan: Plan,
+    ) -> dict[str, Any]:
+        weights = [layer.geometry.weight_count for layer in self.layers if layer.geometry]
+        kept = [sum(stage.weight_count for stage in layer.stages) for layer in plan.layers]
+        return {
+            "samples": after.samples,
+            "synthetic_data": self.split.synthetic,
+            "accuracy_before": before.accuracy,
+            "accuracy_after": after.accuracy,
+            "drop": after.drop,
+            "agreement": after.agreement,
+            "output_error": after.output_error,
+            "latency_before_ms": slow.median_ms,
+            "latency_after_ms": fast.median_ms,
+            "speedup": slow.median_ms / fast.median_ms,
+            "runs": fast.runs,
+            "batch": self.shape[0],
+            "weight_bytes_before": 4 * sum(weights),
+            "weight_bytes_after": 4 * sum(kept),
+        }
+
+
+def _target_json(target: tvm.target.Target) -> dict[str, Any]:
+    return dict(json.loads(str(target)))
+
+
+def _bisect(low: float, high: float, steps: int, keeps: Callable[[float], bool]) -> float:
+    """The least value found in [low, high] for which ``keeps`` holds, or ``high``."""
+    value = low
+    for _ in range(steps):
+        if keeps(value):
+            high = value
+        else:
+            low = value
+        if high <= low:
+            break
+        value = (low + high) / 2
+    return high

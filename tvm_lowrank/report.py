@@ -1,0 +1,79 @@
+"""A plan as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tvm_lowrank.plan import LayerPlan, Plan
+
+
+def render(plan: Plan) -> RenderableType:
+    """One row a convolution, the reasons of those left as they are, then the measured totals."""
+    table = Table(title="convolutions, microseconds", title_justify="left", pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("shape", overflow="fold")
+    table.add_column("form", no_wrap=True)
+    for heading in ("rank", "error", "predicted", "before", "after"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in plan.layers:
+        table.add_row(*_row(layer))
+    before = sum(layer.dense_us or 0.0 for layer in plan.layers)
+    after = sum(layer.measured_us or 0.0 for layer in plan.layers)
+    table.add_section()
+    table.add_row("sum", "", f"{len(plan.rewritten)} rewritten", "", "", "", *_times(before, after))
+    return Group(table, Text(_reasons(plan) + summary(plan)))
+
+
+def _reasons(plan: Plan) -> str:
+    """The layers left dense, grouped by why."""
+    groups: dict[str, list[str]] = {}
+    for layer in plan.layers:
+        if layer.reason:
+            groups.setdefault(layer.reason, []).append(layer.name)
+    return "".join(f"dense: {', '.join(names)} ({why})\n" for why, names in groups.items())
+
+
+def summary(plan: Plan) -> str:
+    """The measured figures in a few lines."""
+    result = plan.result
+    lines = []
+    if not plan.transformed:
+        lines.append(f"The original network is returned: {plan.reason}.")
+    lines.append(
+        f"latency   {result['latency_before_ms']:.3f} ms -> {result['latency_after_ms']:.3f} ms "
+        f"({result['speedup']:.2f}x; medians of {result['runs']} runs in turns, batch "
+        f"{result['batch']}, {plan.threads} threads, same kernels)"
+    )
+    if result["accuracy_before"] is not None:
+        lines.append(
+            f"top-1     {result['accuracy_before']:.2f} % -> {result['accuracy_after']:.2f} % "
+            f"(drop {result['drop']:.2f} points)"
+        )
+    data = "of noise: accuracy was NOT measured" if result["synthetic_data"] else ""
+    lines.append(
+        f"agreement {result['agreement']:.2f} %, relative output error "
+        f"{result['output_error']:.4f} on {result['samples']} samples {data}".rstrip()
+    )
+    lines.append(
+        f"weights   {result['weight_bytes_before'] / 1e6:.2f} MB -> "
+        f"{result['weight_bytes_after'] / 1e6:.2f} MB (convolutions, float32)"
+    )
+    return "\n".join(lines)
+
+
+def _row(layer: LayerPlan) -> list[str]:
+    lossy = layer.form != "dense"
+    return [
+        layer.name,
+        str(layer.geometry or ""),
+        layer.form,
+        str(layer.rank).strip("()") if lossy else "",
+        f"{layer.error:.4f}" if lossy else "",
+        *_times(layer.predicted_us, layer.dense_us, layer.measured_us),
+    ]
+
+
+def _times(*values: float | None) -> list[str]:
+    return ["" if value is None else f"{value:.1f}" for value in values]

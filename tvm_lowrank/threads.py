@@ -1,0 +1,66 @@
+"""How many threads TVM's runtime uses.
+
+TVM starts half as many threads as there are logical processors, taking the other half for
+hyper-threads; on machines without them that halves every speed. Its pool reads
+``TVM_NUM_THREADS`` once, when the first parallel kernel of the process runs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from tvm_lowrank.errors import LowRankError
+
+
+def physical_cores() -> int:
+    """Number of physical cores this process may run on (hyper-threads of one core count once)."""
+    allowed = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(_logical()))
+    )
+    cores = set()
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(topology.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))
+
+
+def set_threads(count: int | None = None) -> int:
+    """Make TVM's runtime use ``count`` threads, all physical cores by default.
+
+    ``TVM_NUM_THREADS`` wins over the default but not over a given count. Must run before the
+    process's first parallel kernel; a warning says so when the pool already has another size.
+
+    Returns
+    -------
+    int
+        The number of threads that the runtime uses.
+
+    Raises
+    ------
+    LowRankError
+        ``count`` is not positive.
+    """
+    if count is None:
+        count = int(os.environ.get("TVM_NUM_THREADS", "0") or 0) or physical_cores()
+    if count < 1:
+        raise LowRankError(f"threads is {count}; give a positive number")
+    os.environ["TVM_NUM_THREADS"] = str(count)
+    import tvm
+
+    used = int(tvm.get_global_func("runtime.NumThreads")())
+    if used != count:
+        warnings.warn(
+            f"TVM's thread pool already runs {used} threads, not {count}: set TVM_NUM_THREADS "
+            "before the first kernel of the process",
+            stacklevel=2,
+        )
+    return used
+
+
+def _logical() -> int:
+    return os.cpu_count() or 1

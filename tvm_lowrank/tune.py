@@ -1,0 +1,169 @@
+"""``python -m tvm_lowrank.tune``: from a trained network to a faster ``.so``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tvm_lowrank import demo
+from tvm_lowrank.data import Samples, read_npz
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.plan import Plan
+from tvm_lowrank.planner import ALGORITHMS, Options, search
+from tvm_lowrank.report import render
+from tvm_lowrank.target import parse_target, target_key
+
+EXAMPLES = """\
+examples:
+  python -m tvm_lowrank.tune
+      tunes the demo network that ships with the package
+  python -m tvm_lowrank.tune resnet.onnx --data images.npz --max-drop 1.0 -o out
+      images.npz holds 'inputs' (samples first, preprocessed) and, optionally, 'labels'
+  python -m tvm_lowrank.tune resnet.onnx --data images.npz --lossless -o out
+      the same network with tuned kernels, nothing approximated
+
+out receives model.so, plan.json, plan.npz and records.jsonl. A run that was interrupted goes on
+from the records when it is started again. Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    make = argparse.ArgumentParser(
+        prog="python -m tvm_lowrank.tune",
+        description="Rewrite a trained CNN into a faster one and build it as a shared library.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = make.add_argument
+    add("model", nargs="?", metavar="MODEL", help=".onnx or .pt2; the demo network if left out")
+    add("--target", default="llvm", help="llvm (this machine), llvm:<mcpu>, or JSON")
+    add("--data", type=Path, metavar="X.npz", help="inputs and labels to fit, choose and judge by")
+    add("--max-drop", type=float, default=1.0, metavar="POINTS", help="budget (default: 1.0)")
+    add("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
+    add("--trials", type=int, default=4, metavar="N", help="schedules tried a kernel (default: 4)")
+    add("--lossless", action="store_true", help="keep every convolution dense")
+    add("--forms", type=_names, metavar="A,B", help=f"among dense,{','.join(FORMS)}")
+    add("--algorithms", type=_names, metavar="A,B", help=f"among {','.join(ALGORITHMS)}")
+    add(
+        "--exclude", type=_names, default=(), metavar="A,B", help="layers (patterns) to leave alone"
+    )
+    add("--batch", type=int, default=1, metavar="N", help="samples a call (default: 1)")
+    add("--threads", type=int, metavar="N", help="default: all physical cores")
+    add("--seed", type=int, default=0, metavar="N")
+    return make
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    console = Console()
+    try:
+        plan = _tune(args, console)
+    except LowRankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; what was measured is in {args.output}, the same command goes on from it",
+            file=sys.stderr,
+        )
+        return 130
+    console.print(render(plan))
+    console.print(f"written   {args.output}/model.so, plan.json, plan.npz, records.jsonl")
+    return 0
+
+
+def _tune(args: argparse.Namespace, console: Console) -> Plan:
+    target = parse_target(args.target)
+    options = Options(
+        max_drop=args.max_drop,
+        forms=("dense",) if args.lossless else args.forms or ("dense", *FORMS),
+        algorithms=args.algorithms or ALGORITHMS,
+        exclude=args.exclude,
+        threads=args.threads,
+        seed=args.seed,
+        trials=args.trials,
+    )
+    mod = load_model(args.model or demo.model_path(), args.batch)
+    data, final = _samples(args)
+    _make_writable(args.output)
+    console.print(f"target {target_key(target)}, batch {args.batch}, output {args.output}")
+    scratch = Path(tempfile.mkdtemp(dir=args.output, prefix=".tune-"))
+    try:
+        with _Bars(console) as bars:
+            records = args.output / "records.jsonl"
+            plan = search(mod, target, data, final, options, records, scratch, bars.report)
+        plan.save(args.output / "plan.json")
+        os.replace(scratch / "model.so", args.output / "model.so")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return plan
+
+
+def _samples(args: argparse.Namespace) -> tuple[Samples | None, Samples | None]:
+    if args.data is not None:
+        return read_npz(args.data), None
+    if args.model is None:
+        return Samples(*demo.calibration()), Samples(*demo.evaluation())
+    print(
+        "warning: no --data: factors are fitted to noise and accuracy is not measured",
+        file=sys.stderr,
+    )
+    return None, None
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LowRankError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another with -o"
+        ) from error
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+class _Bars:
+    """A progress bar for each stage of the search."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description:28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self.tasks: dict[str, int] = {}
+
+    def __enter__(self) -> _Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Move the bar of a stage."""
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=total)
+        self.progress.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The figures that are promised: accuracy and latency of built libraries, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tvm_lowrank.deploy import Network, load
+from tvm_lowrank.metrics import Quality, judge
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one run of a library: median and minimum over ``runs``."""
+
+    median_ms: float
+    minimum_ms: float
+    runs: int
+
+
+def run_all(network: Network, inputs: np.ndarray, batch: int) -> np.ndarray:
+    """Outputs (samples, ...) of a library built for ``batch`` samples a call."""
+    parts = []
+    for start in range(0, len(inputs), batch):
+        chunk = inputs[start : start + batch]
+        missing = batch - len(chunk)
+        if missing:
+            chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
+        outputs = network(chunk)
+        parts.append(outputs[0] if isinstance(outputs, tuple) else outputs)
+    return np.concatenate(parts)[: len(inputs)]
+
+
+def take_turns(
+    paths: list[Path], shape: tuple[int, ...], threads: int, seconds: float = 2.0
+) -> list[Latency]:
+    """Latency of several libraries, run in turns so that a change of the machine's speed hits all.
+
+    Each turn runs every library a few times; about ``seconds`` are spent on each.
+    """
+    rng = np.random.default_rng(0)
+    networks = [load(path, threads) for path in paths]
+    inputs = [[n.tensor(rng.standard_normal(shape, np.float32))] for n in networks]
+    times: list[list[float]] = [[] for _ in networks]
+    for network, args in zip(networks, inputs, strict=True):
+        for _ in range(3):
+            network.call(args)
+    turns = 0
+    deadline = time.perf_counter() + seconds * len(networks)
+    while turns < 8 or time.perf_counter() < deadline:
+        for network, args, spent in zip(networks, inputs, times, strict=True):
+            network.call(args)  # brings its own weights back into the caches
+            for _ in range(3):
+                start = time.perf_counter()
+                network.call(args)
+                spent.append(1e3 * (time.perf_counter() - start))
+        turns += 1
+    return [Latency(statistics.median(spent), min(spent), len(spent)) for spent in times]
+
+
+def quality(
+    path: Path,
+    inputs: np.ndarray,
+    labels: np.ndarray | None,
+    original: np.ndarray,
+    metric: str,
+    batch: int,
+    threads: int,
+) -> Quality:
+    """Judge a built library on samples, against the outputs of the untransformed library."""
+    return judge(run_all(load(path, threads), inputs, batch), original, labels, metric)
