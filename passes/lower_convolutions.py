@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from tvm import relax
 from tvm_lowrank.passes.fold_affine import is_canonical_conv2d
 from tvm_lowrank.passes.graph import (
     Rewriter,
-    constant,
     constant_array,
     is_constant,
     op_name,
     static_shape,
 )
-from tvm_lowrank.schedules.x86 import convolution, layout, packing, pooling
+from tvm_lowrank.passes.kernel_calls import Convolution, KernelCalls, Shape, WeightParameter
+from tvm_lowrank.schedules.x86 import pooling
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
 
@@ -31,18 +31,6 @@ _EPILOGUE_OPS = {"nn.relu": "relu", "sigmoid": "sigmoid"}
 _BLOCKED_OPS = {"nn.relu", "sigmoid", "tanh", "clip", "nn.leakyrelu", "nn.silu", "nn.gelu"}
 # Inputs of so few channels are read from NCHW as they are: blocking would mostly copy zeros.
 PLAIN_CHANNELS = 4
-
-
-@dataclass(frozen=True)
-class WeightParameter:
-    """A parameter that stands for a layer's weight or bias when weights are the function's inputs.
-
-    ``pack`` takes the OIHW weight, or the bias of shape (F,), to the array that the kernel reads.
-    """
-
-    layer: str
-    kind: str
-    pack: Callable[[np.ndarray], np.ndarray]
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerConvolutions")
@@ -81,20 +69,9 @@ class LowerConvolutions:
         """Rewrite ``main``."""
         lowerer = _Lowerer(mod, self.isa, self.choose, self.weights_as_parameters)
         lowered = lowerer.run()
-        self.parameters_ = lowerer.parameters
-        self.workloads_ = lowerer.workloads
+        self.parameters_ = lowerer.calls.parameters
+        self.workloads_ = lowerer.calls.workloads
         return lowered
-
-
-@dataclass
-class _Pending:
-    """A convolution whose kernel is not written yet: its epilogue may still grow."""
-
-    data: _Tensor
-    weight: np.ndarray
-    geometry: ConvGeometry
-    layer: str | None
-    steps: list[tuple[str, list[Any]]] = field(default_factory=list)
 
 
 @dataclass
@@ -107,10 +84,23 @@ class _Tensor:
     pending: _Pending | None = None
 
     @property
-    def nchw(self) -> tuple[int, int, int, int]:
+    def nchw(self) -> Shape:
         """The shape with the map that a flat (N, C) tensor lacks."""
         n, c, h, w = (*self.shape, 1, 1)[:4]
         return n, c, h, w
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether it is, or will be, there in blocks without a conversion."""
+        return self.blocked is not None or self.pending is not None
+
+
+@dataclass
+class _Pending:
+    """A convolution whose call is not written yet: its epilogue may still grow."""
+
+    data: _Tensor
+    conv: Convolution
 
 
 class _Lowerer(Rewriter):
@@ -122,13 +112,7 @@ class _Lowerer(Rewriter):
         weights_as_parameters: bool,
     ) -> None:
         super().__init__(mod)
-        self.isa = isa
-        self.choose = choose
-        self.weights_as_parameters = weights_as_parameters
-        self.parameters: list[WeightParameter] = []
-        self.workloads: list[ConvWorkload] = []
-        self.variables: list[relax.Var] = []
-        self.kernels: dict[Any, tvm.ir.GlobalVar] = {}
+        self.calls = KernelCalls(self, isa, choose, weights_as_parameters)
         self.count = 0
 
     # -- one operator each ---------------------------------------------------------------------
@@ -163,7 +147,7 @@ class _Lowerer(Rewriter):
         data = self._tensor(value.args[0])
         shape = (geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width)
         weight = constant_array(value.args[1])
-        return _Tensor(shape, pending=_Pending(data, weight, geometry, layer))
+        return _Tensor(shape, pending=_Pending(data, Convolution(geometry, weight, layer)))
 
     def _dense(self, value: relax.Call) -> _Tensor | None:
         left, right = value.args
@@ -175,7 +159,7 @@ class _Lowerer(Rewriter):
             return None
         geometry = ConvGeometry(weight.shape[0], weight.shape[1], 1, 1, (1, 1), batch=shape[0])
         kernel = np.ascontiguousarray(weight.T)[:, :, None, None]
-        pending = _Pending(self._tensor(left), kernel, geometry, None)
+        pending = _Pending(self._tensor(left), Convolution(geometry, kernel, None))
         return _Tensor((shape[0], weight.shape[1]), pending=pending)
 
     def _binary(self, name: str, value: relax.Call) -> _Tensor | None:
@@ -188,7 +172,7 @@ class _Lowerer(Rewriter):
             vector = _channel_vector(const, self.values[tensor].shape)
             if vector is None:
                 return None
-            _append_channelwise(pending.steps, name, vector)
+            _append_channelwise(pending.conv.steps, name, vector)
             return self._continue(tensor)
         if name != "add" or static_shape(left) is None or left.same_as(right):
             return None
@@ -196,15 +180,15 @@ class _Lowerer(Rewriter):
             return None
         for here, there in ((right, left), (left, right)):
             pending = self._open(here)
-            if pending is None or any(step == "residual" for step, _ in pending.steps):
+            if pending is None or any(step == "residual" for step, _ in pending.conv.steps):
                 continue
             other = self._tensor(there)
-            pending.steps.append(("residual", [self._blocked(other)]))
+            pending.conv.steps.append(("residual", [self._blocked(other)]))
             return self._continue(here)
         first, second = self.values.get(left), self.values.get(right)
         if not (isinstance(first, _Tensor) and isinstance(second, _Tensor)):
             return None
-        if (first.blocked or first.pending) and (second.blocked or second.pending):
+        if first.is_blocked and second.is_blocked:
             both = relax.op.add(self._blocked(first), self._blocked(second))
             return _Tensor(first.shape, blocked=self.emit(both))
         return None
@@ -212,10 +196,10 @@ class _Lowerer(Rewriter):
     def _unary(self, name: str, value: relax.Call) -> _Tensor | None:
         pending = self._open(value.args[0])
         if pending is not None and name in _EPILOGUE_OPS:
-            pending.steps.append((_EPILOGUE_OPS[name], []))
+            pending.conv.steps.append((_EPILOGUE_OPS[name], []))
             return self._continue(value.args[0])
         source = self.values.get(value.args[0])
-        if not isinstance(source, _Tensor) or not (source.blocked or source.pending):
+        if not isinstance(source, _Tensor) or not source.is_blocked:
             return None
         args = [self._blocked(source), *(self.substitute(arg) for arg in value.args[1:])]
         call = relax.Call(value.op, args, value.attrs, value.ty_args)
@@ -224,7 +208,7 @@ class _Lowerer(Rewriter):
     def _pool(self, name: str, value: relax.Call) -> _Tensor | None:
         source = self.values.get(value.args[0])
         attrs = value.attrs
-        if not isinstance(source, _Tensor) or not (source.blocked or source.pending):
+        if not isinstance(source, _Tensor) or not source.is_blocked:
             return None
         if str(attrs.layout) != "NCHW" or str(attrs.out_layout) != "NCHW" or len(source.shape) != 4:
             return None
@@ -244,11 +228,11 @@ class _Lowerer(Rewriter):
         shape = (batch, channels, workload.out_height, workload.out_width)
         if shape != static_shape(value):
             return None  # ceil_mode gave it another size
-        return self._emit_pool(workload, source)
+        return _Tensor(shape, blocked=self.calls.pool(self._blocked(source), workload))
 
     def _global_pool(self, name: str, value: relax.Call) -> _Tensor | None:
         source = self.values.get(value.args[0])
-        if not isinstance(source, _Tensor) or not (source.blocked or source.pending):
+        if not isinstance(source, _Tensor) or not source.is_blocked:
             return None
         if len(source.shape) != 4:
             return None
@@ -258,17 +242,8 @@ class _Lowerer(Rewriter):
             return None
         if out not in ((batch, channels, 1, 1), (batch, channels)):
             return None
-        pooled = self._emit_pool(
-            pooling.PoolWorkload("avg", batch, channels, height, width, (height, width), (1, 1)),
-            source,
-        )
-        return _Tensor(out, blocked=pooled.blocked)
-
-    def _emit_pool(self, workload: pooling.PoolWorkload, source: _Tensor) -> _Tensor:
-        gvar = self._kernel(workload, lambda: pooling.emit_pool(workload, self.isa), workload.kind)
-        shape = (workload.batch, workload.channels, workload.out_height, workload.out_width)
-        call = relax.call_tir(gvar, [self._blocked(source)], self._blocked_type(shape))
-        return _Tensor(shape, blocked=self.emit(call))
+        workload = pooling.PoolWorkload.global_average(batch, channels, height, width)
+        return _Tensor(out, blocked=self.calls.pool(self._blocked(source), workload))
 
     def _flatten(self, value: relax.Call, shape: tuple[int, ...] | None) -> _Tensor | None:
         source = self.values.get(value.args[0])
@@ -300,113 +275,38 @@ class _Lowerer(Rewriter):
         tensor = self.values[expr]
         return _Tensor(tensor.shape, pending=tensor.pending)
 
-    def _blocked_type(self, shape: Sequence[int]) -> relax.TensorType:
-        n, c, h, w = (*shape, 1, 1)[:4]
-        return relax.TensorType((n, -(-c // self.isa.lanes), h, w, self.isa.lanes), "float32")
-
     def _blocked(self, tensor: _Tensor) -> relax.Expr:
         if tensor.pending is not None:
             tensor.blocked = self._write(tensor.pending)
             tensor.pending = None
         if tensor.blocked is None:
-            n, c, h, w = tensor.nchw
             plain = tensor.plain
             if len(tensor.shape) == 2:
                 plain = self.emit(relax.op.reshape(plain, tensor.nchw))
-            gvar = self._kernel(
-                ("block", tensor.nchw), lambda: layout.emit_block(n, c, h, w, self.isa), "block"
-            )
-            call = relax.call_tir(gvar, [plain], self._blocked_type(tensor.shape))
-            tensor.blocked = self.emit(call)
+            tensor.blocked = self.calls.block(plain, tensor.nchw)
         return tensor.blocked
 
     def resolve(self, value: Any) -> relax.Expr:
         if not isinstance(value, _Tensor):
             return value
         if value.plain is None:
-            n, c, h, w = value.nchw
-            blocked = self._blocked(value)
-            gvar = self._kernel(
-                ("unblock", value.nchw),
-                lambda: layout.emit_unblock(n, c, h, w, self.isa),
-                "unblock",
-            )
-            call = relax.call_tir(gvar, [blocked], relax.TensorType(value.nchw, "float32"))
-            value.plain = self.emit(call)
+            value.plain = self.calls.unblock(self._blocked(value), value.nchw)
             if len(value.shape) == 2:
                 value.plain = self.emit(relax.op.reshape(value.plain, value.shape))
         return value.plain
 
-    # -- kernels -------------------------------------------------------------------------------
-
     def _write(self, pending: _Pending) -> relax.Expr:
-        data, geometry, isa = pending.data, pending.geometry, self.isa
-        few = geometry.in_channels <= PLAIN_CHANNELS or len(data.shape) == 2
-        in_block = 1 if few and data.plain is not None else isa.lanes
-        if in_block == 1:
-            source = data.plain
-            if len(data.shape) == 2:
-                source = self.emit(relax.op.reshape(source, data.nchw))
-        else:
-            source = self._blocked(data)
-        workload = ConvWorkload(geometry, in_block, tuple(name for name, _ in pending.steps))
-        schedule = self.choose(workload)
-        self.workloads.append(workload)
-        gvar = self._kernel(
-            (workload, schedule), lambda: convolution.emit(workload, schedule, isa), "conv2d"
-        )
-        args: list[relax.Expr] = [source, self._weight(pending, workload, schedule)]
-        for index, (name, operands) in enumerate(pending.steps):
-            if name == "bias" and index == 0:
-                args.append(self._bias(pending, operands[0]))
-            elif name in ("bias", "affine"):
-                args += [constant(packing.pack_channels(vector, isa)) for vector in operands]
-            else:
-                args += operands
-        shape = (geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width)
-        return self.emit(relax.call_tir(gvar, args, self._blocked_type(shape)))
-
-    def _weight(
-        self, pending: _Pending, workload: ConvWorkload, schedule: ConvSchedule
-    ) -> relax.Expr:
-        isa = self.isa
-
-        def pack(weight: np.ndarray) -> np.ndarray:
-            return packing.pack_weights(weight, workload, schedule, isa)
-
-        return self._parameter_or_constant(pending.layer, "weight", pack, pending.weight)
-
-    def _bias(self, pending: _Pending, vector: np.ndarray) -> relax.Expr:
-        isa = self.isa
-
-        def pack(bias: np.ndarray) -> np.ndarray:
-            return packing.pack_channels(bias, isa)
-
-        return self._parameter_or_constant(pending.layer, "bias", pack, vector)
-
-    def _parameter_or_constant(
-        self,
-        layer: str | None,
-        kind: str,
-        pack: Callable[[np.ndarray], np.ndarray],
-        array: np.ndarray,
-    ) -> relax.Expr:
-        packed = pack(np.asarray(array, np.float32))
-        if layer is None or not self.weights_as_parameters:
-            return constant(packed)
-        variable = relax.Var(f"{layer}_{kind}", relax.TensorType(packed.shape, "float32"))
-        self.variables.append(variable)
-        self.parameters.append(WeightParameter(layer, kind, pack))
-        return variable
-
-    def _kernel(self, key: Any, make: Callable[[], Any], name: str) -> tvm.ir.GlobalVar:
-        if key not in self.kernels:
-            func = make().without_attr("global_symbol")
-            self.kernels[key] = self.builder.add_func(func, f"lowrank_{name}")
-        return self.kernels[key]
+        data = pending.data
+        few = pending.conv.geometry.in_channels <= PLAIN_CHANNELS or len(data.shape) == 2
+        if data.plain is None or not few:
+            return self.calls.convolve(self._blocked(data), self.calls.isa.lanes, pending.conv)
+        plain = data.plain
+        if len(data.shape) == 2:
+            plain = self.emit(relax.op.reshape(plain, data.nchw))
+        return self.calls.convolve(plain, 1, pending.conv)
 
     def extra_params(self) -> Sequence[relax.Var]:
-        return self.variables
+        return self.calls.variables
 
 
 def _pair(values: Any) -> tuple[int, int]:

@@ -23,6 +23,23 @@ class Quality:
     output_error: float
     samples: int
 
+    @property
+    def standard_error(self) -> float:
+        """Of ``drop``, in its unit: samples whose class changed come and go by chance."""
+        if self.metric == "output_error":
+            return 0.0
+        changed = max(1.0 - self.agreement / 100.0, 1.0 / self.samples)
+        return 100.0 * float(np.sqrt(changed / self.samples))
+
+    @property
+    def cautious_drop(self) -> float:
+        """``drop`` and half its standard error.
+
+        Among many choices the one that looks best on few samples is partly the luckiest; without
+        this allowance most of them fail on other samples.
+        """
+        return self.drop + self.standard_error / 2
+
 
 def judge(
     outputs: np.ndarray, original: np.ndarray, labels: np.ndarray | None, metric: str

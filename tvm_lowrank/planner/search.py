@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,11 +12,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_lowrank import allocate, verify
-from tvm_lowrank.allocate import Choice
 from tvm_lowrank.build import compile_module, export
-from tvm_lowrank.calibrate import input_moments, sensitivities
-from tvm_lowrank.candidates import Candidate, confirm, dense_candidate, propose
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.data import DataSplit, Samples, input_shape, split
 from tvm_lowrank.decompose import FORMS
@@ -27,23 +22,21 @@ from tvm_lowrank.metrics import Quality, judge
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.planner import verify
+from tvm_lowrank.planner.allocate import Choice
+from tvm_lowrank.planner.calibrate import input_moments
+from tvm_lowrank.planner.candidates import Candidate, confirm, dense_candidate, propose
+from tvm_lowrank.planner.curve import Curve, Report
+from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
-from tvm_lowrank.refit import refit
 from tvm_lowrank.target import parse_target, target_key
 from tvm_lowrank.threads import set_threads
-from tvm_lowrank.trial import TrialNetwork
 
 ALGORITHMS = ("direct",)
-# Samples on which sensitivities are taken, points of the speed/accuracy curve that are evaluated,
-# and built networks that may miss the budget before the original is returned.
-_PROBE_SAMPLES = 64
-_CURVE_POINTS = 8
-_REFIT_POINTS = 4
+# Built networks that may miss the budget before the original is returned.
 _BUILDS = 4
 # A network that is not faster by this much is not worth its error.
 _WORTHWHILE = 0.98
-
-Report = Callable[[str, int, int], None]
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:
@@ -98,15 +91,6 @@ def search(
 
 
 @dataclass
-class _Point:
-    """A point of the speed/accuracy curve."""
-
-    choice: Choice
-    microseconds: float
-    quality: Quality
-
-
-@dataclass
 class _Search:
     mod: tvm.IRModule
     target_spec: Any
@@ -134,8 +118,7 @@ class _Search:
         self._measure_dense()
         candidates = self._candidates()
         self._build(self._plan({}), self.directory / "dense.so")
-        points = self._curve(candidates) if candidates else []
-        return self._conclude(points, candidates)
+        return self._conclude(candidates)
 
     # -- the candidates of each layer ----------------------------------------------------------
 
@@ -196,93 +179,66 @@ class _Search:
 
     # -- the network ---------------------------------------------------------------------------
 
-    def _curve(self, options: dict[str, list[Candidate]]) -> list[_Point]:
-        """Choices between all dense and all fastest, judged on the selection samples.
+    def _conclude(self, candidates: dict[str, list[Candidate]]) -> Plan:
+        """Build the fastest choice that promises to keep the budget, and judge the library.
 
-        First with the factors as they were fitted layer by layer, which costs one run of the
-        network each; then, from the fastest of those that keeps the budget towards faster ones,
-        with the factors refitted in sequence.
+        A library that misses the budget on the evaluation samples is followed by one with half its
+        gain, a few times; then, or when the library is not faster, the original is returned.
         """
-        trial = TrialNetwork(self.normalised, self.layers, self.timer)
-        select = self.split.select
-        original = trial.run(select.inputs)
-        probe = slice(0, _PROBE_SAMPLES)
-        sensitivity = sensitivities(
-            trial,
-            options,
-            select.inputs[probe],
-            original[probe],
-            self.metric != "output_error",
-            lambda done: self.report("sensitivity of layers", done, len(options)),
-        )
-        points: list[_Point] = []
-
-        def judged(budget: float, refitted: bool) -> bool:
-            choice = allocate.for_time(options, sensitivity, budget)
-            if refitted:
-                layers = {layer.name: layer for layer in self.layers}
-                inputs = self.split.fit.inputs
-                choice = refit(self.observer, layers, choice, inputs, self.options.seed)
-            weights = {n: (c.weight, c.bias) for n, c in choice.items() if c.form != "dense"}
-            outputs = trial.run(select.inputs, weights)
-            quality = judge(outputs, original, select.labels, self.metric)
-            points.append(_Point(choice, allocate.microseconds(choice), quality))
-            self.report("choosing", len(points), _CURVE_POINTS + _REFIT_POINTS)
-            return quality.drop <= self.options.max_drop
-
-        fastest = sum(candidates[0].measured_us for candidates in options.values())
-        slowest = sum(candidates[-1].measured_us for candidates in options.values())
-        within = _bisect(fastest, slowest, _CURVE_POINTS, lambda budget: judged(budget, False))
-        _bisect(fastest, within, _REFIT_POINTS, lambda budget: judged(budget, True))
-        return points
-
-    def _conclude(self, points: list[_Point], options: dict[str, list[Candidate]]) -> Plan:
-        """Build the fastest promising points until one keeps the budget on the final samples."""
         dense_path, path = self.directory / "dense.so", self.directory / "model.so"
-        final = self.split.final
-        batch = self.shape[0]
-        original = verify.run_all(verify.load(dense_path, self.threads), final.inputs, batch)
-        before = judge(original, original, final.labels, self.metric)
-        promising = sorted(
-            (p for p in points if p.quality.drop <= self.options.max_drop),
-            key=lambda p: p.microseconds,
-        )[:_BUILDS]
-        reason = (
-            "no layer has a faster candidate"
-            if not options
-            else (
-                f"no choice keeps {self.metric} within {self.options.max_drop} where it is chosen"
-            )
+        final, limit = self.split.final, self.options.max_drop
+        original = verify.run_all(
+            verify.load(dense_path, self.threads), final.inputs, self.shape[0]
         )
-        for attempt, point in enumerate(promising):
-            self.report("building and judging", attempt, len(promising))
-            plan = self._plan(point.choice)
-            if not plan.rewritten:
-                continue
-            self._build(plan, path)
-            after = verify.quality(
-                path, final.inputs, final.labels, original, self.metric, batch, self.threads
-            )
-            if after.drop > self.options.max_drop:
-                reason = (
-                    f"{self.metric} falls by {after.drop:.2f}, more than {self.options.max_drop}, "
-                    "on the evaluation samples"
+        before = judge(original, original, final.labels, self.metric)
+        reason = "no layer has a faster candidate"
+        if candidates:
+            curve = self._curve(candidates)
+            point = curve.search()
+            reason = f"no choice keeps {self.metric} within {limit} on the selection samples"
+            for attempt in range(_BUILDS):
+                if point is None:
+                    break
+                self.report("building and judging", attempt, _BUILDS)
+                plan = self._plan(point.choice)
+                built = self._build(plan, self.directory / f"attempt{attempt}.so")
+                outputs = verify.run_all(
+                    verify.load(built, self.threads), final.inputs, self.shape[0]
                 )
-                continue
-            slow, fast = verify.take_turns([dense_path, path], self.shape, self.threads)
-            if fast.median_ms > _WORTHWHILE * slow.median_ms:
-                reason = (
-                    f"the transformed network takes {fast.median_ms:.3f} ms, the original "
-                    f"{slow.median_ms:.3f} ms"
-                )
-                continue
-            self.report("building and judging", len(promising), len(promising))
-            return replace(plan, result=self._result(before, after, slow, fast, plan))
-        path.unlink(missing_ok=True)
+                after = judge(outputs, original, final.labels, self.metric)
+                if after.drop > limit:
+                    reason = (
+                        f"{self.metric} falls by {after.drop:.2f}, more than {limit}, "
+                        "on the evaluation samples"
+                    )
+                    point = curve.half_the_gain(point)
+                    continue
+                slow, fast = verify.take_turns([dense_path, built], self.shape, self.threads)
+                if fast.median_ms > _WORTHWHILE * slow.median_ms:
+                    reason = (
+                        f"the transformed network takes {fast.median_ms:.3f} ms, the original "
+                        f"{slow.median_ms:.3f} ms"
+                    )
+                    break
+                self.report("building and judging", _BUILDS, _BUILDS)
+                built.rename(path)
+                return replace(plan, result=self._result(before, after, slow, fast, plan))
         dense_path.rename(path)
         (latency,) = verify.take_turns([path], self.shape, self.threads)
         plan = replace(self._plan({}), transformed=False, reason=reason)
         return replace(plan, result=self._result(before, before, latency, latency, plan))
+
+    def _curve(self, candidates: dict[str, list[Candidate]]) -> Curve:
+        return Curve(
+            TrialNetwork(self.normalised, self.layers, self.timer),
+            self.observer,
+            candidates,
+            self.split,
+            self.metric,
+            self.options.max_drop,
+            self.options.seed,
+            self.report,
+        )
 
     # -- making values ---------------------------------------------------------------------------
 
@@ -348,8 +304,8 @@ class _Search:
             known[workload.key()] = (workload.to_json(), self.timer.choose(workload).to_json())
         return tuple(known[key] for key in sorted(known))
 
-    def _build(self, plan: Plan, path: Path) -> None:
-        export(compile_module(plan.apply(self.mod), self.target), path)
+    def _build(self, plan: Plan, path: Path) -> Path:
+        return export(compile_module(plan.apply(self.mod), self.target), path)
 
     def _result(
         self,
@@ -381,17 +337,3 @@ class _Search:
 
 def _target_json(target: tvm.target.Target) -> dict[str, Any]:
     return dict(json.loads(str(target)))
-
-
-def _bisect(low: float, high: float, steps: int, keeps: Callable[[float], bool]) -> float:
-    """The least value found in [low, high] for which ``keeps`` holds, or ``high``."""
-    value = low
-    for _ in range(steps):
-        if keeps(value):
-            high = value
-        else:
-            low = value
-        if high <= low:
-            break
-        value = (low + high) / 2
-    return high

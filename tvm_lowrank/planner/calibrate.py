@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from tvm_lowrank.candidates import Candidate
 from tvm_lowrank.decompose.moments import InputMoments, MomentAccumulator
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.metrics import divergence
-from tvm_lowrank.trial import TrialNetwork, Weights
+from tvm_lowrank.planner.candidates import Candidate
+from tvm_lowrank.planner.trial import TrialNetwork, Weights
 
 # Output positions sampled of each image.
 POSITIONS = 64

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from tvm_lowrank.deploy import Network, load
-from tvm_lowrank.metrics import Quality, judge
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,3 @@ def take_turns(
                 spent.append(1e3 * (time.perf_counter() - start))
         turns += 1
     return [Latency(statistics.median(spent), min(spent), len(spent)) for spent in times]
-
-
-def quality(
-    path: Path,
-    inputs: np.ndarray,
-    labels: np.ndarray | None,
-    original: np.ndarray,
-    metric: str,
-    batch: int,
-    threads: int,
-) -> Quality:
-    """Judge a built library on samples, against the outputs of the untransformed library."""
-    return judge(run_all(load(path, threads), inputs, batch), original, labels, metric)

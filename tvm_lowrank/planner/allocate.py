@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tvm_lowrank.candidates import Candidate
+from tvm_lowrank.planner.candidates import Candidate
 
 Choice = dict[str, Candidate]
 

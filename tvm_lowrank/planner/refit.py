@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from tvm_lowrank.allocate import Choice
-from tvm_lowrank.calibrate import POSITIONS, gathered
-from tvm_lowrank.candidates import Candidate
 from tvm_lowrank.decompose import FORMS, InputMoments, PatchSampler, relative_error
 from tvm_lowrank.layer import ConvLayer
-from tvm_lowrank.trial import TrialNetwork
+from tvm_lowrank.planner.allocate import Choice
+from tvm_lowrank.planner.calibrate import POSITIONS, gathered
+from tvm_lowrank.planner.candidates import Candidate
+from tvm_lowrank.planner.trial import TrialNetwork
 
 # Multiplications spent on running the network for the refit of one layer, and the least samples.
 _WORK = 1e11
@@ -21,7 +21,6 @@ _FEWEST = 64
 
 def refit(
     observer: TrialNetwork,
-    layers: Mapping[str, ConvLayer],
     choice: Choice,
     inputs: np.ndarray,
     seed: int,
@@ -38,8 +37,6 @@ def refit(
     ----------
     observer : TrialNetwork
         Made with ``expose=True``.
-    layers : mapping
-        Name to layer, for all layers of the choice.
     inputs : np.ndarray
         Samples (n, ...); fewer are used for networks of many multiplications.
 
@@ -48,6 +45,7 @@ def refit(
     Choice
         With new factors, biases and errors (on the approximated inputs); times are unchanged.
     """
+    layers = observer.layers
     work = sum(layer.geometry.multiplications for layer in layers.values() if layer.geometry)
     inputs = inputs[: max(_FEWEST, int(_WORK * observer.batch / max(work, 1)))]
     order = [n for n in layers if n in choice and choice[n].form != "dense"]

@@ -1,0 +1,155 @@
+"""Calls of the plugin's x86 kernels, written into a function that a pass builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm_lowrank.passes.graph import Rewriter, constant
+from tvm_lowrank.schedules.x86 import convolution, layout, packing, pooling
+from tvm_lowrank.schedules.x86.isa import VectorISA
+from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+
+from tvm_lowrank.geometry import ConvGeometry
+
+# (N, C, H, W); maps of flat tensors (N, C) have one pixel.
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class WeightParameter:
+    """A parameter that stands for a layer's weight or bias when weights are the function's inputs.
+
+    ``pack`` takes the OIHW weight, or the bias of shape (F,), to the array that the kernel reads.
+    """
+
+    layer: str
+    kind: str
+    pack: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass
+class Convolution:
+    """A convolution to be called: its weight and the epilogue steps with their operands.
+
+    ``layer`` names a conv2d layer, None a dense one. Steps are those of `ConvWorkload.epilogue`;
+    operands are channel vectors for ``bias`` and ``affine``, a blocked tensor for ``residual``.
+    """
+
+    geometry: ConvGeometry
+    weight: np.ndarray
+    layer: str | None
+    steps: list[tuple[str, list[Any]]] = field(default_factory=list)
+
+
+class KernelCalls:
+    """Writes kernel calls through a `Rewriter`; each kernel is added to the module once.
+
+    Parameters
+    ----------
+    rewriter : Rewriter
+        Receives the bindings and the kernels.
+    isa : VectorISA
+        Vector width and registers of the target.
+    choose : callable
+        Takes a `ConvWorkload`, gives the `ConvSchedule` to emit it with.
+    weights_as_parameters : bool
+        Collect weights and first biases of conv2d layers in ``parameters`` and ``variables``
+        instead of embedding them.
+    """
+
+    def __init__(
+        self,
+        rewriter: Rewriter,
+        isa: VectorISA,
+        choose: Callable[[ConvWorkload], ConvSchedule],
+        weights_as_parameters: bool,
+    ) -> None:
+        self.rewriter = rewriter
+        self.isa = isa
+        self.choose = choose
+        self.weights_as_parameters = weights_as_parameters
+        self.parameters: list[WeightParameter] = []
+        self.variables: list[relax.Var] = []
+        self.workloads: list[ConvWorkload] = []
+        self._kernels: dict[Any, tvm.ir.GlobalVar] = {}
+
+    def block(self, plain: relax.Expr, shape: Shape) -> relax.Expr:
+        """NCHW to NCHW[x]c."""
+        gvar = self._kernel(("block", shape), lambda: layout.emit_block(*shape, self.isa), "block")
+        return self._call(gvar, [plain], self._blocked_type(shape))
+
+    def unblock(self, blocked: relax.Expr, shape: Shape) -> relax.Expr:
+        """NCHW[x]c to NCHW."""
+        gvar = self._kernel(
+            ("unblock", shape), lambda: layout.emit_unblock(*shape, self.isa), "unblock"
+        )
+        return self._call(gvar, [blocked], relax.TensorType(shape, "float32"))
+
+    def pool(self, blocked: relax.Expr, workload: pooling.PoolWorkload) -> relax.Expr:
+        """Pooling of a blocked map."""
+        gvar = self._kernel(
+            workload, lambda: pooling.emit_pool(workload, self.isa), f"{workload.kind}_pool"
+        )
+        shape = (workload.batch, workload.channels, workload.out_height, workload.out_width)
+        return self._call(gvar, [blocked], self._blocked_type(shape))
+
+    def convolve(self, source: relax.Expr, in_block: int, conv: Convolution) -> relax.Expr:
+        """A convolution with epilogue, of a blocked map (``in_block`` lanes) or a plain one (1)."""
+        geometry, isa = conv.geometry, self.isa
+        workload = ConvWorkload(geometry, in_block, tuple(name for name, _ in conv.steps))
+        schedule = self.choose(workload)
+        self.workloads.append(workload)
+        gvar = self._kernel(
+            (workload, schedule), lambda: convolution.emit(workload, schedule, isa), "conv2d"
+        )
+
+        def pack_weight(weight: np.ndarray) -> np.ndarray:
+            return packing.pack_weights(weight, workload, schedule, isa)
+
+        def pack_bias(bias: np.ndarray) -> np.ndarray:
+            return packing.pack_channels(bias, isa)
+
+        args = [source, self._weight(conv.layer, "weight", pack_weight, conv.weight)]
+        for index, (name, operands) in enumerate(conv.steps):
+            if name == "bias" and index == 0:
+                args.append(self._weight(conv.layer, "bias", pack_bias, operands[0]))
+            elif name in ("bias", "affine"):
+                args += [constant(pack_bias(vector)) for vector in operands]
+            else:
+                args += operands
+        shape = (geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width)
+        return self._call(gvar, args, self._blocked_type(shape))
+
+    def _weight(
+        self,
+        layer: str | None,
+        kind: str,
+        pack: Callable[[np.ndarray], np.ndarray],
+        array: np.ndarray,
+    ) -> relax.Expr:
+        packed = pack(np.asarray(array, np.float32))
+        if layer is None or not self.weights_as_parameters:
+            return constant(packed)
+        variable = relax.Var(f"{layer}_{kind}", relax.TensorType(packed.shape, "float32"))
+        self.variables.append(variable)
+        self.parameters.append(WeightParameter(layer, kind, pack))
+        return variable
+
+    def _blocked_type(self, shape: Sequence[int]) -> relax.TensorType:
+        n, c, h, w = shape
+        return relax.TensorType((n, -(-c // self.isa.lanes), h, w, self.isa.lanes), "float32")
+
+    def _kernel(self, key: Any, make: Callable[[], Any], name: str) -> tvm.ir.GlobalVar:
+        if key not in self._kernels:
+            self._kernels[key] = self.rewriter.builder.add_func(make(), f"lowrank_{name}")
+        return self._kernels[key]
+
+    def _call(
+        self, gvar: tvm.ir.GlobalVar, args: list[relax.Expr], out: relax.TensorType
+    ) -> relax.Expr:
+        return self.rewriter.emit(relax.call_tir(gvar, args, out))

@@ -1,0 +1,10 @@
+"""The search for the fastest network inside the accuracy budget; `search` runs its steps in order.
+
+`candidates` says what each layer may become, `calibrate` what the data says about layers, `trial`
+tries weights without compiling, `allocate` picks one candidate a layer, `refit` fits those again in
+sequence, `curve` walks from slow and exact to fast and approximate, `verify` judges libraries.
+"""
+
+from tvm_lowrank.planner.search import ALGORITHMS, Options, search
+
+__all__ = ["ALGORITHMS", "Options", "search"]
