@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +12,7 @@ from tvm_lowrank.plan import LayerPlan, Plan
 
 def render(plan: Plan) -> RenderableType:
     """One row a convolution, the reasons of those left as they are, then the measured totals."""
-    table = Table(title="convolutions, microseconds", title_justify="left", pad_edge=False)
+    table = Table(title="convolutions, microseconds", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("layer", no_wrap=True)
     table.add_column("shape", overflow="fold")
     table.add_column("form", no_wrap=True)

@@ -67,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     args = parser().parse_args(argv)
-    console = Console()
+    # A file or a pipe has no width of its own; the table takes what it needs.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         plan = _tune(args, console)
     except LowRankError as error:
