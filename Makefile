@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= out
+# Optional: `make test TORCH=torch` also runs the tests that need PyTorch.
+TORCH ?=
 
 .PHONY: demo test lint results clean
 
@@ -29,7 +31,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet -e '.[test]' $(TORCH)
 	touch $@
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python

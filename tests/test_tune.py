@@ -59,26 +59,37 @@ def test_lossless_equals_onnx_runtime(files, small, tmp_path):
     assert relative(built, reference(small, x)) < 1e-5
 
 
-def test_a_killed_run_goes_on_from_its_records(files, tmp_path):
+def stop_after(command, records, count, number):
+    """Start the command, send it a signal once it has that many records, return its exit code."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (records.exists() and len(records.read_bytes().splitlines()) >= count):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def test_an_interrupted_and_then_killed_run_goes_on_from_its_records(files, tmp_path):
     command = [sys.executable, "-m", "tvm_lowrank.tune", str(files / "net.onnx")]
     command += ["--data", str(files / "data.npz"), "--trials", "2", "-o", str(tmp_path)]
     records = tmp_path / "records.jsonl"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (records.exists() and len(records.read_bytes().splitlines()) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = records.read_bytes().rpartition(b"\n")[0]
+    assert stop_after(command, records, 2, signal.SIGINT) == 130
+    assert list(tmp_path.iterdir()) == [records]
+    interrupted = records.read_bytes()
+    assert stop_after(command, records, 4, signal.SIGKILL) == -signal.SIGKILL
+    killed = records.read_bytes()
+    assert killed.startswith(interrupted)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     after = records.read_bytes()
-    assert after.startswith(kept)
+    assert after.startswith(killed.rpartition(b"\n")[0])
     lines = [json.loads(line) for line in after.splitlines()]
     measured = [(line["workload"], json.dumps(line["schedule"])) for line in lines]
     assert len(measured) == len(set(measured)), "something was measured twice"
-    assert (tmp_path / "model.so").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "model.so", "plan.json", "plan.npz", "records.jsonl",
+    ]  # fmt: skip
 
 
 def test_interruption_says_how_to_go_on(files, tmp_path, monkeypatch, capsys):

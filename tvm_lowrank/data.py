@@ -139,9 +139,8 @@ def split(
     order = rng.permutation(len(data))
     share = len(data) // (3 if final is None else 2)
     fit, select = min(FIT_SAMPLES, share), min(SELECT_SAMPLES, share)
-    rest = data.take(np.sort(order[fit + select :])) if final is None else final
-    return DataSplit(
-        data.take(order[:fit]),
-        data.take(order[fit : fit + select]),
-        check_samples(rest, mod, "evaluation data"),
-    )
+    if final is None:
+        final = data.take(np.sort(order[fit + select :]))
+    else:
+        final = check_samples(final, mod, "evaluation data")
+    return DataSplit(data.take(order[:fit]), data.take(order[fit : fit + select]), final)

@@ -100,7 +100,8 @@ def _tune(args: argparse.Namespace, console: Console) -> Plan:
     data, final = _samples(args)
     _make_writable(args.output)
     console.print(f"target {target_key(target)}, batch {args.batch}, output {args.output}")
-    scratch = Path(tempfile.mkdtemp(dir=args.output, prefix=".tune-"))
+    _remove_leftovers(args.output)
+    scratch = Path(tempfile.mkdtemp(dir=args.output, prefix=f".tune-{os.getpid()}-"))
     try:
         with _Bars(console) as bars:
             records = args.output / "records.jsonl"
@@ -133,6 +134,17 @@ def _make_writable(folder: Path) -> None:
         raise LowRankError(
             f"output folder {folder} cannot be written ({error.strerror}); choose another with -o"
         ) from error
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete the scratch folders of runs that were killed."""
+    for left in folder.glob(".tune-*-*"):
+        try:
+            os.kill(int(left.name.split("-")[1]), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(left, ignore_errors=True)
+        except PermissionError:
+            pass  # it lives, under another user
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -192,6 +192,8 @@ class _Search:
         )
         before = judge(original, original, final.labels, self.metric)
         reason = "no layer has a faster candidate"
+        if self.options.forms == ("dense",):
+            reason = "only the dense form is allowed"
         if candidates:
             curve = self._curve(candidates)
             point = curve.search()
