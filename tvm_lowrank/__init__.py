@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tvm_lowrank._check import check_versions
 
 check_versions()
+
+# In a checkout the folders of `tvm_lowrank.passes` and `.schedules` stand beside this one; Python
+# run from there finds this folder before any installed copy.
+_root = Path(__file__).resolve().parents[1]
+if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
+    __path__.append(str(_root))
 
 from tvm_lowrank.api import plan, transform  # noqa: E402
 from tvm_lowrank.deploy import Network, load  # noqa: E402
