@@ -13,6 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+# Threads of a pool keep spinning for some ten milliseconds after their last work; they would take
+# a core from the runtime whose turn is next.
+_REST = 0.1
+
 
 def take_turns(
     jobs: dict[str, tuple[str, Path]], shape: tuple[int, ...], threads: int, seconds: float = 2.0
@@ -43,10 +47,11 @@ def take_turns(
             worker.kill()
         else:
             workers[name] = worker
-    deadline = time.perf_counter() + seconds * len(workers)
+    deadline = time.perf_counter() + (seconds + 6 * _REST) * len(workers)
     turns = 0
     while workers and (turns < 6 or time.perf_counter() < deadline):
         for name, worker in workers.items():
+            time.sleep(_REST)
             answer = _ask(worker, 5)
             if not isinstance(answer, str):
                 times[name] += answer

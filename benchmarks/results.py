@@ -1,12 +1,14 @@
-"""Tunes every network at hand and writes docs/results.md."""
+"""Tunes the networks at hand, keeps their figures in results.json and writes docs/results.md."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +20,34 @@ from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.data import Samples, input_shape
 from tvm_lowrank.deploy import load
 from tvm_lowrank.frontend import load_model
-from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import Options, search
 from tvm_lowrank.target import host_target, parse_target, target_key
 from tvm_lowrank.threads import set_threads
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+ROWS = Path(__file__).with_name("results.json")
 CHECKED = 100
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="networks (default: all)")
+    parser.add_argument("names", nargs="*", help="networks to measure again (default: all)")
     parser.add_argument("--max-drop", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, default=DOCS)
     args = parser.parse_args()
     threads = set_threads()
-    rows, skipped = [], []
+    machine = f"{_processor()}, {threads} threads, target `{target_key(host_target())}`"
+    rows: dict[str, dict[str, Any]] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     for network in NETWORKS:
         if args.names and network.name not in args.names:
             continue
         if network.missing:
-            skipped.append(f"{network.name}: skipped, {network.missing}")
-            print(skipped[-1])
+            print(f"{network.name}: skipped, {network.missing}")
             continue
-        rows.append(_measure(network, args, threads))
-        args.output.write_text(_page(rows, skipped, threads, args), encoding="utf-8")
+        row = _measure(network, args, threads)
+        rows[network.name] = {"machine": machine, "max_drop": args.max_drop, **row}
+        ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        DOCS.write_text(_page(list(rows.values())), encoding="utf-8")
     return 0
 
 
@@ -76,10 +79,13 @@ def _measure(network: Network, args: argparse.Namespace, threads: int) -> dict[s
     print(plan.result, latency, f"dense error {error:.1e}, {seconds:.0f} s", flush=True)
     return {
         "name": network.name,
-        "plan": plan,
         "latency": latency,
         "error": error,
         "seconds": seconds,
+        "result": plan.result,
+        "transformed": plan.transformed,
+        "reason": plan.reason,
+        "forms": dict(sorted(Counter(layer.form for layer in plan.layers).items())),
     }
 
 
@@ -95,38 +101,33 @@ def _against_onnxruntime(network: Network, dense: Path, inputs: np.ndarray, thre
     return worst
 
 
-def _page(
-    rows: list[dict[str, Any]], skipped: list[str], threads: int, args: argparse.Namespace
-) -> str:
+def _page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Results",
         "",
         "Written by `make results` (`benchmarks/results.py`). Latencies are medians in",
-        f"milliseconds, batch 1, float32, {threads} threads, each runtime in a process of its own,",
-        "the processes taking turns. *Dense* is the same network with the same kernels, nothing",
-        f"approximated. The budget is {args.max_drop} point of top-1, on samples that neither",
-        "fitted factors nor chose the plan.",
-        "",
-        f"Machine: {_processor()}, {threads} cores, target `{target_key(host_target())}`,",
-        f"Python {platform.python_version()}.",
+        "milliseconds, batch 1, float32, each runtime in a process of its own, the processes",
+        "taking turns. *Dense* is the same network with the same kernels, nothing approximated.",
+        "Accuracy is of the built library on samples that neither fitted factors nor chose among",
+        "plans (they may reject a plan: see [architecture](architecture.md)).",
         "",
         "| network | dense | transformed | speed-up | ONNX Runtime | OpenVINO f32 | top-1 before | "
-        "after | samples | agreement | weights | dense against ONNX Runtime | tuning |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "after | budget | samples | agreement | weights | dense against ONNX Runtime | tuning |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        plan: Plan = row["plan"]
-        result, latency = plan.result, row["latency"]
+        result, latency = row["result"], row["latency"]
         speedup = latency["dense"] / latency["transformed"]
         cells = [
             row["name"],
             _ms(latency["dense"]),
             _ms(latency["transformed"]),
-            f"{speedup:.2f}x" if plan.transformed else "original kept",
+            f"{speedup:.2f}x" if row["transformed"] else "original kept",
             _ms(latency["onnxruntime"]),
             _ms(latency["openvino"]),
             f"{result['accuracy_before']:.2f} %",
             f"{result['accuracy_after']:.2f} %",
+            f"{row['max_drop']:g}",
             str(result["samples"]),
             f"{result['agreement']:.1f} %",
             f"{result['weight_bytes_before'] / 1e6:.2f} -> "
@@ -135,16 +136,20 @@ def _page(
             f"{row['seconds']:.0f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "## Forms chosen", ""]
+    lines += [
+        "",
+        "*Dense against ONNX Runtime*: the largest difference over the largest output, the",
+    ]
+    lines += [f"worst of {CHECKED} inputs. *Tuning*: the whole search, from no records.", ""]
+    lines += ["## Forms chosen", ""]
     for row in rows:
-        plan = row["plan"]
-        counts: dict[str, int] = {}
-        for layer in plan.layers:
-            counts[layer.form] = counts.get(layer.form, 0) + 1
-        text = ", ".join(f"{count} {form}" for form, count in sorted(counts.items()))
-        reason = "" if plan.transformed else f" ({plan.reason})"
+        text = ", ".join(f"{count} {form}" for form, count in row["forms"].items())
+        reason = "" if row["transformed"] else f" ({row['reason']})"
         lines.append(f"- {row['name']}: {text}{reason}")
-    lines += [f"- {line}" for line in skipped]
+    lines += ["", "## Machine", ""]
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        names = ", ".join(row["name"] for row in rows if row["machine"] == machine)
+        lines.append(f"- {names}: {machine}")
     return "\n".join(lines) + "\n"
 
 

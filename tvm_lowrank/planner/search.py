@@ -182,8 +182,9 @@ class _Search:
     def _conclude(self, candidates: dict[str, list[Candidate]]) -> Plan:
         """Build the fastest choice that promises to keep the budget, and judge the library.
 
-        A library that misses the budget on the evaluation samples is followed by one with half its
-        gain, a few times; then, or when the library is not faster, the original is returned.
+        A library that misses the budget on the evaluation samples is followed by one with three
+        quarters of its gain, a few times; then, or when the library is not faster, the original is
+        returned.
         """
         dense_path, path = self.directory / "dense.so", self.directory / "model.so"
         final, limit = self.split.final, self.options.max_drop
@@ -213,7 +214,7 @@ class _Search:
                         f"{self.metric} falls by {after.drop:.2f}, more than {limit}, "
                         "on the evaluation samples"
                     )
-                    point = curve.half_the_gain(point)
+                    point = curve.step_back(point)
                     continue
                 slow, fast = verify.take_turns([dense_path, built], self.shape, self.threads)
                 if fast.median_ms > _WORTHWHILE * slow.median_ms:
