@@ -109,7 +109,8 @@ def _page(rows: list[dict[str, Any]]) -> str:
         "milliseconds, batch 1, float32, each runtime in a process of its own, the processes",
         "taking turns. *Dense* is the same network with the same kernels, nothing approximated.",
         "Accuracy is of the built library on samples that neither fitted factors nor chose among",
-        "plans (they may reject a plan: see [architecture](architecture.md)).",
+        "plans (they may reject a plan: see [architecture](architecture.md)). Where no peer was",
+        "measured, dense and transformed took turns in one process.",
         "",
         "| network | dense | transformed | speed-up | ONNX Runtime | OpenVINO f32 | top-1 before | "
         "after | budget | samples | agreement | weights | dense against ONNX Runtime | tuning |",
