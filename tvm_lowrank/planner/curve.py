@@ -87,10 +87,13 @@ class Curve:
         return min(kept, key=lambda point: point.microseconds, default=None)
 
     def step_back(self, point: Point) -> Point | None:
-        """A refitted point that saves three quarters of the time, or None if nothing is left."""
-        gain = 0.75 * (self.slowest - point.microseconds)
-        slower = self._try(self.slowest - gain, refitted=True)
-        return slower if point.microseconds < slower.microseconds < self.slowest else None
+        """A refitted point that saves three quarters of the time, or less; None if none does."""
+        for share in (0.75, 0.5, 0.25):
+            budget = self.slowest - share * (self.slowest - point.microseconds)
+            choice = allocate.for_time(self.candidates, self.sensitivity, budget)
+            if point.microseconds < allocate.microseconds(choice) < self.slowest:
+                return self._try(budget, refitted=True)
+        return None
 
     def _bisect(self, high: float, steps: int, refitted: bool) -> float:
         """The least time in [fastest, high] found to keep the budget, or ``high``."""
