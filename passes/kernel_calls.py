@@ -10,9 +10,10 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm_lowrank.passes.graph import Rewriter, constant
-from tvm_lowrank.schedules.x86 import convolution, layout, packing, pooling
+from tvm_lowrank.schedules.x86 import kernels, layout, packing, pooling
 from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+from tvm_lowrank.schedules.x86.kernels import Schedule
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -56,7 +57,7 @@ class KernelCalls:
     isa : VectorISA
         Vector width and registers of the target.
     choose : callable
-        Takes a `ConvWorkload`, gives the `ConvSchedule` to emit it with.
+        Takes a `ConvWorkload`, gives the schedule to emit it with.
     weights_as_parameters : bool
         Collect weights and first biases of conv2d layers in ``parameters`` and ``variables``
         instead of embedding them.
@@ -66,7 +67,7 @@ class KernelCalls:
         self,
         rewriter: Rewriter,
         isa: VectorISA,
-        choose: Callable[[ConvWorkload], ConvSchedule],
+        choose: Callable[[ConvWorkload], Schedule],
         weights_as_parameters: bool,
     ) -> None:
         self.rewriter = rewriter
@@ -105,11 +106,11 @@ class KernelCalls:
         schedule = self.choose(workload)
         self.workloads.append(workload)
         gvar = self._kernel(
-            (workload, schedule), lambda: convolution.emit(workload, schedule, isa), "conv2d"
+            (workload, schedule), lambda: kernels.emit(workload, schedule, isa), "conv2d"
         )
 
         def pack_weight(weight: np.ndarray) -> np.ndarray:
-            return packing.pack_weights(weight, workload, schedule, isa)
+            return kernels.pack_weights(weight, workload, schedule, isa)
 
         def pack_bias(bias: np.ndarray) -> np.ndarray:
             return packing.pack_channels(bias, isa)

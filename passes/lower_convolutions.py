@@ -20,7 +20,8 @@ from tvm_lowrank.passes.graph import (
 from tvm_lowrank.passes.kernel_calls import Convolution, KernelCalls, Shape, WeightParameter
 from tvm_lowrank.schedules.x86 import pooling
 from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+from tvm_lowrank.schedules.x86.kernels import Schedule
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import conv2d_geometry
@@ -47,7 +48,7 @@ class LowerConvolutions:
     isa : VectorISA
         Vector width and registers of the target.
     choose : callable
-        Takes a `ConvWorkload`, gives the `ConvSchedule` to emit it with.
+        Takes a `ConvWorkload`, gives the schedule to emit it with.
     weights_as_parameters : bool
         Make packed weights and biases of the conv2d layers trailing parameters of ``main``;
         ``parameters_`` then tells their order after the pass has run.
@@ -56,7 +57,7 @@ class LowerConvolutions:
     def __init__(
         self,
         isa: VectorISA,
-        choose: Callable[[ConvWorkload], ConvSchedule],
+        choose: Callable[[ConvWorkload], Schedule],
         weights_as_parameters: bool = False,
     ) -> None:
         self.isa = isa
@@ -108,7 +109,7 @@ class _Lowerer(Rewriter):
         self,
         mod: tvm.IRModule,
         isa: VectorISA,
-        choose: Callable[[ConvWorkload], ConvSchedule],
+        choose: Callable[[ConvWorkload], Schedule],
         weights_as_parameters: bool,
     ) -> None:
         super().__init__(mod)

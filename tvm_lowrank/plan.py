@@ -22,11 +22,11 @@ from tvm_lowrank.passes.factor_convolutions import Chain
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 from tvm_lowrank.passes.pipeline import factor, normalise
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.space import space
-from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+from tvm_lowrank.schedules.x86.kernels import Schedule, default_schedule, schedule_from_json
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,17 @@ class Plan:
         isa = isa_of(parse_target(self.target))
         return LowerConvolutions(isa, self.scheduler())(mod)
 
-    def scheduler(self) -> Callable[[ConvWorkload], ConvSchedule]:
+    def scheduler(self) -> Callable[[ConvWorkload], Schedule]:
         """Picks the plan's schedule for a workload, whatever its epilogue, or the default."""
         isa = isa_of(parse_target(self.target))
         known = {}
         for workload_json, schedule in self.schedules:
             workload = ConvWorkload.from_json(workload_json)
-            known[workload.geometry, workload.in_block] = ConvSchedule.from_json(schedule)
+            known[workload.geometry, workload.in_block] = schedule_from_json(schedule)
 
-        def pick(workload: ConvWorkload) -> ConvSchedule:
+        def pick(workload: ConvWorkload) -> Schedule:
             found = known.get((workload.geometry, workload.in_block))
-            return found if found is not None else space(workload, isa)[0]
+            return found if found is not None else default_schedule(workload, isa)
 
         return pick
 

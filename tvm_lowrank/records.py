@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm_lowrank.errors import LowRankError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass

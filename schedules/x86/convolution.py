@@ -14,11 +14,11 @@ from .epilogue import Epilogue
 from .isa import VectorISA
 from .packing import pack_channels, pack_weights
 from .padding import pad_geometry, pad_map, padded_copy
-from .space import canonical_geometry, is_legal, reduction_of, space
+from .space import canonical_geometry, is_legal, reduction_of, refuse, space
 from .tiles import TileGroup, kernel_rows, tiling
 from .workload import ConvSchedule, ConvWorkload
 
-__all__ = ["emit", "pack_channels", "pack_weights", "space"]
+__all__ = ["emit", "pack_channels", "pack_weights", "refuse", "space"]
 
 
 @dataclass(frozen=True)

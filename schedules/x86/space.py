@@ -56,11 +56,19 @@ def reduction_of(geometry: ConvGeometry, in_block: int) -> tuple[int, int, int]:
     return -(-geometry.in_channels // in_block), in_block, 1
 
 
+def refuse(workload: ConvWorkload, isa: VectorISA) -> str | None:
+    """Why the direct kernel cannot compute ``workload``, or None if it can."""
+    if workload.in_block not in (1, isa.lanes):
+        return f"in_block is {workload.in_block}, expected 1 or {isa.lanes}"
+    return None
+
+
 def is_legal(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> str | None:
     """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
     vectors = -(-workload.geometry.out_channels // isa.lanes)
-    if workload.in_block not in (1, isa.lanes):
-        return f"in_block is {workload.in_block}, expected 1 or {isa.lanes}"
+    problem = refuse(workload, isa)
+    if problem:
+        return problem
     counts = (schedule.tile, schedule.vectors, schedule.chunk, schedule.chains, schedule.rows)
     if min(counts) < 1:
         return "tile, vectors, chunk, chains and rows must be positive"

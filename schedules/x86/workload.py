@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -79,6 +79,8 @@ class ConvSchedule:
       multiply-add where ``rows * tile * vectors`` accumulators are too few.
     """
 
+    kernel: ClassVar[str] = "direct"
+
     tile: int
     vectors: int
     order: str = "channels"
@@ -93,9 +95,9 @@ class ConvSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return asdict(self)
+        return {"kernel": self.kernel, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ConvSchedule:
         """Rebuild a schedule from `to_json`'s dictionary."""
-        return cls(**data)
+        return cls(**{name: value for name, value in data.items() if name != "kernel"})

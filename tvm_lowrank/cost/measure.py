@@ -13,10 +13,15 @@ from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.passes.lower_convolutions import PLAIN_CHANNELS
 from tvm_lowrank.records import TuningRecords
-from tvm_lowrank.schedules.x86.convolution import emit
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.space import space
-from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+from tvm_lowrank.schedules.x86.kernels import (
+    Schedule,
+    default_schedule,
+    emit,
+    schedule_from_json,
+    spaces,
+)
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 _SECONDS = 0.03  # spent on running one candidate
 _REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
@@ -44,7 +49,12 @@ class KernelTimer:
     def microseconds(self, workload: ConvWorkload) -> float:
         """Time of the workload under its best schedule, measuring what is not on record."""
         key = workload.key()
-        for schedule in space(workload, self.isa)[: self.trials]:
+        schedules = [
+            schedule
+            for space in spaces(workload, self.isa).values()
+            for schedule in space[: self.trials]
+        ]
+        for schedule in schedules:
             if self.records.time(key, schedule.to_json()) is None:
                 self.records.add(key, schedule.to_json(), self._run(workload, schedule))
                 self.measured += 1
@@ -67,18 +77,18 @@ class KernelTimer:
             )
         return total
 
-    def choose(self, workload: ConvWorkload) -> ConvSchedule:
+    def choose(self, workload: ConvWorkload) -> Schedule:
         """Best schedule on record for this convolution, else the default."""
-        return self.known(workload) or space(workload, self.isa)[0]
+        return self.known(workload) or default_schedule(workload, self.isa)
 
-    def known(self, workload: ConvWorkload) -> ConvSchedule | None:
+    def known(self, workload: ConvWorkload) -> Schedule | None:
         """Best schedule on record for this convolution, whatever its epilogue, or None."""
-        found: list[tuple[float, ConvSchedule]] = []
+        found: list[tuple[float, Schedule]] = []
         for epilogue in (workload.epilogue, ("bias", "relu"), ()):
             same = ConvWorkload(workload.geometry, workload.in_block, epilogue)
             best = self.records.best(same.key())
             if best is not None:
-                found.append((best[1], ConvSchedule.from_json(best[0])))
+                found.append((best[1], schedule_from_json(best[0])))
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
     def roofline(self) -> Roofline:
@@ -95,7 +105,7 @@ class KernelTimer:
         gflops = 2 * _REFERENCE.multiplications / (microseconds * 1e3)
         return Roofline(gflops=gflops, gigabytes=2 * source.nbytes / best / 1e9)
 
-    def _run(self, workload: ConvWorkload, schedule: ConvSchedule) -> float:
+    def _run(self, workload: ConvWorkload, schedule: Schedule) -> float:
         """Minimum over repeated single runs, in microseconds; infinite if it does not compile."""
         func = emit(workload, schedule, self.isa).with_attr("global_symbol", "main")
         try:
