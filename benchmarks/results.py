@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from networks import NETWORKS, Network
-from peers import take_turns
+from peers import Timing, take_turns
 
 from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.data import Samples, input_shape
@@ -75,7 +75,11 @@ def _measure(network: Network, args: argparse.Namespace, threads: int) -> dict[s
             "onnxruntime": ("onnxruntime", network.model),
             "openvino": ("openvino", network.model),
         }
-        latency = take_turns(jobs, input_shape(mod), threads)
+        timings = take_turns(jobs, input_shape(mod), threads)
+    latency = {
+        name: timing.median_ms if isinstance(timing, Timing) else timing
+        for name, timing in timings.items()
+    }
     print(plan.result, latency, f"dense error {error:.1e}, {seconds:.0f} s", flush=True)
     return {
         "name": network.name,
