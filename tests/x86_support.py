@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import pytest
 import tvm
-from tvm_lowrank.schedules.x86 import convolution
+from tvm_lowrank.schedules.x86 import kernels
 from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
-from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+from tvm_lowrank.schedules.x86.kernels import Schedule
+from tvm_lowrank.schedules.x86.packing import pack_channels
+from tvm_lowrank.schedules.x86.workload import ConvWorkload, parse_step
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -96,10 +99,55 @@ def relative_error(result: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(result - expected).max() / max(np.abs(expected).max(), 1e-30))
 
 
+def reference_activation(y: np.ndarray, name: str, numbers: tuple[float, ...] = ()) -> np.ndarray:
+    """An activation in float64."""
+    y = y.astype(np.float64)
+    if name == "relu":
+        return np.maximum(y, 0)
+    if name == "clip":
+        return np.clip(y, *numbers)
+    if name == "leaky_relu":
+        return np.where(y > 0, y, numbers[0] * y)
+    if name == "hard_sigmoid":
+        return np.clip(y / 6 + 0.5, 0, 1)
+    if name == "hard_swish":
+        return y * np.clip(y + 3, 0, 6) / 6
+    if name == "tanh":
+        return np.tanh(y)
+    if name == "gelu":
+        return y * np.vectorize(math.erfc, otypes=[float])(-y / math.sqrt(2)) / 2
+    sigmoid = np.exp(np.minimum(y, 0)) / (1 + np.exp(-np.abs(y)))
+    return {"sigmoid": sigmoid, "silu": y * sigmoid}[name]
+
+
+def apply_steps(
+    y: np.ndarray, steps: tuple[str, ...], isa: VectorISA, rng: np.random.Generator
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The result of an epilogue on an NCHW map in float64, with its random operands, packed."""
+    operands = []
+    for step in steps:
+        name, numbers = parse_step(step)
+        if name == "residual":
+            residual = rng.standard_normal(y.shape).astype("float32")
+            operands.append(block(residual, isa.lanes))
+            y = y + residual
+        elif name in ("bias", "affine"):
+            vectors = [
+                rng.standard_normal(y.shape[1]).astype("float32")
+                for _ in range(2 if name == "affine" else 1)
+            ]
+            operands += [pack_channels(vector, isa) for vector in vectors]
+            columns = [vector[:, None, None] for vector in vectors]
+            y = y * columns[0] + columns[1] if name == "affine" else y + columns[0]
+        else:
+            y = reference_activation(y, name, numbers)
+    return y, operands
+
+
 class Case:
     """Random data for a workload, the kernel's arguments, and the float64 result."""
 
-    def __init__(self, workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> None:
+    def __init__(self, workload: ConvWorkload, schedule: Schedule, isa: VectorISA) -> None:
         geometry = workload.geometry
         rng = np.random.default_rng(0)
         self.x = rng.standard_normal(
@@ -114,24 +162,8 @@ class Case:
             geometry.out_width,
             isa.lanes,
         )
-        packed = convolution.pack_weights(self.weight, workload, schedule, isa)
+        packed = kernels.pack_weights(self.weight, workload, schedule, isa)
         self.inputs = [block(self.x, workload.in_block), packed]
         y = reference_convolution(self.x, self.weight, geometry)
-        for step in workload.epilogue:
-            if step == "relu":
-                y = np.maximum(y, 0)
-            elif step == "sigmoid":
-                y = 1 / (1 + np.exp(-y))
-            elif step == "residual":
-                residual = rng.standard_normal(y.shape).astype("float32")
-                self.inputs.append(block(residual, isa.lanes))
-                y = y + residual
-            else:
-                vectors = [
-                    rng.standard_normal(channels).astype("float32")
-                    for _ in range(2 if step == "affine" else 1)
-                ]
-                self.inputs += [convolution.pack_channels(vector, isa) for vector in vectors]
-                columns = [vector[:, None, None] for vector in vectors]
-                y = y * columns[0] + columns[1] if step == "affine" else y + columns[0]
-        self.expected = y
+        self.expected, operands = apply_steps(y, workload.epilogue, isa, rng)
+        self.inputs += operands

@@ -149,7 +149,7 @@ def _emit_tile(
 ) -> None:
     """One register tile: clear the accumulators, run the reduction, apply the epilogue, store."""
     geometry, schedule, lanes = nest.geometry, nest.schedule, nest.lanes
-    pixels, vectors = range(part.width), range(schedule.vectors)
+    pixels = range(part.width)
     # accumulators[chain][pixel][vector]
     accumulators = [
         [em.accumulators(schedule.vectors) for _ in pixels] for _ in range(schedule.chains)
@@ -167,14 +167,16 @@ def _emit_tile(
         + (place.row * geometry.out_width + place.column) * lanes,
         "out",
     )
-    for i in pixels:
-        for j in vectors:
+    values = []
+    for j in range(schedule.vectors):
+        line = []
+        for i in pixels:
             value = em.value_of(accumulators[0][i][j])
             for chain in accumulators[1:]:
                 value = value + em.value_of(chain[i][j])
-            position = base + (j * size + i * lanes)
-            channel = place.group * nest.group + j * lanes
-            em.store(y, epilogue.apply(value, channel, position), position)
+            line.append(value)
+        values.append(line)
+    epilogue.store(y, values, base, size, place.group * nest.group, lanes)
 
 
 def _emit_reduction(

@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from tvm_lowrank.geometry import ConvGeometry
 
-EPILOGUE_STEPS = ("bias", "residual", "relu", "affine", "sigmoid")
+# The steps of an epilogue with how many numbers follow each name.
+EPILOGUE_STEPS = {
+    "bias": 0,
+    "residual": 0,
+    "affine": 0,
+    "relu": 0,
+    "clip": 2,
+    "leaky_relu": 1,
+    "sigmoid": 0,
+    "silu": 0,
+    "hard_sigmoid": 0,
+    "hard_swish": 0,
+    "tanh": 0,
+    "gelu": 0,
+}
 ORDERS = ("channels", "rows")
+
+
+def parse_step(step: str) -> tuple[str, tuple[float, ...]]:
+    """The name and the numbers of an epilogue step such as ``"clip:0:6"``.
+
+    Raises ValueError for an unknown name, a wrong count of numbers, text that is no number, NaN,
+    and bounds of a clip in the wrong order.
+    """
+    name, *texts = step.split(":")
+    if name not in EPILOGUE_STEPS:
+        raise ValueError(f"unknown epilogue step {step!r}; known are {', '.join(EPILOGUE_STEPS)}")
+    if len(texts) != EPILOGUE_STEPS[name]:
+        raise ValueError(f"epilogue step {step!r} takes {EPILOGUE_STEPS[name]} numbers")
+    try:
+        numbers = tuple(float(text) for text in texts)
+    except ValueError:
+        raise ValueError(f"epilogue step {step!r} holds text that is not a number") from None
+    if any(math.isnan(number) for number in numbers):
+        raise ValueError(f"epilogue step {step!r} holds NaN")
+    if name == "clip" and numbers[0] > numbers[1]:
+        raise ValueError(f"epilogue step {step!r}: the lower bound exceeds the upper")
+    if name == "leaky_relu" and math.isinf(numbers[0]):
+        raise ValueError(f"epilogue step {step!r}: the slope must be finite")
+    return name, numbers
 
 
 @dataclass(frozen=True)
@@ -19,15 +58,17 @@ class ConvWorkload:
 
     ``in_block`` is the number of channels in a block of the input: the vector length for an
     ``NCHWc`` input, 1 for a plain ``NCHW`` one. The output is always blocked by the vector length.
-    ``epilogue`` names the steps applied, in order, to each output value:
+    ``epilogue`` names the steps applied to each output value, in any order and number:
 
     - ``"bias"``: add a value per channel;
     - ``"residual"``: add a map of the shape of the output;
-    - ``"relu"``: ``max(y, 0)``;
     - ``"affine"``: multiply by a scale per channel and add a shift per channel;
-    - ``"sigmoid"``: ``1 / (1 + exp(-y))``.
+    - ``"relu"``: ``max(y, 0)``; ``"leaky_relu:ALPHA"``: ``ALPHA * y`` where y is negative;
+    - ``"clip:LOW:HIGH"``: ``min(max(y, LOW), HIGH)``, where a bound may be ``inf`` or ``-inf``;
+    - ``"sigmoid"``, ``"tanh"``; ``"silu"``: ``y * sigmoid(y)``; ``"gelu"``: with the exact erf;
+    - ``"hard_sigmoid"``: ``clip(y / 6 + 1 / 2, 0, 1)``; ``"hard_swish"``: y times that.
 
-    Raises ValueError for grouped convolutions and unknown steps.
+    Raises ValueError for grouped convolutions and steps that `parse_step` does not take.
     """
 
     geometry: ConvGeometry
@@ -40,9 +81,8 @@ class ConvWorkload:
             raise ValueError(f"geometry.groups must be 1, not {self.geometry.groups}")
         if self.geometry.out_height < 1 or self.geometry.out_width < 1:
             raise ValueError(f"the output map of {self.geometry} is empty")
-        unknown = [step for step in self.epilogue if step not in EPILOGUE_STEPS]
-        if unknown:
-            raise ValueError(f"unknown epilogue steps {unknown}; known are {EPILOGUE_STEPS}")
+        for step in self.epilogue:
+            parse_step(step)
 
     def key(self) -> str:
         """A stable text that identifies the workload in tuning records."""
