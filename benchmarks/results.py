@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import processor
 from networks import NETWORKS, Network
 from peers import Timing, take_turns
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     threads = set_threads()
-    machine = f"{_processor()}, {threads} threads, target `{target_key(host_target())}`"
+    machine = f"{processor()}, {threads} threads, target `{target_key(host_target())}`"
     rows: dict[str, dict[str, Any]] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     for network in NETWORKS:
         if args.names and network.name not in args.names:
@@ -160,16 +160,6 @@ def _page(rows: list[dict[str, Any]]) -> str:
 
 def _ms(value: float | str) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

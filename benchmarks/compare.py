@@ -1,0 +1,258 @@
+"""One ONNX network in several runtimes, in one run: times in turns, and whether they agree."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from cases import BadInput, Case, Parser, check_folder, check_positive, find_case, names
+from lossless import build_lossless
+from machine import describe, disturbance
+from peers import PeerError, Timing, outputs_of, take_turns
+from runtimes import LOADERS
+from zoo import NETWORKS, cache_folder
+
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.planner import ALGORITHMS
+from tvm_lowrank.threads import physical_cores
+
+OURS = "tvm_lowrank"
+METASCHEDULE = "tvm-metaschedule"
+PEERS = (*(name for name in LOADERS if name != "tvm"), METASCHEDULE)
+_DEFAULT_PEERS = tuple(name for name in PEERS if name != METASCHEDULE)
+_CHECKED = 3
+EXAMPLES = f"""
+examples:
+  python benchmarks/compare.py resnet18 vgg16
+  python benchmarks/compare.py mymodel.onnx --batch 1 16 --against onnxruntime,openvino-default
+  python benchmarks/compare.py resnet18 --against onnxruntime,{METASCHEDULE}
+
+networks: {", ".join(NETWORKS)}
+Exit codes: 0 done (a runtime that fails is a row with the reason), 2 bad input, 130 interrupted.
+"""
+
+
+@dataclass
+class Row:
+    """What a runtime showed: a timing or the reason of its failure, and remarks."""
+
+    runtime: str
+    timing: Timing | str
+    error: float | None = None
+    remarks: str = ""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    make = Parser(
+        prog="compare.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = make.add_argument
+    add("networks", nargs="*", metavar="NETWORK", help="names or .onnx files (default: all names)")
+    add("--batch", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
+    add("--threads", type=int, default=physical_cores(), help="default: all physical cores")
+    add("--against", default=",".join(_DEFAULT_PEERS), metavar="A,B", help=f"of {', '.join(PEERS)}")
+    add("--algorithms", default=",".join(ALGORITHMS), metavar="A,B", help=", ".join(ALGORITHMS))
+    add("--trials", type=int, default=4, help="schedules we try a kernel (default: 4)")
+    add("--seconds", type=float, default=3.0, help="timing of each runtime (default: 3)")
+    add("--records", type=Path, help="our tuning records (default: in the cache folder)")
+    add("--metaschedule-trials", type=int, default=512, metavar="N", help="default: 512")
+    add("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    return make
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        args = parser().parse_args(argv)
+        against = names("--against", args.against, PEERS)
+        args.algorithms = names("--algorithms", args.algorithms, ALGORITHMS)
+        check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")
+        check_folder(args.markdown)
+        cases = [find_case(name, n) for name in args.networks or NETWORKS for n in args.batch]
+        sections = [_heading(args)]
+        results: list[tuple[Case, list[Row]]] = []
+        print(sections[0], flush=True)
+        for case in cases:
+            rows, remarks = _compare(case, against, args)
+            results.append((case, rows))
+            sections.append(_section(case, rows, remarks))
+            print(sections[-1], flush=True)
+        if len(results) > 1:
+            sections.append(_summary(results, against))
+            print(sections[-1])
+    except BadInput as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("compare: interrupted; tuning records are kept", file=sys.stderr)
+        return 130
+    if args.markdown:
+        args.markdown.write_text("\n".join(sections) + "\n", encoding="utf-8")
+    return 0
+
+
+# -- measuring -----------------------------------------------------------------------------------
+
+
+def _compare(
+    case: Case, against: tuple[str, ...], args: argparse.Namespace
+) -> tuple[list[Row], list[str]]:
+    """Rows of a case, ours first, and what there is to say about our build."""
+    jobs: dict[str, tuple[str, Path]] = {}
+    failed: dict[str, Timing | str] = {}
+    remarks: dict[str, str] = {}
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        try:
+            records = args.records or cache_folder() / "records.jsonl"
+            built = build_lossless(
+                case.path, case.batch, args.threads, args.trials, args.algorithms, records,
+                Path(folder),
+            )  # fmt: skip
+            jobs[OURS] = ("tvm", built.library)
+            remarks[OURS] = f"{', '.join(args.algorithms)}; {built}"
+            notes.append(str(built.calls))
+            del built
+        except Exception as error:
+            failed[OURS] = _reason(error)
+        for name in against:
+            if name != METASCHEDULE:
+                jobs[name] = (name, case.path)
+                continue
+            try:
+                library, remarks[name] = _metaschedule(case, args)
+                jobs[name] = ("tvm", library)
+            except LowRankError as error:
+                failed[name] = str(error)
+        checks = np.random.default_rng(1).standard_normal((_CHECKED, *case.shape), np.float32)
+        try:
+            expected = outputs_of("onnxruntime", case.path, case.shape, args.threads, checks)
+        except PeerError as error:
+            expected = None
+            notes.append(f"results were not compared, ONNX Runtime fails: {error}")
+        found = {**take_turns(jobs, case.shape, args.threads, args.seconds, checks), **failed}
+    rows = []
+    for name in (OURS, *against):
+        row = Row(name, found[name], remarks=remarks.get(name, ""))
+        if isinstance(row.timing, Timing) and expected is not None:
+            row.error = _error(row.timing.outputs, expected)
+        rows.append(row)
+    return rows, notes
+
+
+def _error(outputs: np.ndarray | None, expected: np.ndarray) -> float:
+    """Largest difference over the largest value, the worst of the inputs."""
+    if outputs is None or outputs.shape != expected.shape:
+        return math.nan
+    axes = tuple(range(1, expected.ndim))
+    return float((np.abs(outputs - expected).max(axes) / np.abs(expected).max(axes)).max())
+
+
+def _metaschedule(case: Case, args: argparse.Namespace) -> tuple[Path, str]:
+    """Library of stock TVM and how it was tuned; LowRankError with the reason if there is none."""
+    key = f"metaschedule-{case.path.stem}-batch{case.batch}-threads{args.threads}"
+    folder = cache_folder() / key
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, str(Path(__file__).with_name("metaschedule.py")), str(case.path),
+        str(folder), "--batch", str(case.batch), "--threads", str(args.threads),
+        "--trials", str(args.metaschedule_trials),
+    ]  # fmt: skip
+    print(f"tuning {case} by MetaSchedule (log in {folder}/log; Ctrl-C skips it)", flush=True)
+    start = time.perf_counter()
+    with open(folder / "log", "a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            text, _ = process.communicate()
+        except KeyboardInterrupt as error:
+            process.kill()
+            process.wait()
+            seconds = time.perf_counter() - start
+            raise LowRankError(
+                f"interrupted after {seconds / 60:.1f} min; the same command goes on"
+            ) from error
+    if process.returncode != 0:
+        raise LowRankError(f"tuning ended with exit code {process.returncode}, see {folder}/log")
+    return folder / "library.so", text.strip().splitlines()[-1]
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[-1][:200]}"
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def _heading(args: argparse.Namespace) -> str:
+    lines = [
+        f"{describe()}, {args.threads} threads.",
+        "Medians and minima of single runs in milliseconds, each runtime in a process of its own,",
+        "the processes taking turns. *Ratio*: its median over ours, so more than 1 is slower than",
+        f"ours. *Error*: largest difference from ONNX Runtime over its largest output, {_CHECKED}",
+        "random inputs.",
+    ]
+    warning = disturbance()
+    return "\n".join([*lines, f"**Beware: {warning}.**"] if warning else lines)
+
+
+def _section(case: Case, rows: list[Row], notes: list[str]) -> str:
+    lines = [
+        f"\n## {case}\n",
+        "| runtime | median | minimum | ratio | error | how |",
+        "|---|---|---|---|---|---|",
+    ]
+    ours = rows[0].timing
+    for row in rows:
+        if isinstance(row.timing, str):
+            lines.append(f"| {row.runtime} | - | - | - | - | {row.timing} |")
+            continue
+        how = "; ".join(text for text in (row.timing.about, row.remarks) if text)
+        error = "-" if row.error is None else f"{row.error:.0e}"
+        lines.append(
+            f"| {row.runtime} | {row.timing.median_ms:.3f} | {row.timing.minimum_ms:.3f} | "
+            f"{_ratio(row.timing, ours)} | {error} | {how} |"
+        )
+    return "\n".join([*lines, *(f"\nOur network: {note}." for note in notes)])
+
+
+def _ratio(timing: Timing | str, ours: Timing | str) -> str:
+    if isinstance(timing, str) or isinstance(ours, str):
+        return "-"
+    return f"{timing.median_ms / ours.median_ms:.2f}"
+
+
+def _summary(results: list[tuple[Case, list[Row]]], against: tuple[str, ...]) -> str:
+    lines = [
+        "\n## Ratios\n",
+        "| network | ours, ms | " + " | ".join(against) + " |",
+        "|---|" + "---|" * (len(against) + 1),
+    ]
+    ratios: dict[str, list[float]] = {name: [] for name in against}
+    for case, (ours, *others) in results:
+        own = f"{ours.timing.median_ms:.3f}" if isinstance(ours.timing, Timing) else "failed"
+        cells = [str(case), own]
+        for row in others:
+            cells.append(_ratio(row.timing, ours.timing))
+            if isinstance(row.timing, Timing) and isinstance(ours.timing, Timing):
+                ratios[row.runtime].append(row.timing.median_ms / ours.timing.median_ms)
+        lines.append("| " + " | ".join(cells) + " |")
+    means = [f"{statistics.geometric_mean(r):.2f}" if r else "-" for r in ratios.values()]
+    lines.append("| geometric mean | | " + " | ".join(means) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
