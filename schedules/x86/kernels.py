@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from tvm import tirx
 
-from . import convolution, packing
+from . import convolution, packing, winograd, winograd_schedule, winograd_space
+from .accuracy import stated_error
 from .isa import VectorISA
+from .winograd_schedule import WinogradSchedule
 from .workload import ConvSchedule, ConvWorkload
 
 
@@ -37,7 +39,9 @@ class KernelFamily:
     - ``emit(workload, schedule, isa)``: the kernel, with parameters x, packed weights, the buffers
       of the epilogue's steps, y;
     - ``pack(weight, workload, schedule, isa)``: the OIHW float32 weight as the kernel reads it;
-    - ``read(json)``: the inverse of the schedule's ``to_json``.
+    - ``read(json)``: the inverse of the schedule's ``to_json``;
+    - ``error_bound(workload, schedule)``: the stated max|error| / max|result| without an epilogue,
+      for standard-normal data.
     """
 
     algorithm: str
@@ -46,6 +50,12 @@ class KernelFamily:
     emit: Callable[[ConvWorkload, Any, VectorISA], tirx.PrimFunc]
     pack: Callable[[np.ndarray, ConvWorkload, Any, VectorISA], np.ndarray]
     read: Callable[[Mapping[str, Any]], Any]
+    error_bound: Callable[[ConvWorkload, Any], float]
+
+
+def _direct_error(workload: ConvWorkload, schedule: ConvSchedule) -> float:
+    rows, columns = workload.geometry.kernel
+    return stated_error(workload.geometry.in_channels * rows * columns)
 
 
 FAMILIES: dict[str, KernelFamily] = {
@@ -56,6 +66,16 @@ FAMILIES: dict[str, KernelFamily] = {
         convolution.emit,
         packing.pack_weights,
         ConvSchedule.from_json,
+        _direct_error,
+    ),
+    WinogradSchedule.kernel: KernelFamily(
+        "winograd",
+        winograd_schedule.refuse,
+        winograd_space.space,
+        winograd.emit,
+        winograd.pack,
+        WinogradSchedule.from_json,
+        winograd_schedule.error_bound,
     ),
 }
 ALGORITHMS = tuple(dict.fromkeys(family.algorithm for family in FAMILIES.values()))

@@ -1,0 +1,1 @@
+"""Bilinear transforms of fast convolutions, in exact arithmetic and as straight-line code."""
