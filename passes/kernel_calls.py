@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import tvm
 from tvm import relax
 from tvm_lowrank.passes.graph import Rewriter, constant
-from tvm_lowrank.schedules.x86 import kernels, layout, packing, pooling
+from tvm_lowrank.schedules.x86 import (
+    elementwise,
+    gather,
+    kernels,
+    layout,
+    normalisation,
+    packing,
+    pooling,
+)
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.kernels import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -19,6 +27,9 @@ from tvm_lowrank.geometry import ConvGeometry
 
 # (N, C, H, W); maps of flat tensors (N, C) have one pixel.
 Shape = tuple[int, int, int, int]
+# A step of an epilogue with its operands: channel vectors for ``bias`` and ``affine``, a blocked
+# tensor for ``residual``, none for the others.
+Step: TypeAlias = tuple[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,14 +48,13 @@ class WeightParameter:
 class Convolution:
     """A convolution to be called: its weight and the epilogue steps with their operands.
 
-    ``layer`` names a conv2d layer, None a dense one. Steps are those of `ConvWorkload.epilogue`;
-    operands are channel vectors for ``bias`` and ``affine``, a blocked tensor for ``residual``.
+    ``layer`` names a conv2d layer, None a dense one. Steps are those of `ConvWorkload.epilogue`.
     """
 
     geometry: ConvGeometry
     weight: np.ndarray
     layer: str | None
-    steps: list[tuple[str, list[Any]]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
 
 class KernelCalls:
@@ -112,19 +122,58 @@ class KernelCalls:
         def pack_weight(weight: np.ndarray) -> np.ndarray:
             return kernels.pack_weights(weight, workload, schedule, isa)
 
-        def pack_bias(bias: np.ndarray) -> np.ndarray:
-            return packing.pack_channels(bias, isa)
-
         args = [source, self._weight(conv.layer, "weight", pack_weight, conv.weight)]
-        for index, (name, operands) in enumerate(conv.steps):
-            if name == "bias" and index == 0:
-                args.append(self._weight(conv.layer, "bias", pack_bias, operands[0]))
-            elif name in ("bias", "affine"):
-                args += [constant(pack_bias(vector)) for vector in operands]
-            else:
-                args += operands
+        args += self._operands(conv.steps, conv.layer)
         shape = (geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width)
         return self._call(gvar, args, self._blocked_type(shape))
+
+    def elementwise(self, source: relax.Expr, shape: Shape, steps: list[Step]) -> relax.Expr:
+        """Epilogue steps alone on a blocked map."""
+        names = tuple(name for name, _ in steps)
+        gvar = self._kernel(
+            ("elementwise", shape, names),
+            lambda: elementwise.emit_elementwise(*shape, names, self.isa),
+            "elementwise",
+        )
+        return self._call(gvar, [source, *self._operands(steps, None)], self._blocked_type(shape))
+
+    def gather(self, sources: list[relax.Expr], workload: gather.GatherWorkload) -> relax.Expr:
+        """Concatenation, slice or pad of blocked maps."""
+        gvar = self._kernel(workload, lambda: gather.emit_gather(workload, self.isa), "gather")
+        shape = (workload.batch, workload.out_channels, *workload.out_size)
+        return self._call(gvar, sources, self._blocked_type(shape))
+
+    def layer_norm(
+        self,
+        source: relax.Expr,
+        shape: Shape,
+        epsilon: float,
+        vectors: tuple[np.ndarray, np.ndarray],
+    ) -> relax.Expr:
+        """Normalisation over the channels of each pixel; ``vectors`` are scale and shift."""
+        gvar = self._kernel(
+            ("layer_norm", shape, epsilon),
+            lambda: normalisation.emit_layer_norm(*shape, epsilon, self.isa),
+            "layer_norm",
+        )
+        args = [source, *(constant(vector) for vector in vectors)]
+        return self._call(gvar, args, self._blocked_type(shape))
+
+    def _operands(self, steps: list[Step], layer: str | None) -> list[relax.Expr]:
+        """The arguments that steps add to a kernel; a first bias may be a parameter."""
+
+        def pack(vector: np.ndarray) -> np.ndarray:
+            return packing.pack_channels(vector, self.isa)
+
+        args: list[relax.Expr] = []
+        for index, (name, operands) in enumerate(steps):
+            if name == "bias" and index == 0:
+                args.append(self._weight(layer, "bias", pack, operands[0]))
+            elif name in ("bias", "affine"):
+                args += [constant(pack(vector)) for vector in operands]
+            else:
+                args += operands
+        return args
 
     def _weight(
         self,

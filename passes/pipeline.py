@@ -8,13 +8,16 @@ import tvm
 from tvm import relax
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
 from tvm_lowrank.passes.fold_affine import FoldAffine
+from tvm_lowrank.passes.fold_pads import FoldPads
+from tvm_lowrank.passes.raise_operators import RaiseOperators
 
 
 def normalise(mod: tvm.IRModule) -> tvm.IRModule:
     """Phase 1: one shape for every network, whatever front end it came from.
 
-    Batch norm is decomposed and folded, expressions of constants are evaluated, tuples and dead
-    code go; ``main`` is left as one dataflow block of conv2d + bias and plain operators.
+    Batch norm is decomposed and folded, expressions of constants are evaluated, pads join what
+    reads them, tuples and dead code go; ``main`` is left as one dataflow block of conv2d + bias and
+    plain operators.
     """
     return tvm.ir.transform.Sequential(
         [
@@ -24,6 +27,8 @@ def normalise(mod: tvm.IRModule) -> tvm.IRModule:
             relax.transform.CanonicalizeBindings(),
             relax.transform.DeadCodeElimination(["main"]),
             relax.transform.ConvertToDataflow(),
+            RaiseOperators(),
+            FoldPads(),
             FoldAffine(),
         ]
     )(mod)

@@ -147,7 +147,11 @@ def _refuse_bad_constants(mod: tvm.IRModule) -> None:
 
     relax.analysis.post_order_visit(mod["main"], visit)
     for index, data in enumerate(arrays, start=1):
-        if data.dtype.kind == "f" and not np.isfinite(data).all():
+        # A single infinity is a bound (of a clip, a mask, a maximum) and no weight.
+        if (
+            data.dtype.kind == "f"
+            and not (np.isfinite(data) | (data.size == 1) & np.isinf(data)).all()
+        ):
             raise LowRankError(
                 f"weight number {index} of the model, shape {data.shape}, holds NaN or infinite "
                 "values; the network is damaged or was saved after training diverged"

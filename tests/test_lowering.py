@@ -1,0 +1,196 @@
+"""What lowering makes of operators around convolutions: counts of kernels, and their numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import operators, relative, run
+from onnx import TensorProto, helper, numpy_helper
+from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.schedules.x86.isa import isa_of
+from tvm_lowrank.schedules.x86.kernels import default_schedule
+
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.target import host_target
+
+RNG = np.random.default_rng(0)
+
+
+class Graph:
+    """A small ONNX graph under construction; every method gives the name of its result."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, value, dtype=np.float32) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def op(self, kind: str, *inputs: str, **attributes) -> str:
+        name = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
+        return name
+
+    def conv(self, x: str, channels: int, filters: int, size: int = 3, **attributes) -> str:
+        weight = RNG.standard_normal((filters, channels, size, size)) / (size * channels**0.5)
+        bias = self.constant(RNG.standard_normal(filters))
+        pads = [size // 2] * 4
+        return self.op("Conv", x, self.constant(weight), bias, **{"pads": pads, **attributes})
+
+    def pad(self, x: str, *widths: int) -> str:
+        return self.op("Pad", x, self.constant(widths, np.int64))
+
+    def slice(self, x: str, start, stop, axes, step) -> str:
+        return self.op("Slice", x, *(self.constant(v, np.int64) for v in (start, stop, axes, step)))
+
+    def model(self, out: str) -> onnx.ModelProto:
+        value = helper.make_tensor_value_info
+        graph = helper.make_graph(
+            self.nodes,
+            "small",
+            [value("x", TensorProto.FLOAT, self.shape)],
+            [value(out, TensorProto.FLOAT, None)],
+            self.constants,
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+def lowered(graph: Graph, out: str):
+    """Operators of the lowered graph, after its result was found equal to ONNX Runtime's."""
+    runtime = pytest.importorskip("onnxruntime")
+    model = graph.model(out)
+    x = RNG.standard_normal(graph.shape).astype(np.float32)
+    session = runtime.InferenceSession(model.SerializeToString())
+    target = host_target()
+    isa = isa_of(target)
+    pass_ = LowerConvolutions(isa, lambda workload: default_schedule(workload, isa))
+    mod = pass_(normalise(load_model(model)))
+    assert relative(run(mod, x, target=target), session.run(None, {"x": x})[0]) < 1e-5
+    return operators(mod), [workload.epilogue for workload in pass_.workloads_]
+
+
+def test_a_residual_network_is_as_many_kernels_as_convolutions():
+    g = Graph(1, 3, 20, 20)
+    x = g.op("Relu", g.conv("x", 3, 32, 7, strides=[2, 2]))
+    x = g.op("MaxPool", g.pad(x, 0, 0, 1, 1, 0, 0, 1, 1), kernel_shape=[3, 3], strides=[2, 2])
+    for stride, channels in ((1, 32), (2, 32)):
+        y = g.op("Relu", g.conv(x, channels, 64, strides=[stride, stride]))
+        y = g.conv(y, 64, 64)
+        short = g.conv(x, channels, 64, 1, strides=[stride, stride])
+        x = g.op("Relu", g.op("Add", y, short))
+        x = g.conv(x, 64, 32, 1)
+    x = g.op("Flatten", g.op("GlobalAveragePool", x))
+    out = g.op("Gemm", x, g.constant(RNG.standard_normal((32, 10)) / 6))
+    found, epilogues = lowered(g, out)
+    assert found["lowrank_conv2d"] == 1 + 4 + 4 + 1
+    assert epilogues.count(("bias", "residual", "relu")) == 2
+    # The input is read as it is, and ten numbers come out of their block.
+    assert found["lowrank_block"] == 0 and found["lowrank_unblock"] == 1
+    assert not {"nn.pad", "add", "nn.relu", "lowrank_gather", "lowrank_elementwise"} & set(found)
+
+
+def test_pads_join_convolutions_and_stay_where_zeros_could_win_a_maximum():
+    g = Graph(1, 3, 9, 9)
+    x = g.conv(g.pad("x", 0, 0, 1, 2, 0, 0, 2, 1), 3, 16, pads=[0, 1, 1, 0])
+    x = g.op("MaxPool", g.pad(x, 0, 0, 1, 1, 0, 0, 1, 1), kernel_shape=[3, 3], strides=[2, 2])
+    found, _ = lowered(g, x)
+    assert found["nn.pad"] == 0
+    assert found["lowrank_gather"] == 1  # x may be negative everywhere
+
+
+def test_shortcuts_by_slice_and_pad_are_one_copy():
+    g = Graph(1, 16, 12, 12)
+    a = g.op("Relu", g.conv("x", 16, 16))
+    b = g.conv(a, 16, 32, strides=[2, 2])
+    short = g.slice(a, [0, 0], [12, 12], [2, 3], [2, 2])
+    out = g.op("Relu", g.op("Add", b, g.pad(short, 0, 8, 0, 0, 0, 8, 0, 0)))
+    found, epilogues = lowered(g, out)
+    assert found["lowrank_gather"] == 1 and ("bias", "residual", "relu") in epilogues
+
+
+def test_concatenation_and_slices_stay_in_blocks():
+    g = Graph(1, 16, 8, 8)
+    parts = [g.op("Relu", g.conv("x", 16, filters, 1)) for filters in (16, 24, 40)]
+    x = g.op("Concat", *parts, axis=1)
+    x = g.op("Concat", x, g.slice(x, [3], [9], [1], [1]), axis=1)
+    x = g.op("Relu", g.op("Mul", x, g.constant(RNG.standard_normal((1, 86, 1, 1)))))
+    found, _ = lowered(g, g.conv(x, 86, 16, 1))
+    assert found["lowrank_gather"] == 3 and found["lowrank_elementwise"] == 1
+    assert found["lowrank_block"] == 1 and found["lowrank_unblock"] == 1
+    assert not {"concat", "strided_slice", "multiply"} & set(found)
+
+
+def test_activations_join_kernels_however_they_are_written():
+    g = Graph(1, 16, 8, 8)
+    number = g.constant
+    x = g.op("Clip", g.conv("x", 16, 16), number(-0.5), number(6.0))
+    x = g.op("HardSwish", g.conv(x, 16, 16))
+    x = g.op("LeakyRelu", g.conv(x, 16, 16), alpha=0.1)
+    x = g.conv(x, 16, 16)
+    x = g.op("Mul", x, g.op("Sigmoid", x))
+    x = g.conv(x, 16, 16)
+    erf = g.op("Add", g.op("Erf", g.op("Div", x, number(2**0.5))), number(1.0))
+    x = g.op("Mul", g.op("Mul", x, erf), number(0.5))
+    x = g.op("Gelu", g.conv(x, 16, 16))
+    x = g.op("HardSigmoid", g.conv(x, 16, 16), alpha=1 / 6, beta=0.5)
+    x = g.conv(x, 16, 16)
+    gate = g.op("Clip", g.op("Add", x, number(3.0)), number(0.0), number(6.0))
+    x = g.op("Mul", x, g.op("Div", gate, number(6.0)))
+    found, epilogues = lowered(g, x)
+    assert found["lowrank_conv2d"] == 8
+    assert set(found) <= {"lowrank_conv2d", "lowrank_block", "lowrank_unblock"}
+    names = [[step.partition(":")[0] for step in steps[1:]] for steps in epilogues]
+    assert names[1][0] == names[7][0] == "hard_swish"
+    assert [steps[0] for steps in names[2:6]] == ["leaky_relu", "silu", "gelu", "gelu"]
+
+
+def test_an_activation_whose_parts_are_read_elsewhere_stays_spelt_out():
+    g = Graph(1, 16, 8, 8)
+    x = g.conv("x", 16, 16)
+    gate = g.op("Sigmoid", x)
+    _, epilogues = lowered(g, g.op("Add", g.op("Mul", x, gate), gate))
+    assert not any("silu" in steps for steps in epilogues)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_flattened_maps_reach_the_dense_layer_in_blocks(last):
+    g = Graph(2, 3, 10, 8)
+    x = g.op("MaxPool", g.op("Relu", g.conv("x", 3, 16)), kernel_shape=[2, 2], strides=[2, 2])
+    x = g.op("Transpose", x, perm=[0, 2, 3, 1]) if last else x
+    weight = g.constant(RNG.standard_normal((320, 32)) / 18)
+    found, _ = lowered(g, g.op("MatMul", g.op("Flatten", x), weight))
+    assert found["lowrank_conv2d"] == 2
+    assert set(found) == {"lowrank_conv2d", "lowrank_max_pool", "reshape"}
+
+
+def test_channels_last_regions_stay_in_blocks():
+    g = Graph(1, 3, 12, 12)
+    short = x = g.conv("x", 3, 32, 4, strides=[4, 4], pads=[0] * 4)
+    x = g.op("Transpose", g.conv(x, 32, 32), perm=[0, 2, 3, 1])
+    scale, shift = (g.constant(RNG.standard_normal(32)) for _ in range(2))
+    x = g.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=1e-6)
+    for rows, columns in ((32, 64), (64, 32)):
+        x = g.op("MatMul", x, g.constant(RNG.standard_normal((rows, columns)) / rows**0.5))
+        x = g.op("Add", x, g.constant(RNG.standard_normal(columns)))
+        x = g.op("Gelu", x) if columns == 64 else x
+    x = g.op("Mul", x, g.constant(RNG.standard_normal(32)))
+    x = g.op("Add", g.op("Transpose", x, perm=[0, 3, 1, 2]), short)
+    found, epilogues = lowered(g, x)
+    assert found["lowrank_conv2d"] == 4 and found["lowrank_layer_norm"] == 1
+    assert set(found) <= {"lowrank_conv2d", "lowrank_layer_norm", "lowrank_unblock"}
+    assert ("bias", "gelu") in epilogues and ("bias", "residual") in epilogues
+
+
+def test_functions_that_only_look_like_pads_are_left_alone():
+    model = Graph(1, 3, 6, 6)
+    mod = load_model(model.model(model.op("Pad", "x", model.constant([0] * 8, np.int64))))
+    assert operators(normalise(mod))["nn.pad"] <= 1
+    reflected = Graph(1, 3, 6, 6)
+    widths = reflected.constant([0, 0, 1, 1, 0, 0, 1, 1], np.int64)
+    found, _ = lowered(reflected, reflected.op("Pad", "x", widths, mode="reflect"))
+    assert found["nn.pad"] == 0
