@@ -6,7 +6,7 @@ OUT ?= out
 # Optional: `make test TORCH=torch` also runs the tests that need PyTorch.
 TORCH ?=
 
-.PHONY: demo test lint results clean
+.PHONY: demo test lint results compare clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m tvm_lowrank.tune -o $(OUT)
@@ -21,6 +21,10 @@ lint: $(VENV)/.test
 
 results: $(VENV)/.bench
 	$(BIN)/python benchmarks/results.py
+
+# For example `make compare NETWORKS="resnet18 model.onnx --batch 1 16"`; without, every network.
+compare: $(VENV)/.bench
+	$(BIN)/python benchmarks/compare.py $(NETWORKS)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -200,9 +200,9 @@ def _heading(args: argparse.Namespace) -> str:
     lines = [
         f"{describe()}, {args.threads} threads.",
         "Medians and minima of single runs in milliseconds, each runtime in a process of its own,",
-        "the processes taking turns. *Ratio*: its median over ours, so more than 1 is slower than",
-        f"ours. *Error*: largest difference from ONNX Runtime over its largest output, {_CHECKED}",
-        "random inputs.",
+        "the processes taking turns. *Ratio*: its median over ours (in brackets: of minima); more",
+        "than 1 is slower than ours. *Error*: largest difference from ONNX Runtime over the largest",
+        f"output, {_CHECKED} random inputs.",
     ]
     warning = disturbance()
     return "\n".join([*lines, f"**Beware: {warning}.**"] if warning else lines)
@@ -231,7 +231,8 @@ def _section(case: Case, rows: list[Row], notes: list[str]) -> str:
 def _ratio(timing: Timing | str, ours: Timing | str) -> str:
     if isinstance(timing, str) or isinstance(ours, str):
         return "-"
-    return f"{timing.median_ms / ours.median_ms:.2f}"
+    medians, minima = timing.median_ms / ours.median_ms, timing.minimum_ms / ours.minimum_ms
+    return f"{medians:.2f} ({minima:.2f})"
 
 
 def _summary(results: list[tuple[Case, list[Row]]], against: tuple[str, ...]) -> str:
@@ -240,18 +241,27 @@ def _summary(results: list[tuple[Case, list[Row]]], against: tuple[str, ...]) ->
         "| network | ours, ms | " + " | ".join(against) + " |",
         "|---|" + "---|" * (len(against) + 1),
     ]
-    ratios: dict[str, list[float]] = {name: [] for name in against}
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in against}
     for case, (ours, *others) in results:
         own = f"{ours.timing.median_ms:.3f}" if isinstance(ours.timing, Timing) else "failed"
         cells = [str(case), own]
         for row in others:
             cells.append(_ratio(row.timing, ours.timing))
             if isinstance(row.timing, Timing) and isinstance(ours.timing, Timing):
-                ratios[row.runtime].append(row.timing.median_ms / ours.timing.median_ms)
+                medians = row.timing.median_ms / ours.timing.median_ms
+                minima = row.timing.minimum_ms / ours.timing.minimum_ms
+                ratios[row.runtime].append((medians, minima))
         lines.append("| " + " | ".join(cells) + " |")
-    means = [f"{statistics.geometric_mean(r):.2f}" if r else "-" for r in ratios.values()]
+    means = [_mean(pairs) for pairs in ratios.values()]
     lines.append("| geometric mean | | " + " | ".join(means) + " |")
     return "\n".join(lines)
+
+
+def _mean(pairs: list[tuple[float, float]]) -> str:
+    if not pairs:
+        return "-"
+    medians, minima = (statistics.geometric_mean(values) for values in zip(*pairs, strict=True))
+    return f"{medians:.2f} ({minima:.2f})"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 
 from tvm_lowrank.target import host_target, target_key
@@ -26,12 +27,24 @@ def describe() -> str:
     return f"{processor()}, {physical_cores()} cores, target `{target_key(host_target())}`"
 
 
-def disturbance() -> str | None:
-    """A warning if other processes keep the machine busy, or None."""
-    load = os.getloadavg()[0]
-    if load < 0.5:
+def disturbance(seconds: float = 0.5) -> str | None:
+    """A warning if other processes are busy while this one sleeps for ``seconds``, or None."""
+    before = _busy()
+    time.sleep(seconds)
+    cores = (_busy() - before) / seconds
+    if cores < 0.1:
         return None
-    return f"the load average is {load:.1f}: other processes disturb these times"
+    return f"other processes keep {cores:.1f} cores busy and disturb these times; trust the minima"
+
+
+def _busy() -> float:
+    """Seconds that all cores together have worked since the start of the system."""
+    try:
+        user, nice, system, _, _, irq, softirq = Path("/proc/stat").read_text().split()[1:8]
+    except (OSError, ValueError):
+        return 0.0
+    ticks = sum(map(int, (user, nice, system, irq, softirq)))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def cache_bytes() -> int:

@@ -26,7 +26,7 @@ from tvm_lowrank.schedules.x86.kernels import Schedule, emit
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from zoo import NETWORKS, cache_folder
 
-from tvm_lowrank import load
+from tvm_lowrank import LowRankError, load
 from tvm_lowrank.planner import ALGORITHMS
 from tvm_lowrank.target import host_target
 from tvm_lowrank.threads import physical_cores, set_threads
@@ -42,12 +42,17 @@ _WIDE = 64
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of the network, called ``count`` times, taking ``us`` microseconds each."""
+    """A kernel of the network, called ``count`` times.
+
+    ``us`` and ``median_us`` are the least and the median microseconds of a run, ``moved`` the bytes
+    of its arguments.
+    """
 
     workload: ConvWorkload
     schedule: Schedule
     count: int
     us: float
+    median_us: float
     moved: int
 
     @property
@@ -88,20 +93,28 @@ def main(argv: list[str] | None = None) -> int:
         print(f"roofline: {error}", file=sys.stderr)
         return 2
     set_threads(args.threads)
-    with tempfile.TemporaryDirectory(prefix="roofline-") as folder:
-        records = args.records or cache_folder() / "records.jsonl"
-        built = build_lossless(
-            case.path, case.batch, args.threads, args.trials, algorithms, records, Path(folder)
-        )
-        whole = _whole(built.library, case, args.threads)
-    text = _report(case, built, whole, args.threads)
+    try:
+        text = _measure(case, algorithms, args)
+    except LowRankError as error:
+        print(f"roofline: {error}", file=sys.stderr)
+        return 2
     print(text)
     if args.markdown:
         args.markdown.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
-def _report(case: Case, built: Built, whole: float, threads: int) -> str:
+def _measure(case: Case, algorithms: tuple[str, ...], args: argparse.Namespace) -> str:
+    with tempfile.TemporaryDirectory(prefix="roofline-") as folder:
+        records = args.records or cache_folder() / "records.jsonl"
+        built = build_lossless(
+            case.path, case.batch, args.threads, args.trials, algorithms, records, Path(folder)
+        )
+        whole = _whole(built.library, case, args.threads)
+    return _report(case, built, whole, args.threads)
+
+
+def _report(case: Case, built: Built, whole: tuple[float, float], threads: int) -> str:
     target = host_target()
     weights = 4 * sum(layer.geometry.weight_count for layer in built.plan.layers if layer.geometry)
     rotated = max(_ROTATED, weights)
@@ -115,16 +128,18 @@ def _report(case: Case, built: Built, whole: float, threads: int) -> str:
         f"{describe()}, {threads} threads. Multiply-adds from registers: {peak:.0f} GF/s. Reading:",
         f"{near:.1f} GB/s from {rotated >> 20} MB (what the weights are rotated through),",
         f"{far:.1f} GB/s from {beyond >> 20} MB. GF/s are of the direct algorithm's operations,",
-        "whatever the kernel computes. *Roof*: the time that the peak, or the reading of weights",
-        "and maps at the former speed, allows at least, over the time taken.\n",
+        "whatever the kernel computes, over the least time of single runs. *Roof*: what the peak,",
+        "or reading weights and maps at the former speed, would take, over that time.\n",
     ]
     warning = disturbance()
     lines += [f"**Beware: {warning}.**\n"] if warning else []
-    lines += ["| calls | convolution | kernel | us | GF/s | roof |", "|---|---|---|---|---|---|"]
+    lines += ["| calls | convolution | kernel | us | median us | GF/s | roof |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for kernel in kernels:
         lines.append(
             f"| {kernel.count} | {_workload(kernel.workload)} | {_schedule(kernel.schedule)} | "
-            f"{kernel.us:.1f} | {kernel.gflops:.0f} | {100 * kernel.share(peak, near):.0f} % |"
+            f"{kernel.us:.1f} | {kernel.median_us:.1f} | {kernel.gflops:.0f} | "
+            f"{100 * kernel.share(peak, near):.0f} % |"
         )
     wide = [
         kernel
@@ -139,11 +154,14 @@ def _report(case: Case, built: Built, whole: float, threads: int) -> str:
             f"{100 * statistics.median(kernel.share(peak, near) for kernel in calls):.0f} % of the "
             "roof."
         )
-    total = 1e-3 * sum(kernel.count * kernel.us for kernel in kernels)
-    lines.append(
-        f"\nWhole network {whole:.3f} ms, sum of these kernels {total:.3f} ms: "
-        f"whole / sum {whole / total:.2f}."
-    )
+    for name, spent, total in (
+        ("Minima", whole[0], sum(kernel.count * kernel.us for kernel in kernels)),
+        ("Medians", whole[1], sum(kernel.count * kernel.median_us for kernel in kernels)),
+    ):
+        lines.append(
+            f"\n{name}: whole network {spent:.3f} ms, sum of these kernels {1e-3 * total:.3f} ms, "
+            f"whole / sum {1e3 * spent / total:.2f}."
+        )
     lines.append(f"\nThe network: {built.calls}.")
     return "\n".join(lines)
 
@@ -159,13 +177,13 @@ def _kernels(built: Built, target: tvm.target.Target, rotated: int) -> list[Kern
         func = emit(workload, schedule, isa)
         shapes = [tuple(int(n) for n in param.shape) for param in func.params]
         moved = 4 * sum(math.prod(shape) for shape in shapes)
-        us = _cold_us(compile_kernel(func, target), shapes, rotated)
-        kernels.append(Kernel(workload, schedule, count, us, moved))
+        times = _cold_us(compile_kernel(func, target), shapes, rotated)
+        kernels.append(Kernel(workload, schedule, count, *times, moved))
     return kernels
 
 
-def _cold_us(run: Any, shapes: list[tuple[int, ...]], rotated: int) -> float:
-    """Median microseconds of single runs, each with other weights (the second argument)."""
+def _cold_us(run: Any, shapes: list[tuple[int, ...]], rotated: int) -> tuple[float, float]:
+    """Least and median microseconds of runs, each with other weights (the second argument)."""
     noise = np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32) * 0.1
     x, weights, *others = [tvm.runtime.tensor(np.resize(noise, shape)) for shape in shapes]
     copies = min(math.ceil(rotated / (4 * math.prod(shapes[1]))), _MOST_COPIES)
@@ -178,12 +196,12 @@ def _cold_us(run: Any, shapes: list[tuple[int, ...]], rotated: int) -> float:
         run(x, copy, *others)
         spent.append(time.perf_counter() - start)
         if len(spent) >= _LEAST_RUNS and time.perf_counter() > deadline:
-            return 1e6 * statistics.median(spent)
-    raise AssertionError("a rotation has at least one copy")
+            break
+    return 1e6 * min(spent), 1e6 * statistics.median(spent)
 
 
-def _whole(library: Path, case: Case, threads: int) -> float:
-    """Median milliseconds of the whole network."""
+def _whole(library: Path, case: Case, threads: int) -> tuple[float, float]:
+    """Least and median milliseconds of the whole network."""
     network = load(library, threads)
     x = np.random.default_rng(0).standard_normal(case.shape).astype(np.float32)
     tensors = [network.tensor(x)]
@@ -193,7 +211,7 @@ def _whole(library: Path, case: Case, threads: int) -> float:
         start = time.perf_counter()
         network.call(tensors)
         spent.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(spent[3:])
+    return 1e3 * min(spent), 1e3 * statistics.median(spent)
 
 
 def _workload(workload: ConvWorkload) -> str:
