@@ -17,14 +17,13 @@ from tvm_lowrank.data import input_shape
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.target import host_target
 
-# Kernels, conversions into blocks, conversions out of them. The networks of CIFAR and ImageNet with
-# options A (strided slice and channel padding) or an explicit pad leave the blocks for those.
+# Convolution kernels. Inputs are read as they are, and only the result is converted back.
 EXPECTED = {
-    "demo": (14, 0, 1),
-    "vgg6-cifar10": (9, 0, 2),
-    "resnet20-cifar10": (20, 2, 3),
-    "crepe-tiny": (7, 0, 2),
-    "resnet50-imagenet": (54, 1, 2),
+    "demo": 14,
+    "vgg6-cifar10": 9,
+    "resnet20-cifar10": 20,
+    "crepe-tiny": 7,
+    "resnet50-imagenet": 54,
 }
 
 
@@ -37,8 +36,9 @@ def test_lowered_networks_equal_onnx_runtime_and_stay_in_blocks(name):
     lowered = LowerConvolutions(isa, lambda workload: space(workload, isa)[0])(mod)
     found = operators(lowered)
     kinds = ("lowrank_conv2d", "lowrank_block", "lowrank_unblock")
-    assert tuple(found[kind] for kind in kinds) == EXPECTED[name]
-    assert found["nn.conv2d"] == found["matmul"] == found["nn.relu"] == 0
+    assert tuple(found[kind] for kind in kinds) == (EXPECTED[name], 0, 1)
+    kernels = {"lowrank_max_pool", "lowrank_avg_pool", "lowrank_gather", *kinds}
+    assert set(found) <= kernels | {"expand_dims", "reshape", "nn.softmax"}
     machine = relax.VirtualMachine(tvm.compile(lowered, target=target), tvm.cpu())
     rng = np.random.default_rng(0)
     for _ in range(3):
