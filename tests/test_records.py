@@ -8,27 +8,60 @@ import math
 import pytest
 
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.records import TuningRecords, condense
 
 
-def test_records_survive_a_restart_and_merge_by_best_time(tmp_path):
+def test_records_survive_a_restart_and_keep_the_best_time(tmp_path):
     path = tmp_path / "records.jsonl"
-    first = TuningRecords(path, "llvm-x", 2)
+    first = TuningRecords(path, "avx512", 2)
     first.add("w", {"tile": 7}, 12.0)
     first.add("w", {"tile": 8}, 9.0)
     first.add("w", {"tile": 7}, 11.0)
-    again = TuningRecords(path, "llvm-x", 2)
-    assert again.best("w") == ({"tile": 8}, 9.0)
+    again = TuningRecords(path, "avx512", 2)
+    assert again.measured("w") == [({"tile": 8}, 9.0), ({"tile": 7}, 11.0)]
     assert again.time("w", {"tile": 7}) == 11.0
     assert again.time("w", {"tile": 9}) is None
     assert len(path.read_text().splitlines()) == 3
 
 
-def test_records_of_another_target_or_thread_count_are_kept_apart(tmp_path):
+def test_records_of_another_instruction_set_are_passed_over(tmp_path):
     path = tmp_path / "records.jsonl"
-    TuningRecords(path, "llvm-x", 2).add("w", {"tile": 7}, 1.0)
-    assert TuningRecords(path, "llvm-y", 2).best("w") is None
-    assert TuningRecords(path, "llvm-x", 1).best("w") is None
+    TuningRecords(path, "avx512", 2).add("w", {"tile": 7}, 1.0)
+    other = TuningRecords(path, "avx2", 2)
+    assert other.measured("w") == [] and other.elsewhere("w") == [] and len(other) == 0
+
+
+def test_times_of_other_machines_and_thread_counts_are_never_mixed_with_those_here(tmp_path):
+    path = tmp_path / "records.jsonl"
+    for machine, threads, tile, us in [
+        ("theirs", 2, 1, 1.0),
+        ("theirs", 2, 2, 2.0),
+        ("mine", 8, 3, 0.1),
+        ("another", 2, 4, 9.0),
+        ("theirs", 64, 5, 0.01),
+    ]:
+        TuningRecords(path, "avx512", threads, machine=machine).add("w", {"tile": tile}, us)
+    mine = TuningRecords(None, "avx512", 2, machine="mine", shipped=(path,))
+    assert mine.time("w", {"tile": 1}) is None and mine.measured("w") == []
+    # Machines of the same thread count first and in turns, then the nearest thread count.
+    assert [schedule["tile"] for schedule in mine.elsewhere("w")] == [4, 1, 2, 3, 5]
+    mine.add("w", {"tile": 1}, math.inf)
+    mine.add("w", {"tile": 2}, 50.0)
+    assert mine.measured("w") == [({"tile": 2}, 50.0)]
+    assert [schedule["tile"] for schedule in mine.elsewhere("w")] == [4, 2, 3, 5]
+
+
+def test_several_files_are_merged_and_only_ones_own_is_written(tmp_path):
+    shipped, own = tmp_path / "shipped.jsonl", tmp_path / "own.jsonl"
+    TuningRecords(shipped, "avx512", 2).add("w", {"tile": 7}, 5.0)
+    TuningRecords(shipped, "avx512", 2).add("w", {"tile": 8}, 6.0)
+    before = shipped.read_bytes()
+    records = TuningRecords(own, "avx512", 2, shipped=(shipped,))
+    records.add("w", {"tile": 8}, 4.0)
+    assert shipped.read_bytes() == before
+    assert len(own.read_text().splitlines()) == 1
+    merged = TuningRecords(own, "avx512", 2, shipped=(shipped,))
+    assert merged.measured("w") == [({"tile": 8}, 4.0), ({"tile": 7}, 5.0)]
 
 
 def test_a_failed_candidate_is_remembered_and_never_chosen(tmp_path):
@@ -36,7 +69,22 @@ def test_a_failed_candidate_is_remembered_and_never_chosen(tmp_path):
     TuningRecords(path, "t", 1).add("w", {"tile": 7}, math.inf)
     again = TuningRecords(path, "t", 1)
     assert again.time("w", {"tile": 7}) == math.inf
-    assert again.best("w") is None
+    assert again.measured("w") == []
+
+
+def test_condensed_records_keep_the_best_few(tmp_path):
+    path, small = tmp_path / "records.jsonl", tmp_path / "new" / "small.jsonl"
+    records = TuningRecords(path, "avx512", 2)
+    for tile in range(1, 9):
+        records.add("w", {"tile": tile}, math.inf if tile == 1 else 10.0 - tile)
+        records.add("v", {"tile": tile}, float(tile))
+    assert condense(path, small, keep=2) == 4
+    found = TuningRecords(None, "avx512", 2, shipped=(small,))
+    assert found.measured("w") == [({"tile": 8}, 2.0), ({"tile": 7}, 3.0)]
+    assert found.measured("v") == [({"tile": 1}, 1.0), ({"tile": 2}, 2.0)]
+    small.write_text("nonsense")
+    with pytest.raises(LowRankError, match="are damaged"):
+        condense(small, path)
 
 
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
@@ -47,9 +95,9 @@ def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
     again = TuningRecords(path, "t", 1)
-    assert again.best("a") is not None and again.best("b") is None
+    assert again.measured("a") and not again.measured("b")
     again.add("b", {"tile": 8}, 3.0)
-    assert TuningRecords(path, "t", 1).best("b") == ({"tile": 8}, 3.0)
+    assert TuningRecords(path, "t", 1).measured("b") == [({"tile": 8}, 3.0)]
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 

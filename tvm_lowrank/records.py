@@ -5,87 +5,122 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.threads import processor
 
-FORMAT = 2
+FORMAT = 3
+
+# Processor and threads: times of one place can be compared with each other, and with no others.
+Place = tuple[str, int]
 
 
 @dataclass
 class TuningRecords:
-    """Measured times of kernels for one target and thread count, kept in a text file.
+    """Measured times of kernels for one instruction set, kept in text files.
 
-    Each line holds ``{"format", "target", "threads", "workload", "schedule", "us"}`` and is flushed
-    to the disk as it is written, so a run that is killed loses at most the kernel it was at. A last
-    line that was cut off by that is dropped on reading; any other damage is an error, and the file
-    is then left as it is.
+    Each line holds ``{"format", "isa", "threads", "machine", "mcpu", "workload", "schedule",
+    "us"}`` and is flushed to the disk as it is written, so a run that is killed loses at most the
+    kernel it was at. A last line that was cut off by that is dropped on reading; any other damage
+    is an error, and the file is then left as it is.
+
+    Records of another machine or thread count tell which schedules are good (`elsewhere`), never
+    how long they take: `time` and `measured` know only what was measured here.
 
     Parameters
     ----------
     path : Path, optional
-        The file; without one the records live in memory only.
-    target, threads
-        Only lines of this target key and thread count are looked up.
+        The file to read and append to; without one, records live in memory only.
+    isa : str
+        Name of the instruction set; lines of others are skipped. The kernels depend on it alone.
+    threads : int
+        Threads of the runtime.
+    mcpu : str
+        LLVM's name of the processor, written for information.
+    machine : str
+        Name of the processor that measures; this one by default.
+    shipped : sequence of Path
+        Files that are only read, before ``path``.
 
     Raises
     ------
     LowRankError
-        A line is not a record of this format, or the file cannot be read or written.
+        A line is not a record of this format, or a file cannot be read or written.
     """
 
     path: Path | None
-    target: str
+    isa: str
     threads: int
-    _times: dict[str, dict[str, float]] = field(default_factory=dict)
+    mcpu: str = ""
+    machine: str = field(default_factory=processor)
+    shipped: Sequence[Path] = ()
+    # Workload, then place, then schedule as text: microseconds, infinite for a failure.
+    _times: dict[str, dict[Place, dict[str, float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.path is None or not self.path.exists():
-            return
+        for path in self.shipped:
+            self._read_file(path)
+        if self.path is not None and self.path.exists():
+            whole, cut = self._read_file(self.path)
+            if cut:
+                with open(self.path, "r+b") as file:
+                    file.truncate(len((whole + "\n" if whole else "").encode()))
+
+    def _read_file(self, path: Path) -> tuple[str, str]:
+        """Take in a file; returns its text up to the last whole line, and what is left over."""
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise LowRankError(
-                f"tuning records {self.path} cannot be read ({error}); move the file away"
+                f"tuning records {path} cannot be read ({error}); move the file away"
             ) from error
         whole, _, cut = text.rpartition("\n")
         for number, line in enumerate(whole.splitlines(), start=1):
-            self._read(line, number)
-        if cut:
-            with open(self.path, "r+b") as file:
-                file.truncate(len((whole + "\n" if whole else "").encode()))
+            try:
+                self._read(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise LowRankError(
+                    f"tuning records {path}, line {number}, are damaged ({error!r}); "
+                    "delete that line, or move the file away to measure anew"
+                ) from error
+        return whole, cut
 
-    def _read(self, line: str, number: int) -> None:
-        try:
-            record = json.loads(line)
-            if record["format"] != FORMAT:
-                raise ValueError(f"format {record['format']}, expected {FORMAT}")
-            mine = (record["target"], record["threads"]) == (self.target, self.threads)
-            workload, schedule = record["workload"], json.dumps(record["schedule"], sort_keys=True)
-            microseconds = math.inf if record["us"] is None else float(record["us"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise LowRankError(
-                f"tuning records {self.path}, line {number}, are damaged ({error!r}); "
-                "delete that line, or move the file away to measure anew"
-            ) from error
-        if mine:
-            self._keep(workload, schedule, microseconds)
+    def _read(self, record: dict[str, Any]) -> None:
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']}, expected {FORMAT}")
+        place = (str(record["machine"]), int(record["threads"]))
+        workload, schedule = str(record["workload"]), _text(dict(record["schedule"]))
+        microseconds = math.inf if record["us"] is None else float(record["us"])
+        if record["isa"] == self.isa:
+            self._keep(workload, place, schedule, microseconds)
 
-    def _keep(self, workload: str, schedule: str, microseconds: float) -> None:
-        times = self._times.setdefault(workload, {})
+    def _keep(self, workload: str, place: Place, schedule: str, microseconds: float) -> None:
+        times = self._times.setdefault(workload, {}).setdefault(place, {})
         times[schedule] = min(microseconds, times.get(schedule, math.inf))
+
+    @property
+    def here(self) -> Place:
+        """This machine with these threads."""
+        return self.machine, self.threads
 
     def add(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:
         """Append one measurement; an infinite time says that the candidate failed."""
-        self._keep(workload, json.dumps(schedule, sort_keys=True), microseconds)
+        microseconds = round(microseconds, 3)  # as it will be read again
+        self._keep(workload, self.here, _text(schedule), microseconds)
         if self.path is None:
             return
         record = {
             "format": FORMAT,
-            "target": self.target,
+            "isa": self.isa,
             "threads": self.threads,
+            "machine": self.machine,
+            "mcpu": self.mcpu,
             "workload": workload,
             "schedule": schedule,
             "us": microseconds if math.isfinite(microseconds) else None,
@@ -101,16 +136,81 @@ class TuningRecords:
             ) from error
 
     def time(self, workload: str, schedule: dict[str, Any]) -> float | None:
-        """Microseconds of one schedule, infinite if it failed, None if it was not measured."""
-        return self._times.get(workload, {}).get(json.dumps(schedule, sort_keys=True))
+        """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""
+        return self._times.get(workload, {}).get(self.here, {}).get(_text(schedule))
 
-    def best(self, workload: str) -> tuple[dict[str, Any], float] | None:
-        """The fastest measured schedule of a workload and its microseconds."""
-        times = self._times.get(workload)
-        if not times:
-            return None
-        schedule = min(times, key=lambda key: times[key])
-        return (json.loads(schedule), times[schedule]) if math.isfinite(times[schedule]) else None
+    def measured(self, workload: str) -> list[tuple[dict[str, Any], float]]:
+        """Schedules that ran here with their microseconds, fastest first."""
+        return _ranked(self._times.get(workload, {}).get(self.here, {}))
+
+    def elsewhere(self, workload: str) -> list[dict[str, Any]]:
+        """Schedules that ran on other machines or thread counts, most trustworthy first.
+
+        Those of the same thread count come before those of the nearest, each fastest first.
+        Machines of one thread count take turns. What failed here is left out.
+        """
+        places = self._times.get(workload, {})
+        turns = []
+        for place, times in places.items():
+            if place != self.here:
+                far = abs(math.log2(place[1] / self.threads))
+                turns += [
+                    (far, turn, place, schedule)
+                    for turn, (schedule, _) in enumerate(_ranked(times))
+                ]
+        turns.sort(key=lambda item: item[:3])
+        return [schedule for *_, schedule in turns if self.time(workload, schedule) != math.inf]
+
+    def rows(self) -> Iterator[tuple[str, Place, dict[str, Any], float]]:
+        """Every schedule that ran: its workload, its place, itself, and its microseconds."""
+        for workload, places in self._times.items():
+            for place, times in places.items():
+                for schedule, microseconds in _ranked(times):
+                    yield workload, place, schedule, microseconds
 
     def __len__(self) -> int:
-        return sum(len(times) for times in self._times.values())
+        return sum(len(times) for places in self._times.values() for times in places.values())
+
+
+def shipped_records(isa: str) -> list[Path]:
+    """The files of records for an instruction set that are installed with the package."""
+    folder = Path(str(files("tvm_lowrank.tuning_logs"))) / isa
+    return sorted(folder.glob("*.jsonl"))
+
+
+def _text(schedule: dict[str, Any]) -> str:
+    return json.dumps(schedule, sort_keys=True)
+
+
+def _ranked(times: dict[str, float]) -> list[tuple[dict[str, Any], float]]:
+    ran = [(time, schedule) for schedule, time in times.items() if math.isfinite(time)]
+    return [(json.loads(schedule), time) for time, schedule in sorted(ran)]
+
+
+def condense(source: Path, sink: Path, keep: int = 3) -> int:
+    """Write the fastest ``keep`` records of each workload and place, sorted; returns their number.
+
+    Raises
+    ------
+    LowRankError
+        ``source`` does not hold records, or ``sink`` cannot be written.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[float, str]]] = {}
+    try:
+        for line in source.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["us"] is not None:
+                group = tuple(record[name] for name in ("isa", "threads", "machine", "workload"))
+                groups.setdefault(group, []).append((record["us"], line))
+        best = [line for group in sorted(groups) for _, line in sorted(groups[group])[:keep]]
+        sink.parent.mkdir(parents=True, exist_ok=True)
+        sink.write_text("".join(f"{line}\n" for line in best), encoding="utf-8")
+    except OSError as error:
+        raise LowRankError(f"tuning records cannot be condensed ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise LowRankError(f"tuning records {source} are damaged ({error!r})") from error
+    return len(best)
+
+
+if __name__ == "__main__":
+    condense(Path(sys.argv[1]), Path(sys.argv[2]))

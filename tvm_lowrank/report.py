@@ -47,6 +47,12 @@ def summary(plan: Plan) -> str:
         f"({result['speedup']:.2f}x; medians of {result['runs']} runs in turns, batch "
         f"{result['batch']}, {plan.threads} threads, same kernels)"
     )
+    if result.get("parallel_efficiency") is not None and plan.threads > 1:
+        lines.append(
+            f"threads   {result['latency_one_thread_ms']:.3f} ms on one: {plan.threads} are "
+            f"{plan.threads * result['parallel_efficiency']:.2f}x as fast "
+            f"(efficiency {100 * result['parallel_efficiency']:.0f} %)"
+        )
     if result["accuracy_before"] is not None:
         lines.append(
             f"top-1     {result['accuracy_before']:.2f} % -> {result['accuracy_after']:.2f} % "

@@ -8,6 +8,7 @@ hyper-threads; on machines without them that halves every speed. Its pool reads
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from pathlib import Path
 
@@ -27,6 +28,25 @@ def physical_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def processor() -> str:
+    """Name of this machine's processor, as ``AMD EPYC 9R14 (25/17/1)``.
+
+    The numbers (family, model, stepping) tell apart what virtual machines call alike.
+    """
+    wanted = {"model name": "", "cpu family": "", "model": "", "stepping": ""}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if not wanted.get(name.strip(), "known"):
+                wanted[name.strip()] = value.strip()
+    except OSError:
+        pass
+    name, *numbers = wanted.values()
+    if not name:
+        return platform.processor() or platform.machine() or "unknown"
+    return f"{name} ({'/'.join(numbers)})"
 
 
 def set_threads(count: int | None = None) -> int:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,8 @@ examples:
       the same network with tuned kernels, nothing approximated
 
 out receives model.so, plan.json, plan.npz and records.jsonl. A run that was interrupted goes on
-from the records when it is started again. Exit codes: 0 done, 2 bad input, 130 interrupted.
+from the records when it is started again. Kernels that the records shipped with the package cover
+are not tuned again. Exit codes: 0 done, 2 bad input, 130 interrupted.
 """
 
 
@@ -51,7 +53,21 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="X.npz", help="inputs and labels to fit, choose and judge by")
     add("--max-drop", type=float, default=1.0, metavar="POINTS", help="budget (default: 1.0)")
     add("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
-    add("--trials", type=int, default=4, metavar="N", help="schedules tried a kernel (default: 4)")
+    add(
+        "--trials",
+        type=int,
+        default=4,
+        metavar="N",
+        help="schedules tried of each family of kernels at most (default: 4)",
+    )
+    add("--no-shipped-records", action="store_true", help="tune everything on this machine")
+    add(
+        "--metaschedule-trials",
+        type=int,
+        default=0,
+        metavar="N",
+        help="candidates of MetaSchedule for all operators without kernels here (default: 0, off)",
+    )
     add("--lossless", action="store_true", help="keep every convolution dense")
     add("--forms", type=_names, metavar="A,B", help=f"among dense,{','.join(FORMS)}")
     add("--algorithms", type=_names, metavar="A,B", help=f"among {','.join(ALGORITHMS)}")
@@ -70,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A file or a pipe has no width of its own; the table takes what it needs.
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        plan = _tune(args, console)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            plan = _tune(args, console)
     except LowRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,6 +113,8 @@ def _tune(args: argparse.Namespace, console: Console) -> Plan:
         threads=args.threads,
         seed=args.seed,
         trials=args.trials,
+        shipped_records=not args.no_shipped_records,
+        metaschedule_trials=args.metaschedule_trials,
     )
     mod = load_model(args.model or demo.model_path(), args.batch)
     data, final = _samples(args)
@@ -111,6 +131,10 @@ def _tune(args: argparse.Namespace, console: Console) -> Plan:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return plan
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _samples(args: argparse.Namespace) -> tuple[Samples | None, Samples | None]:

@@ -1,34 +1,47 @@
-"""Timing kernels on the machine at hand."""
+"""Timing kernels on the machine at hand, and picking their schedules."""
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tvm
 
 from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.tuner import Tuner
+from tvm_lowrank.cost.worker import Worker, shared_worker
+from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.passes.lower_convolutions import PLAIN_CHANNELS
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import (
+    ALGORITHMS,
     Schedule,
+    algorithm_of,
     default_schedule,
     emit,
+    refuse,
     schedule_from_json,
     spaces,
 )
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-_SECONDS = 0.03  # spent on running one candidate
 _REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
+# Also on record: a search that goes on from its records must predict what it predicted.
+_COPY = "copy of 64 MiB"
+_COPY_BYTES = 64 << 20
 
 
 class KernelTimer:
     """Measures convolution kernels, remembers every time in the records, and picks schedules.
+
+    A workload that records of another machine cover is measured here under their best schedule
+    only; any other is tuned.
 
     Parameters
     ----------
@@ -36,93 +49,191 @@ class KernelTimer:
     records : TuningRecords
         Read before anything is measured, appended to after each measurement.
     trials : int
-        Schedules tried for each workload, the most promising first.
+        Schedules tried of each family of kernels at most (see `Tuner`).
+    algorithms : collection of str
+        Families to choose among; a convolution that none of them can compute takes any.
+    seed : int
+        Of the tuner.
+    worker : Worker, optional
+        Runs the candidates; by default the one that this process shares.
+
+    Attributes
+    ----------
+    measured, failed, unsteady : int
+        Candidates measured by this timer, those among them that did not run, and those whose time
+        varied by more than 10 %.
     """
 
-    def __init__(self, target: tvm.target.Target, records: TuningRecords, trials: int = 4) -> None:
+    def __init__(
+        self,
+        target: tvm.target.Target,
+        records: TuningRecords,
+        trials: int = 4,
+        algorithms: Collection[str] = ALGORITHMS,
+        seed: int = 0,
+        worker: Worker | None = None,
+    ) -> None:
         self.target = target
         self.isa = isa_of(target)
         self.records = records
-        self.trials = trials
-        self.measured = 0
+        self.algorithms = tuple(algorithms)
+        self.measured = self.failed = self.unsteady = 0
+        self._worker = worker
+        self._tuner = Tuner(records, self.isa, trials, seed)
+        self._usable: dict[tuple[str, str], Schedule | None] = {}
 
-    def microseconds(self, workload: ConvWorkload) -> float:
-        """Time of the workload under its best schedule, measuring what is not on record."""
-        key = workload.key()
-        schedules = [
-            schedule
-            for space in spaces(workload, self.isa).values()
-            for schedule in space[: self.trials]
-        ]
-        for schedule in schedules:
-            if self.records.time(key, schedule.to_json()) is None:
-                self.records.add(key, schedule.to_json(), self._run(workload, schedule))
-                self.measured += 1
-        best = self.records.best(key)
-        return best[1] if best else math.inf
+    def refuse(self, stages: Sequence[ConvGeometry]) -> str:
+        """Why one of a chain of convolutions has no kernel here; empty if all have one."""
+        try:
+            reasons = [refuse(workload, self.isa) for workload in self.workloads(stages)]
+        except ValueError as error:
+            return str(error)
+        return next((reason for reason in reasons if reason), "")
 
-    def chain(self, stages: Sequence[ConvGeometry]) -> float:
-        """Time of a chain of convolutions, the last with bias and ReLU, one kernel each.
-
-        Grouped stages have no kernel of ours: infinite.
-        """
-        if any(stage.groups != 1 for stage in stages):
-            return math.inf
-        total = 0.0
+    def workloads(self, stages: Sequence[ConvGeometry]) -> list[ConvWorkload]:
+        """A chain of convolutions as kernels, one each, the last with bias and ReLU."""
+        found = []
         for index, stage in enumerate(stages):
             plain = index == 0 and stage.in_channels <= PLAIN_CHANNELS
             epilogue = ("bias", "relu") if index == len(stages) - 1 else ()
-            total += self.microseconds(
-                ConvWorkload(stage, 1 if plain else self.isa.lanes, epilogue)
-            )
-        return total
+            found.append(ConvWorkload(stage, 1 if plain else self.isa.lanes, epilogue))
+        return found
+
+    def chain(self, stages: Sequence[ConvGeometry]) -> float:
+        """Time of a chain of convolutions, infinite where one has no kernel."""
+        if self.refuse(stages):
+            return math.inf
+        return sum(self.microseconds(workload) for workload in self.workloads(stages))
+
+    def microseconds(self, workload: ConvWorkload) -> float:
+        """Time here of the workload under its best schedule, measuring what has to be.
+
+        Infinite if no schedule runs.
+        """
+        for schedule in self._elsewhere(workload):
+            if self._time(workload, schedule) < math.inf:
+                return self._best(workload)[0]
+        allowed = spaces(workload, self.isa, self.algorithms) or spaces(workload, self.isa)
+        while (schedule := self._tuner.propose(workload, allowed)) is not None:
+            self._time(workload, schedule)
+        return self._best(workload)[0]
+
+    def recorded(self, stages: Sequence[ConvGeometry]) -> float | None:
+        """Time of a chain as `chain` gives it, if the records hold all of it, else None."""
+        times = [self._best(workload)[0] for workload in self.workloads(stages)]
+        return sum(times) if max(times) < math.inf else None
 
     def choose(self, workload: ConvWorkload) -> Schedule:
         """Best schedule on record for this convolution, else the default."""
         return self.known(workload) or default_schedule(workload, self.isa)
 
     def known(self, workload: ConvWorkload) -> Schedule | None:
-        """Best schedule on record for this convolution, whatever its epilogue, or None."""
-        found: list[tuple[float, Schedule]] = []
-        for epilogue in (workload.epilogue, ("bias", "relu"), ()):
-            same = ConvWorkload(workload.geometry, workload.in_block, epilogue)
-            best = self.records.best(same.key())
-            if best is not None:
-                found.append((best[1], schedule_from_json(best[0])))
-        return min(found, key=lambda pair: pair[0])[1] if found else None
+        """Best schedule on record for this convolution, whatever its epilogue, or None.
+
+        What was measured here wins over what is only known from elsewhere.
+        """
+        same = [
+            ConvWorkload(workload.geometry, workload.in_block, epilogue)
+            for epilogue in dict.fromkeys((workload.epilogue, ("bias", "relu"), ()))
+        ]
+        here = [(time, found) for time, found in map(self._best, same) if found is not None]
+        if here:
+            return min(here, key=lambda pair: pair[0])[1]
+        return next((schedule for other in same for schedule in self._elsewhere(other)), None)
 
     def roofline(self) -> Roofline:
-        """Peak of our own kernel on a layer that suits it, and bandwidth of a large copy."""
+        """Peak of our own kernel on a layer that suits it, and bandwidth of a large copy.
+
+        Raises
+        ------
+        LowRankError
+            The kernel does not run on this machine.
+        """
         workload = ConvWorkload(_REFERENCE, self.isa.lanes, ("bias", "relu"))
         microseconds = self.microseconds(workload)
-        source = np.ones(16 << 20, np.float32)
-        sink = np.empty_like(source)
-        best = math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            np.copyto(sink, source)
-            best = min(best, time.perf_counter() - start)
+        if math.isinf(microseconds):
+            raise LowRankError(
+                f"kernels for target {self.target} do not run on this machine; name one that it "
+                "can run with --target"
+            )
+        copy = self.records.time(_COPY, {})
+        if copy is None:
+            copy = _copy_microseconds()
+            self.records.add(_COPY, {}, copy)
         gflops = 2 * _REFERENCE.multiplications / (microseconds * 1e3)
-        return Roofline(gflops=gflops, gigabytes=2 * source.nbytes / best / 1e9)
+        return Roofline(gflops=gflops, gigabytes=2 * _COPY_BYTES / (copy * 1e3))
 
-    def _run(self, workload: ConvWorkload, schedule: Schedule) -> float:
-        """Minimum over repeated single runs, in microseconds; infinite if it does not compile."""
-        func = emit(workload, schedule, self.isa).with_attr("global_symbol", "main")
-        try:
-            module = tvm.compile(tvm.IRModule({"main": func}), target=self.target).jit()
-            rng = np.random.default_rng(0)
-            args = [
-                tvm.runtime.tensor(rng.standard_normal(shape, np.float32) * 0.1)
-                for shape in _argument_shapes(func)
-            ]
-            timer = module.time_evaluator
-        except (RuntimeError, ValueError):
-            return math.inf
-        first = min(timer("main", tvm.cpu(), number=1, repeat=3)(*args).results)
-        number = max(1, round(2e-4 / max(first, 1e-7)))
-        repeat = int(min(max(_SECONDS / (first * number), 5), 60))
-        return 1e6 * min(timer("main", tvm.cpu(), number=number, repeat=repeat)(*args).results)
+    def complaint(self) -> str:
+        """One sentence on what went wrong with this timer's measurements; empty if nothing."""
+        parts = []
+        if self.failed:
+            parts.append(f"{self.failed} of {self.measured} kernels did not run")
+        if self.unsteady:
+            parts.append(
+                f"the times of {self.unsteady} of {self.measured} kernels varied by more than 10 %"
+                " (is the machine busy?)"
+            )
+        return "; ".join(parts)
+
+    def _best(self, workload: ConvWorkload) -> tuple[float, Schedule | None]:
+        """The fastest schedule measured here, of the allowed algorithms, and its time."""
+        for found, microseconds in self.records.measured(workload.key()):
+            schedule = self._read(workload, found)
+            if schedule is not None:
+                return microseconds, schedule
+        return math.inf, None
+
+    def _elsewhere(self, workload: ConvWorkload) -> list[Schedule]:
+        """What other machines found best: one schedule, if any can be used."""
+        for found in self.records.elsewhere(workload.key()):
+            schedule = self._read(workload, found)
+            if schedule is not None:
+                return [schedule]
+        return []
+
+    def _read(self, workload: ConvWorkload, found: Mapping[str, Any]) -> Schedule | None:
+        """A schedule of the records, or None: not allowed, or not of this version's kernels."""
+        key = (workload.key(), json.dumps(found, sort_keys=True))
+        if key not in self._usable:
+            try:
+                schedule = schedule_from_json(found)
+                emit(workload, schedule, self.isa)
+            except (ValueError, TypeError, KeyError):
+                schedule = None
+            self._usable[key] = schedule
+        schedule = self._usable[key]
+        if schedule is None or algorithm_of(schedule) in self.algorithms:
+            return schedule
+        return None if spaces(workload, self.isa, self.algorithms) else schedule
+
+    def _time(self, workload: ConvWorkload, schedule: Schedule) -> float:
+        """Microseconds of one schedule here, from the records or measured."""
+        key, data = workload.key(), schedule.to_json()
+        known = self.records.time(key, data)
+        if known is not None:
+            return known
+        worker = self._worker or shared_worker(self.records.threads)
+        answer = worker.ask(
+            {
+                "target": json.loads(str(self.target)),
+                "workload": workload.to_json(),
+                "schedule": data,
+            }
+        )
+        self.measured += 1
+        self.failed += answer is None
+        self.unsteady += answer is not None and not answer["steady"]
+        microseconds = math.inf if answer is None else float(answer["us"])
+        self.records.add(key, data, microseconds)
+        return microseconds
 
 
-def _argument_shapes(func: tvm.tirx.PrimFunc) -> list[tuple[int, ...]]:
-    return [tuple(int(n) for n in param.shape) for param in func.params]
+def _copy_microseconds() -> float:
+    source = np.ones(_COPY_BYTES // 4, np.float32)
+    sink = np.empty_like(source)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        np.copyto(sink, source)
+        best = min(best, time.perf_counter() - start)
+    return 1e6 * best

@@ -5,6 +5,7 @@ tries weights without compiling, `allocate` picks one candidate a layer, `refit`
 sequence, `curve` walks from slow and exact to fast and approximate, `verify` judges libraries.
 """
 
-from tvm_lowrank.planner.search import ALGORITHMS, Options, search
+from tvm_lowrank.planner.search import Options, search
+from tvm_lowrank.schedules.x86.kernels import ALGORITHMS
 
 __all__ = ["ALGORITHMS", "Options", "search"]

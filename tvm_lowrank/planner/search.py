@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+import warnings
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,10 +15,12 @@ import numpy as np
 import tvm
 
 from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.cost import metaschedule
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.data import DataSplit, Samples, input_shape, split
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.metrics import Quality, judge
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
@@ -28,11 +32,12 @@ from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm, dense_candidate, propose
 from tvm_lowrank.planner.curve import Curve, Report
 from tvm_lowrank.planner.trial import TrialNetwork
-from tvm_lowrank.records import TuningRecords
-from tvm_lowrank.target import parse_target, target_key
+from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.schedules.x86.isa import isa_of
+from tvm_lowrank.schedules.x86.kernels import ALGORITHMS, algorithm_of
+from tvm_lowrank.target import parse_target
 from tvm_lowrank.threads import set_threads
 
-ALGORITHMS = ("direct",)
 # Built networks that may miss the budget before the original is returned.
 _BUILDS = 4
 # A network that is not faster by this much is not worth its error.
@@ -54,6 +59,8 @@ class Options:
     threads: int | None = None
     seed: int = 0
     trials: int = 4
+    shipped_records: bool = True
+    metaschedule_trials: int = 0
 
     def __post_init__(self) -> None:
         for kind, given, known in (
@@ -67,6 +74,8 @@ class Options:
             raise LowRankError(f"max_drop is {self.max_drop}; give points, 0 or more")
         if self.trials < 1:
             raise LowRankError(f"trials is {self.trials}; give 1 or more")
+        if self.metaschedule_trials < 0:
+            raise LowRankError(f"metaschedule_trials is {self.metaschedule_trials}; give 0 or more")
 
 
 def search(
@@ -102,6 +111,7 @@ class _Search:
     report: Report
     reasons: dict[str, str] = field(default_factory=dict)
     dense: dict[str, Candidate] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
 
     def run(self) -> Plan:
         self.target = parse_target(self.target_spec)
@@ -111,25 +121,70 @@ class _Search:
             self.metric = "top1"
         self.threads = set_threads(self.options.threads)
         self.shape = input_shape(self.mod)
-        records = TuningRecords(self.records_path, target_key(self.target), self.threads)
-        self.timer = KernelTimer(self.target, records, self.options.trials)
+        self.timer = self._timer()
         self.normalised = normalise(self.mod)
         self.layers = collect_layers(self.normalised)
         self._measure_dense()
         candidates = self._candidates()
         self._build(self._plan({}), self.directory / "dense.so")
-        return self._conclude(candidates)
+        plan = self._conclude(candidates)
+        for complaint in filter(None, (self.timer.complaint(), *self.complaints)):
+            warnings.warn(complaint, stacklevel=4)
+        return plan
+
+    def _timer(self) -> KernelTimer:
+        options, isa = self.options, isa_of(self.target).name
+        records = TuningRecords(
+            self.records_path,
+            isa,
+            self.threads,
+            mcpu=str(self.target.attrs.get("mcpu", "")) if self.target.attrs else "",
+            shipped=shipped_records(isa) if options.shipped_records else (),
+        )
+        return KernelTimer(self.target, records, options.trials, options.algorithms, options.seed)
 
     # -- the candidates of each layer ----------------------------------------------------------
 
     def _measure_dense(self) -> None:
-        self.roofline = self.timer.roofline()
+        """Time every layer as it is; without other forms, only what no record covers."""
+        lossless = self.options.forms == ("dense",)
+        if not lossless:
+            self.roofline = self.timer.roofline()
         for done, layer in enumerate(self.layers):
-            if layer.reason is not None:
-                self.reasons[layer.name] = layer.reason
-            elif layer.geometry is not None and layer.geometry.groups == 1:
-                self.dense[layer.name] = dense_candidate(layer, self.roofline, self.timer)
+            reason, geometry = layer.reason, layer.geometry
+            if reason is None and geometry is not None:
+                reason = self.timer.refuse([geometry])
+            if reason:
+                self.reasons[layer.name] = reason
+            elif geometry is not None:
+                self.dense[layer.name] = self._dense(layer, geometry, lossless)
             self.report("measuring dense layers", done + 1, len(self.layers))
+
+    def _dense(self, layer: ConvLayer, geometry: ConvGeometry, lossless: bool) -> Candidate:
+        if lossless:
+            # Nothing is to be compared, so what other machines found best needs no time here.
+            stages = (geometry,)
+            covered = all(map(self.timer.known, self.timer.workloads(stages)))
+            us = self.timer.recorded(stages) if covered else self.timer.chain(stages)
+            weights = (layer.weight,)
+            candidate = Candidate(
+                "dense",
+                0,
+                stages,
+                weights,
+                layer.bias,
+                0.0,
+                math.nan,
+                math.nan if us is None else us,
+            )
+        else:
+            candidate = dense_candidate(layer, self.roofline, self.timer)
+        if candidate.measured_us == math.inf:
+            raise LowRankError(
+                f"no kernel for {layer.name} ({geometry}) runs on this machine; name a target that "
+                f"it can run with --target, not {self.target}"
+            )
+        return candidate
 
     def _eligible(self) -> list[ConvLayer]:
         lossy = [name for name in self.options.forms if name != "dense"]
@@ -141,9 +196,9 @@ class _Search:
                 self.reasons[layer.name] = "excluded"
                 continue
             refusals = {FORMS[name].refuse(layer.geometry) for name in lossy}
-            if None in refusals:
+            if None in refusals and layer.name in self.dense:
                 eligible.append(layer)
-            else:
+            elif layer.name in self.dense or refusals - {None}:
                 texts = sorted(text for text in refusals if text)
                 self.reasons[layer.name] = "; ".join(texts) or "only the dense form is allowed"
         return eligible
@@ -262,10 +317,9 @@ class _Search:
                         layer.name,
                         layer.geometry,
                         stages=stages,
-                        algorithms=("direct",) * len(stages) if dense else (),
-                        dense_us=us,
-                        predicted_us=dense.predicted_us if dense else None,
-                        measured_us=us,
+                        dense_us=_known(us),
+                        predicted_us=_known(dense.predicted_us if dense else None),
+                        measured_us=_known(us),
                         reason=reason,
                     )
                 )
@@ -278,11 +332,10 @@ class _Search:
                     taken.form,
                     taken.rank,
                     taken.stages,
-                    ("direct",) * len(taken.stages),
-                    taken.error,
-                    dense.measured_us,
-                    taken.predicted_us,
-                    taken.measured_us,
+                    error=taken.error,
+                    dense_us=dense.measured_us,
+                    predicted_us=taken.predicted_us,
+                    measured_us=taken.measured_us,
                 )
             )
         plan = Plan(
@@ -294,7 +347,16 @@ class _Search:
             layers=tuple(layers),
             factors=factors,
         )
-        return replace(plan, schedules=self._schedules(plan))
+        plan = replace(plan, schedules=self._schedules(plan))
+        return replace(plan, layers=tuple(self._name_algorithms(layer, plan) for layer in layers))
+
+    def _name_algorithms(self, layer: LayerPlan, plan: Plan) -> LayerPlan:
+        if layer.name not in self.dense:
+            return layer
+        workloads = self.timer.workloads(layer.stages)
+        return replace(
+            layer, algorithms=tuple(algorithm_of(s) for s in map(plan.scheduler(), workloads))
+        )
 
     def _schedules(self, plan: Plan) -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
         """Best schedule of every workload of the lowered network, measured where none is known."""
@@ -308,7 +370,14 @@ class _Search:
         return tuple(known[key] for key in sorted(known))
 
     def _build(self, plan: Plan, path: Path) -> Path:
-        return export(compile_module(plan.apply(self.mod), self.target), path)
+        mod, trials = plan.apply(self.mod), self.options.metaschedule_trials
+        if trials:
+            folder = (self.records_path or path).parent / "metaschedule"
+            mod = metaschedule.prepare(mod, self.target)
+            tuned = metaschedule.tune(mod, self.target, folder, trials, self.options.seed)
+            self.complaints.append(tuned.complaint())
+            mod = metaschedule.apply(mod, self.target, folder)
+        return export(compile_module(mod, self.target), path)
 
     def _result(
         self,
@@ -318,6 +387,8 @@ class _Search:
         fast: verify.Latency,
         plan: Plan,
     ) -> dict[str, Any]:
+        built = self.directory / "model.so"
+        alone = verify.one_thread(built, self.shape) if self.threads > 1 else fast.median_ms
         weights = [layer.geometry.weight_count for layer in self.layers if layer.geometry]
         kept = [sum(stage.weight_count for stage in layer.stages) for layer in plan.layers]
         return {
@@ -331,11 +402,18 @@ class _Search:
             "latency_before_ms": slow.median_ms,
             "latency_after_ms": fast.median_ms,
             "speedup": slow.median_ms / fast.median_ms,
+            "latency_one_thread_ms": alone,
+            "parallel_efficiency": alone / (self.threads * fast.median_ms) if alone else None,
             "runs": fast.runs,
             "batch": self.shape[0],
             "weight_bytes_before": 4 * sum(weights),
             "weight_bytes_after": 4 * sum(kept),
         }
+
+
+def _known(us: float | None) -> float | None:
+    """A time for the plan: none instead of NaN."""
+    return None if us is None or math.isnan(us) else us
 
 
 def _target_json(target: tvm.target.Target) -> dict[str, Any]:

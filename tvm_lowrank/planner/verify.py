@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.deploy import Network, load
 
 
@@ -59,3 +62,29 @@ def take_turns(
                 spent.append(1e3 * (time.perf_counter() - start))
         turns += 1
     return [Latency(statistics.median(spent), min(spent), len(spent)) for spent in times]
+
+
+def one_thread(path: Path, shape: tuple[int, ...], seconds: float = 0.5) -> float | None:
+    """Median milliseconds of a library that runs on a single thread; None if it did not run.
+
+    A process's pool of threads has one size, so another process measures this.
+    """
+    worker = Worker(1, timeout=60 + 60 * seconds, function=f"{__name__}:time_library")
+    milliseconds = worker.ask({"path": str(path), "shape": list(shape), "seconds": seconds})
+    worker.close()
+    return None if milliseconds is None else float(milliseconds)
+
+
+def time_library(request: Mapping[str, Any]) -> float:
+    """What the process of `one_thread` does."""
+    network = load(request["path"], 1)
+    noise = np.random.default_rng(0).standard_normal(request["shape"], np.float32)
+    args = [network.tensor(noise)]
+    network.call(args)
+    times: list[float] = []
+    deadline = time.perf_counter() + request["seconds"]
+    while len(times) < 3 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        network.call(args)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

@@ -1,0 +1,326 @@
+"""Measuring in a process of its own, choosing what to measure, and records of other machines."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+import tvm
+from helpers import reference, relative
+from tuner_support import Invented
+from tvm import relax
+from tvm_lowrank.schedules.x86.kernels import emit, schedule_from_json, spaces
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+import tvm_lowrank
+from tvm_lowrank import tune
+from tvm_lowrank.cost import metaschedule
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.worker import Worker
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.planner import Options, search
+from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.target import host_target, parse_target
+
+
+@pytest.fixture(scope="module")
+def worker():
+    made = Worker(1, timeout=2.0, function="tuner_support:behave")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("fault", ["crash", "hang", "exit"])
+def test_a_fault_costs_one_answer_and_a_new_process(worker, fault):
+    before = worker.ask("a")
+    starts = worker.starts
+    assert worker.ask(fault) is None
+    after = worker.ask("b")
+    assert after["request"] == "b"
+    assert after["pid"] != before["pid"]
+    assert worker.starts == starts + 1
+
+
+def test_an_exception_costs_no_process_and_prints_are_no_answers(worker):
+    pid = worker.ask("a")["pid"]
+    assert worker.ask("raise") is None
+    assert worker.ask("print")["pid"] == pid
+
+
+def test_a_process_that_cannot_start_is_one_sentence():
+    with pytest.raises(LowRankError, match=r"does not start.*no_such_module"):
+        Worker(1, function="no_such_module:f").ask({})
+
+
+def test_the_process_ends_with_its_parent():
+    code = """
+import os, signal
+from tvm_lowrank.cost.worker import Worker
+worker = Worker(1, function="tuner_support:behave")
+print(worker.ask("a")["pid"], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == -signal.SIGKILL
+    pid, deadline = int(done.stdout), time.monotonic() + 20
+    while _alive(pid):
+        assert time.monotonic() < deadline, "the measuring process outlives its parent"
+        time.sleep(0.05)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def workload(channels=32, size=16, kernel=3, epilogue=("bias", "relu")):
+    pad = (kernel // 2,) * 4
+    geometry = ConvGeometry(channels, 64, size, size, (kernel, kernel), padding=pad)
+    return ConvWorkload(geometry, 16, epilogue)
+
+
+def timer(records=None, **options):
+    target = parse_target("llvm:skylake-avx512")
+    if records is None:
+        records = TuningRecords(None, "avx512", 2)
+    options = {"worker": Invented(), "algorithms": ("direct",), **options}
+    return KernelTimer(target, records, **options)
+
+
+def test_a_crashing_candidate_is_recorded_and_the_search_goes_on(tmp_path):
+    path = tmp_path / "records.jsonl"
+    crashing = Worker(1, function="tuner_support:one_order_crashes")
+    measuring = timer(TuningRecords(path, "avx512", 2), worker=crashing, trials=8)
+    assert math.isfinite(measuring.microseconds(workload()))
+    crashing.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    failed = [line for line in lines if line["us"] is None]
+    assert 0 < len(failed) < len(lines) and measuring.failed == len(failed)
+    assert all(line["schedule"]["order"] == "rows" for line in failed)
+    assert f"{len(failed)} of {len(lines)} kernels did not run" in measuring.complaint()
+    again = timer(TuningRecords(path, "avx512", 2), trials=8)
+    assert again.microseconds(workload()) == measuring.microseconds(workload())
+    assert again.measured == 0 and again.complaint() == ""
+
+
+def test_when_nothing_runs_the_time_is_infinite():
+    class Broken:
+        def ask(self, request):
+            return None
+
+    broken = timer(worker=Broken())
+    assert broken.microseconds(workload()) == math.inf
+    assert broken.known(workload()) is None
+    with pytest.raises(LowRankError, match="do not run on this machine"):
+        broken.roofline()
+
+
+def test_unsteady_times_are_counted():
+    class Unsteady:
+        def ask(self, request):
+            return {"us": 1.0, "steady": False}
+
+    unsteady = timer(worker=Unsteady(), trials=2)
+    unsteady.microseconds(workload())
+    assert unsteady.unsteady == unsteady.measured == 2
+    assert "varied by more than 10 %" in unsteady.complaint()
+
+
+NETWORK = [workload(c, s, k) for c in (16, 32, 64) for s in (7, 14, 28) for k in (1, 3, 5)]
+
+
+def tuned(trials=4, seed=0):
+    measuring = timer(trials=trials, seed=seed)
+    times = [measuring.microseconds(each) for each in NETWORK]
+    return measuring, times
+
+
+def test_the_same_records_and_seed_try_the_same_schedules():
+    first, second = tuned(), tuned()
+    assert first[0]._worker.asked == second[0]._worker.asked
+    assert first[1] == second[1]
+
+
+def test_the_model_finds_what_the_families_own_order_misses():
+    measuring, times = tuned()
+    half = len(NETWORK) // 2
+    gains = []
+    for each, found in list(zip(NETWORK, times, strict=True))[half:]:
+        space = spaces(each, measuring.isa, ("direct",))["direct"]
+        plain = min(Invented().ask({"schedule": s.to_json()})["us"] for s in space[:4])
+        gains.append(plain - found)
+    assert np.mean(gains) > 0
+    assert min(gains) > -10
+
+
+@pytest.mark.parametrize("trials", [1, 2, 4, 7])
+def test_no_family_is_tried_more_often_than_allowed(trials):
+    measuring = timer(trials=trials)
+    measuring.microseconds(workload())
+    assert measuring.measured == trials
+
+
+def test_another_machines_schedule_is_taken_but_its_time_is_not(tmp_path):
+    path = tmp_path / "shipped.jsonl"
+    theirs = timer(TuningRecords(path, "avx512", 2, machine="another"), trials=8)
+    theirs.microseconds(workload())
+    best = theirs.known(workload())
+    mine = timer(TuningRecords(None, "avx512", 2, machine="mine", shipped=(path,)))
+    assert mine.known(workload()) == best
+    assert mine.recorded([workload().geometry]) is None
+    assert mine.measured == 0
+    mine.microseconds(workload())
+    assert [r["schedule"] for r in mine._worker.asked] == [best.to_json()]
+    assert mine.recorded([workload().geometry]) == mine.microseconds(workload())
+
+
+def test_a_shipped_schedule_that_fails_here_is_replaced_by_tuning(tmp_path):
+    class Picky(Invented):
+        def ask(self, request):
+            answer = super().ask(request)
+            return None if len(self.asked) == 1 else answer
+
+    path = tmp_path / "shipped.jsonl"
+    theirs = timer(TuningRecords(path, "avx512", 2, machine="another"), trials=1)
+    theirs.microseconds(workload())
+    mine = timer(TuningRecords(None, "avx512", 2, shipped=(path,)), worker=Picky())
+    assert math.isfinite(mine.microseconds(workload()))
+    assert mine.known(workload()) not in (None, theirs.known(workload()))
+
+
+def test_records_of_unknown_kernels_are_passed_over():
+    records = TuningRecords(None, "avx512", 2)
+    key = workload().key()
+    records.add(key, {"kernel": "quantum", "qubits": 7}, 0.1)
+    records.add(key, {"kernel": "direct", "tile": 7, "colour": "blue"}, 0.2)
+    records.add(key, {"kernel": "direct", "tile": 99, "vectors": 3}, 0.3)
+    measuring = timer(records)
+    assert measuring.known(workload()) is None
+    assert measuring.microseconds(workload()) > 1.0
+
+
+def test_algorithms_restrict_what_records_offer(monkeypatch):
+    records = TuningRecords(None, "avx512", 2)
+    free = timer(records)
+    free.microseconds(workload())
+    none = timer(records, algorithms=("winograd",))
+    monkeypatch.setattr("tvm_lowrank.cost.measure.spaces", lambda *a: {"winograd": ["x"]})
+    assert none.known(workload()) is None
+    monkeypatch.setattr("tvm_lowrank.cost.measure.spaces", lambda *a: {})
+    assert none.known(workload()) == free.known(workload())
+
+
+def test_a_real_kernel_is_timed_in_the_process():
+    target = host_target()
+    measuring = KernelTimer(target, TuningRecords(None, "host", 1), trials=1)
+    lanes = measuring.isa.lanes
+    found = measuring.microseconds(ConvWorkload(workload().geometry, lanes, ("bias", "relu")))
+    assert math.isfinite(found) and measuring.failed == 0
+
+
+def test_a_covered_network_compiles_without_measuring(small, tmp_path, monkeypatch):
+    model = tmp_path / "net.onnx"
+    onnx.save(small, model)
+    command = [str(model), "--lossless", "--trials", "1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert tune.main([*command, "--no-shipped-records", "-o", str(first)]) == 0
+    shipped = tmp_path / "shipped.jsonl"
+    lines = [json.loads(line) for line in (first / "records.jsonl").read_text().splitlines()]
+    shipped.write_text("".join(json.dumps({**r, "machine": "another"}) + "\n" for r in lines))
+    planner = importlib.import_module("tvm_lowrank.planner.search")
+    monkeypatch.setattr(planner, "shipped_records", lambda isa: [shipped])
+    monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("something is measured"))
+    monkeypatch.setattr("tvm_lowrank.planner.verify.one_thread", lambda *_: None)
+    assert tune.main([*command, "-o", str(second)]) == 0
+    assert not (second / "records.jsonl").exists()
+    plans = [tvm_lowrank.Plan.load(folder / "plan.json") for folder in (first, second)]
+    assert plans[0].schedules == plans[1].schedules
+    for one, other in zip(plans[0].layers, plans[1].layers, strict=True):
+        assert one.algorithms == other.algorithms
+        assert other.dense_us is None
+    x = np.random.default_rng(0).standard_normal((1, 3, 18, 18)).astype(np.float32)
+    assert relative(tvm_lowrank.load(second / "model.so")(x), reference(small, x)) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+def test_shipped_records_are_of_this_versions_kernels(isa):
+    target = parse_target("llvm:skylake-avx512" if isa == "avx512" else "llvm:haswell")
+    measuring = KernelTimer(target, TuningRecords(None, isa, 2, shipped=shipped_records(isa)))
+    taken = {}
+    for key, _, schedule, _ in measuring.records.rows():
+        taken.setdefault(key, schedule)
+    for key, schedule in list(taken.items())[::7]:
+        emit(ConvWorkload.from_json(json.loads(key)), schedule_from_json(schedule), measuring.isa)
+
+
+@pytest.mark.parametrize(("option", "message"), [("trials", "1 or more"), (
+    "metaschedule_trials", "0 or more")])  # fmt: skip
+def test_bad_counts_are_refused(option, message):
+    with pytest.raises(LowRankError, match=f"{option} is -1; give {message}"):
+        Options(**{option: -1})
+
+
+def softmax_network():
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((16, 64), "float32"))
+    weight = relax.const(np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(relax.op.matmul(x, weight))
+            out = builder.emit_output(relax.op.nn.softmax(y))
+        builder.emit_func_output(out)
+    return builder.get()
+
+
+def test_metaschedule_tunes_other_functions_and_goes_on_from_its_database(tmp_path, monkeypatch):
+    target = host_target()
+    prepared = metaschedule.prepare(softmax_network(), target)
+    outcome = metaschedule.tune(prepared, target, tmp_path, trials=4)
+    assert outcome.functions == 2
+    assert outcome.measured > 0 and outcome.failed == 0 and outcome.complaint() == ""
+    best = metaschedule.apply(prepared, target, tmp_path)
+    assert best.script() != prepared.script()
+    x = np.random.default_rng(1).standard_normal((16, 64)).astype(np.float32)
+    results = []
+    for mod in (softmax_network(), best):
+        machine = relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
+        results.append(machine["main"](tvm.runtime.tensor(x)).numpy())
+    assert relative(results[1], results[0]) < 1e-5
+    monkeypatch.setattr("tvm.s_tir.meta_schedule.tune.tune_tasks", lambda **_: None)
+    again = metaschedule.tune(prepared, target, tmp_path, trials=4)
+    assert again.functions < outcome.functions
+
+
+def test_metaschedule_that_measured_nothing_says_so():
+    assert "measured no candidate for 3 functions" in metaschedule.Outcome(3, 0, 8).complaint()
+    assert "2 of 10 MetaSchedule candidates" in metaschedule.Outcome(3, 8, 2).complaint()
+    assert metaschedule.Outcome(0, 0, 0).complaint() == ""
+
+
+def test_a_network_is_built_through_metaschedule_and_says_when_that_failed(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(metaschedule, "tune", lambda *_: metaschedule.Outcome(2, 0, 5))
+    options = Options(forms=("dense",), trials=1, metaschedule_trials=4)
+    mod = load_model(small)
+    with pytest.warns(UserWarning, match="MetaSchedule measured no candidate for 2 functions"):
+        search(mod, options=options, records=tmp_path / "records.jsonl", directory=tmp_path)
+    x = np.random.default_rng(0).standard_normal((1, 3, 18, 18)).astype(np.float32)
+    assert relative(tvm_lowrank.load(tmp_path / "model.so")(x), reference(small, x)) < 1e-5
