@@ -34,6 +34,7 @@ def plan(
     seed: int = 0,
     trials: int = 4,
     records: str | Path | None = None,
+    shipped_records: bool = True,
 ) -> Plan:
     """Find the fastest network within the accuracy budget, and measure that it is.
 
@@ -68,9 +69,11 @@ def plan(
     seed : int
         Of the data's split and of everything else that is random.
     trials : int
-        Schedules measured for each kernel.
+        Schedules measured of each family of kernels at most.
     records : str or Path, optional
         Tuning records to read and append to.
+    shipped_records : bool
+        Take schedules of the records that ship with the package instead of tuning anew.
 
     Returns
     -------
@@ -97,6 +100,7 @@ def plan(
         threads=threads,
         seed=seed,
         trials=trials,
+        shipped_records=shipped_records,
     )
     return search(
         load_model(mod, batch),
