@@ -24,6 +24,7 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 import tvm_lowrank
 from tvm_lowrank import tune
 from tvm_lowrank.cost import metaschedule
+from tvm_lowrank.cost.features import features
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.errors import LowRankError
@@ -168,6 +169,14 @@ def test_the_model_finds_what_the_families_own_order_misses():
         gains.append(plain - found)
     assert np.mean(gains) > 0
     assert min(gains) > -10
+
+
+def test_every_schedule_of_every_family_has_features():
+    for each in NETWORK:
+        for family, space in spaces(each, timer().isa).items():
+            for position, schedule in enumerate(space):
+                found = features(each, schedule.to_json(), position, 16, 2)
+                assert all(math.isfinite(value) for value in found.values()), family
 
 
 @pytest.mark.parametrize("trials", [1, 2, 4, 7])

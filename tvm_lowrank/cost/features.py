@@ -63,8 +63,8 @@ def _register_tile(
     workload: ConvWorkload, schedule: Mapping[str, Any], lanes: int, threads: int
 ) -> dict[str, float]:
     """What follows from a tile of pixels by vectors: registers, waste, and how threads share."""
-    if not {"tile", "vectors"} <= schedule.keys():
-        return {}
+    if not all(isinstance(schedule.get(name), int) for name in ("tile", "vectors")):
+        return {}  # a family that has no such tile
     g = workload.geometry
     pixels = schedule["tile"] * schedule.get("rows", 1)
     vectors = schedule["vectors"]
