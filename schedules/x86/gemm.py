@@ -9,6 +9,10 @@ from tvm import ir, tirx
 
 from .emitter import Emitter, Index, clamp_high
 
+# Elements of the right matrix to ask for ahead of their use. Each is used for a few rows only, so
+# its way from outside of the second-level cache shows: 4 to 8 KB gain up to a half, 2 or 16 less.
+_AHEAD = 1536
+
 
 @dataclass(frozen=True)
 class RegisterBlock:
@@ -36,7 +40,8 @@ class RegisterBlock:
     ) -> None:
         """Multiply the matrices at two (buffer, offset) and ``store(row, vector, value)`` all sums.
 
-        Values of channels beyond ``channels``, in the last block, are not read.
+        Values of channels beyond ``channels``, in the last block, are not read. What follows the
+        right matrix in memory should be the one that is used next.
         """
         lanes, rows, vectors = em.lanes, range(self.rows), range(self.vectors)
         sums = [em.accumulators(self.vectors) for _ in rows]
@@ -53,6 +58,8 @@ class RegisterBlock:
             with em.loop(extent, prefix="c") as c:
                 b = em.bind_index(right_base + c * (self.vectors * lanes), "b")
                 columns = [em.load(right[0], b + j * lanes) for j in vectors]
+                for j in vectors:
+                    em.prefetch(right[0], b + (_AHEAD + j * lanes))
                 a = em.bind_index(left_base + c, "a")
                 for i in rows:
                     value = em.broadcast(left[0], a + i * lanes)

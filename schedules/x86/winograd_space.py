@@ -33,11 +33,14 @@ _LOADS_PER_CYCLE = 1.6
 _BLOCK_OVERHEAD = 40
 # Cycles to bring a value of a transformed tile to its place in the second-level cache, or back.
 _CYCLES_PER_POINT = 6
+# Bytes of its first-level cache that the weights of a product may take; more come in again for
+# every register block, at 128 bytes a cycle at most.
+_NEAR_BYTES = 1 << 15
 # Bytes of a core's second-level cache that weights used again may count on.
 _CACHE_BYTES = 1 << 20
 # Most bytes of scratch of a task, and bytes a cycle that come in from beyond that cache.
-_SCRATCH_BYTES = 3 << 19
-_BYTES_PER_CYCLE = 5
+_SCRATCH_BYTES = 1 << 21
+_BYTES_PER_CYCLE = 8
 # Cycles to start the threads on a parallel loop.
 _START = 3000
 _THREADS = (2, 4, 8)
@@ -121,7 +124,12 @@ def _product_cycles(workload: ConvWorkload, schedule: WinogradSchedule, isa: Vec
     groups = -(-workload.geometry.out_channels // (isa.lanes * block.vectors))
     sums = block.rows * block.vectors
     # Fewer than eight sums do not hide the latency of multiply-add.
-    step = max(sums / 2, (block.rows + block.vectors) / _LOADS_PER_CYCLE, 4)
+    # With one vector each broadcast is part of its multiply-add, where the instructions allow it.
+    loads = 2.0 if block.vectors == 1 and isa.lanes == 16 else _LOADS_PER_CYCLE
+    step = max(sums / 2, (block.rows + block.vectors) / loads, 4)
+    weights = block.vectors * isa.vector_bytes
+    if grid.blocks > 1 and weights * block.channels > _NEAR_BYTES:
+        step += weights / 128
     call = block.channels * step + _BLOCK_OVERHEAD + sums
     return grid.points * grid.blocks * groups * call
 
@@ -150,6 +158,9 @@ def _cycles(workload: ConvWorkload, schedule: WinogradSchedule, isa: VectorISA) 
     transforms = _transform_cycles(workload, grid, isa)
     weights = 4 * grid.points * workload.geometry.in_channels * workload.geometry.out_channels
     tasks = -(-grid.blocks // schedule.blocks) if schedule.blocks else 0
+    if not tasks:
+        # What one thread transforms, another multiplies: it goes through the shared cache.
+        transforms += grid.blocks * _scratch(workload, grid) / _BYTES_PER_CYCLE
     total = 0.0
     for threads in _THREADS:
         if tasks:
@@ -158,8 +169,7 @@ def _cycles(workload: ConvWorkload, schedule: WinogradSchedule, isa: VectorISA) 
             imbalance = -(-tasks // threads) * threads / tasks
             starts = 1
         else:
-            # What one thread transforms, another multiplies: it goes through the shared cache.
-            fetch = (weights + grid.blocks * _scratch(workload, grid)) / _BYTES_PER_CYCLE
+            fetch = weights / _BYTES_PER_CYCLE
             imbalance, starts = 1.0, 3
         # Fetching overlaps with the products, but not all of it.
         busy = max(product, fetch) + min(product, fetch) / 3

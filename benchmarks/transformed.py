@@ -1,0 +1,144 @@
+"""Kernels of transformed convolutions (Winograd and others) against the direct kernel.
+
+``python benchmarks/transformed.py [LAYER ...]`` with layers written ``C-F@SIZEkX`` or ``kXxY``.
+Warm figures repeat a call; cold ones find their weights outside of the second-level cache, as calls
+inside a network do. Both are minima of single calls that take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm_lowrank.schedules.x86 import kernels
+from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
+from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+
+from tvm_lowrank import host_target
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.threads import processor, set_threads
+
+LAYERS = (
+    "64-64@56k3",
+    "128-128@28k3",
+    "256-256@14k3",
+    "512-512@7k3",
+    "512-512@14k3",
+    "512-512@28k3",
+    "256-256@56k3",
+    "64-64@224k3",
+    "128-128@28k5",
+    "64-192@27k5",
+    "96-256@28k1x3",
+    "256-96@28k3x1",
+)
+# Copies of the weights that calls go through in turn hold at least this much.
+_COLD_BYTES = 64 << 20
+_MOST_COPIES = 64
+
+
+@dataclass
+class Kernel:
+    """A compiled kernel, its arguments, and the least seconds of a call so far."""
+
+    schedule: Any
+    function: Any
+    x: tvm.runtime.Tensor
+    weights: list[tvm.runtime.Tensor]
+    y: tvm.runtime.Tensor
+    warm: float = field(default=float("inf"))
+    cold: float = field(default=float("inf"))
+
+    def call(self, weights: tvm.runtime.Tensor) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        self.function(self.x, weights, self.y)
+        return time.perf_counter() - start
+
+    def take_turn(self, calls: int) -> None:
+        """Call with the same weights, then with each copy of them."""
+        self.warm = min(self.warm, *(self.call(self.weights[0]) for _ in range(calls)))
+        self.cold = min(self.cold, *(self.call(weights) for weights in self.weights))
+
+
+def prepare(
+    workload: ConvWorkload, schedule: Any, isa: VectorISA, target: tvm.target.Target
+) -> Kernel:
+    """Compile a schedule and make its arguments, the same data for every schedule."""
+    geometry = workload.geometry
+    function = kernels.emit(workload, schedule, isa).with_attr("global_symbol", "main")
+    module = tvm.compile(tvm.IRModule({"main": function}), target=target)
+    rng = np.random.default_rng(0)
+    blocks = [-(-c // isa.lanes) for c in (geometry.in_channels, geometry.out_channels)]
+    x = rng.standard_normal((1, blocks[0], geometry.height, geometry.width, isa.lanes))
+    weight = rng.standard_normal(geometry.weight_shape).astype("float32")
+    packed = kernels.pack_weights(weight, workload, schedule, isa)
+    copies = min(_MOST_COPIES, 1 + _COLD_BYTES // packed.nbytes)
+    y = np.zeros((1, blocks[1], geometry.out_height, geometry.out_width, isa.lanes), "float32")
+    return Kernel(
+        schedule,
+        module["main"],
+        tvm.runtime.tensor(x.astype("float32")),
+        [tvm.runtime.tensor(packed) for _ in range(max(2, copies))],
+        tvm.runtime.tensor(y),
+    )
+
+
+def geometry_of(layer: str) -> ConvGeometry:
+    """The stride-1 convolution with "same" padding that a layer's text names."""
+    match = re.fullmatch(r"(\d+)-(\d+)@(\d+)k(\d+)(?:x(\d+))?", layer)
+    if match is None:
+        raise ValueError(f"layer must be written C-F@SIZEkX or C-F@SIZEkXxY, not {layer!r}")
+    channels, outputs, size, rows = map(int, match.groups()[:4])
+    columns = int(match[5] or rows)
+    padding = (rows // 2, columns // 2, (rows - 1) // 2, (columns - 1) // 2)
+    return ConvGeometry(channels, outputs, size, size, (rows, columns), padding=padding)
+
+
+def compare(layer: str, target: tvm.target.Target, schedules: int, rounds: int) -> None:
+    """Print the ratios of a layer's transformed kernels to the best direct one."""
+    isa = isa_of(target)
+    workload = ConvWorkload(geometry_of(layer), isa.lanes)
+    chosen = [
+        schedule
+        for name, found in kernels.spaces(workload, isa).items()
+        for schedule in found[: 2 if name == ConvSchedule.kernel else schedules]
+    ]
+    timed = [prepare(workload, schedule, isa, target) for schedule in chosen]
+    for _ in range(rounds):
+        for kernel in timed:
+            kernel.take_turn(4)
+    direct = [k for k in timed if isinstance(k.schedule, ConvSchedule)]
+    warm, cold = (min(getattr(k, name) for k in direct) for name in ("warm", "cold"))
+    expected = direct[0].y.numpy()
+    rate = 2e-9 * workload.geometry.multiplications / warm
+    print(f"\n{layer}: direct {1e3 * warm:.3f} ms ({rate:.0f} GF/s), cold {1e3 * cold:.3f} ms")
+    print("| schedule | warm | cold | difference |\n|---|---|---|---|")
+    for kernel in timed[len(direct) :]:
+        difference = np.abs(kernel.y.numpy() - expected).max() / np.abs(expected).max()
+        text = ", ".join(f"{k} {v}" for k, v in kernel.schedule.to_json().items())
+        ratios = f"{warm / kernel.warm:.2f} | {cold / kernel.cold:.2f}"
+        print(f"| {text} | {ratios} | {difference:.1e} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("layers", nargs="*", default=LAYERS)
+    parser.add_argument("--schedules", type=int, default=4, help="of each family, best first")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    set_threads(args.threads)
+    target = host_target()
+    print(f"{args.threads} threads, {processor()}, compiled for {target.attrs['mcpu']}")
+    for layer in args.layers:
+        compare(layer, target, args.schedules, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
