@@ -201,8 +201,8 @@ def _heading(args: argparse.Namespace) -> str:
         f"{describe()}, {args.threads} threads.",
         "Medians and minima of single runs in milliseconds, each runtime in a process of its own,",
         "the processes taking turns. *Ratio*: its median over ours (in brackets: of minima); more",
-        "than 1 is slower than ours. *Error*: largest difference from ONNX Runtime over the largest",
-        f"output, {_CHECKED} random inputs.",
+        "than 1 is slower than ours. *Error*: largest difference from ONNX Runtime over its",
+        f"largest output, {_CHECKED} random inputs.",
     ]
     warning = disturbance()
     return "\n".join([*lines, f"**Beware: {warning}.**"] if warning else lines)

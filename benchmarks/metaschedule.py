@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import tempfile
 import time
@@ -24,6 +25,8 @@ from tvm.support.tar import tar
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.target import host_target
 from tvm_lowrank.threads import set_threads
+
+_FAILED = 1e9  # seconds
 
 
 @derived_object
@@ -52,10 +55,13 @@ class InProcessBuilder(PyBuilder):
 _scratch = tempfile.TemporaryDirectory(prefix="metaschedule-")
 
 
-def recorded(folder: Path) -> int:
-    """Trials on record in the folder of a run."""
+def recorded(folder: Path) -> tuple[int, int]:
+    """Trials on record in the folder of a run, and how many of them failed."""
     path = folder / "database_tuning_record.json"
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
+    lines = path.read_text().splitlines() if path.exists() else []
+    # A record is [workload, [trace, seconds, ...]]; failures are kept with absurd times.
+    failed = sum(min(json.loads(line)[1][1], default=_FAILED) >= _FAILED for line in lines)
+    return len(lines), failed
 
 
 def main() -> int:
@@ -69,21 +75,20 @@ def main() -> int:
     set_threads(args.threads)
     args.folder.mkdir(parents=True, exist_ok=True)
     target = host_target()
-    mod = load_model(args.model, args.batch)
-    mod = tvm.ir.transform.Sequential(
-        [relax.transform.DecomposeOpsForInference("main"), relax.transform.FoldConstant()]
-    )(mod)
-    start, before = time.perf_counter(), recorded(args.folder)
+    mod = _prepare(load_model(args.model, args.batch), target)
+    start, (before, _) = time.perf_counter(), recorded(args.folder)
     if before < args.trials:
         # Rules for llvm targets name intrinsics that are registered by this import alone.
         importlib.import_module("tvm.s_tir.tensor_intrin")
 
+        tasks = ms.relax_integration.extract_tasks(mod, target, {})
         ms.relax_integration.tune_relax(
             mod,
             {},
             target,
             str(args.folder),
             args.trials - before,
+            num_trials_per_iter=max(1, min(64, (args.trials - before) // max(1, len(tasks)))),
             builder=InProcessBuilder(),
             runner=ms.runner.LocalRunner(
                 evaluator_config=ms.runner.EvaluatorConfig(
@@ -92,14 +97,31 @@ def main() -> int:
             ),
             seed=0,
         )
-    if recorded(args.folder) == 0:
+    trials, failed = recorded(args.folder)
+    if trials == failed:
         print("no candidate could be measured", file=sys.stderr)
         return 1
     database = ms.database.JSONDatabase(work_dir=str(args.folder))
-    executable = ms.relax_integration.compile_relax(database, mod, target, None)
-    executable.export_library(str(args.folder / "library.so"))
-    print(f"{recorded(args.folder)} trials, {before} of them before, {_minutes(start)} min")
+    with target, database:
+        mod = relax.transform.MetaScheduleApplyDatabase()(mod)
+    tvm.compile(mod, target=target).export_library(str(args.folder / "library.so"))
+    print(f"{trials} trials ({failed} failed), {before} of them before, {_minutes(start)} min")
     return 0
+
+
+def _prepare(mod: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """Functions to tune; tasks are found, and later replaced, only in a network made of them."""
+    passes = [
+        relax.transform.DecomposeOpsForInference("main"),
+        relax.transform.FoldConstant(),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+    ]
+    with target:
+        return tvm.ir.transform.Sequential(passes)(mod)
 
 
 def _minutes(start: float) -> str:
