@@ -24,18 +24,22 @@ def network_of(executable: Any) -> Network:
     return Network(relax.VirtualMachine(executable, tvm.cpu()), tvm.cpu())
 
 
-def export(executable: Any, path: Path) -> Path:
+def export(executable: Any, path: Path, compiler: str | None = None) -> Path:
     """Write a shared library; an older file of that name is replaced only by a complete one.
+
+    ``compiler`` is the C++ compiler that links it, for another family of processors one like
+    ``aarch64-linux-gnu-g++``; by default that of this machine.
 
     Raises
     ------
     LowRankError
         No C compiler is found, or the folder cannot be written.
     """
+    options = {"cc": compiler} if compiler else {}
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
             fresh = Path(folder) / path.name
-            executable.export_library(str(fresh))
+            executable.export_library(str(fresh), **options)
             os.replace(fresh, path)
     except OSError as error:
         raise LowRankError(
@@ -43,6 +47,7 @@ def export(executable: Any, path: Path) -> Path:
         ) from error
     except (RuntimeError, ValueError) as error:
         raise LowRankError(
-            f"{path} could not be linked ({error}); a C compiler (gcc or clang) must be on the PATH"
+            f"{path} could not be linked ({error}); {compiler or 'a C compiler (gcc or clang)'} "
+            "must be on the PATH"
         ) from error
     return path

@@ -182,6 +182,30 @@ class Plan:
 
         return pick
 
+    def for_target(self, target: Any) -> Plan:
+        """The same decision for another target, to build what this machine cannot run.
+
+        Forms, ranks and factors stay; schedules stay if the target has the same vectors, else its
+        kernels take their defaults; measured times and results are dropped.
+
+        Raises
+        ------
+        LowRankError
+            As `tvm_lowrank.target.parse_target`.
+        """
+        parsed = parse_target(target)
+        same = isa_of(parsed) == isa_of(parse_target(self.target))
+        return replace(
+            self,
+            target=dict(json.loads(str(parsed))),
+            schedules=self.schedules if same else (),
+            layers=tuple(
+                replace(layer, dense_us=None, predicted_us=None, measured_us=None)
+                for layer in self.layers
+            ),
+            result={},
+        )
+
     def dense(self) -> Plan:
         """The plan that leaves every layer dense, with the same kernels: the baseline."""
         layers = tuple(

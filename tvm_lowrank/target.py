@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import platform
 from typing import Any
 
 import tvm
 from tvm.target import codegen
 
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.schedules.x86.isa import architecture_of
 from tvm_lowrank.threads import physical_cores
+
+# Vector instructions that kernels are built with: LLVM's name, and that of /proc/cpuinfo.
+_VECTOR_FEATURES = (("avx512f", "avx512f"), ("avx2", "avx2"), ("fma", "fma"))
 
 
 def parse_target(spec: Any = None) -> tvm.target.Target:
@@ -51,6 +56,31 @@ def host_target() -> tvm.target.Target:
     return tvm.target.Target({"kind": "llvm", "mcpu": _host_mcpu(), "num-cores": physical_cores()})
 
 
+def require_runnable(target: tvm.target.Target) -> None:
+    """Check that this machine can run what is built for ``target``.
+
+    Raises
+    ------
+    LowRankError
+        It is of another family of processors, or lacks vector instructions that the target has.
+    """
+    architecture, here = architecture_of(target), platform.machine()
+    missing = []
+    if architecture and architecture != here.replace("arm64", "aarch64").replace("AMD64", "x86_64"):
+        missing.append(architecture)
+    elif flags := _cpu_flags():
+        missing += [
+            flag
+            for feature, flag in _VECTOR_FEATURES
+            if codegen.llvm_cpu_has_features(feature, target) and flag not in flags
+        ]
+    if missing:
+        raise LowRankError(
+            f"target {target_key(target)} needs {', '.join(missing)}, which this machine ({here}) "
+            "lacks, so nothing can be measured; plan for 'llvm' and build with plan.for_target(...)"
+        )
+
+
 def target_key(target: tvm.target.Target) -> str:
     """Short name of a target for folders and records, as ``llvm-znver4``."""
     mcpu = str(target.attrs.get("mcpu", "")) if target.attrs else ""
@@ -67,7 +97,7 @@ def _host_mcpu() -> str:
     if not flags:
         return name
     target = tvm.target.Target({"kind": "llvm", "mcpu": name})
-    for feature, flag in (("avx512f", "avx512f"), ("avx2", "avx2"), ("fma", "fma")):
+    for feature, flag in _VECTOR_FEATURES:
         if codegen.llvm_cpu_has_features(feature, target) and flag not in flags:
             return "x86-64-v3" if {"avx2", "fma"} <= flags else "x86-64"
     return name

@@ -28,6 +28,7 @@ class VectorISA:
 
 AVX512 = VectorISA("avx512", 16, 32)
 AVX2 = VectorISA("avx2", 8, 16)
+NEON = VectorISA("neon", 4, 32)
 GENERIC = VectorISA("generic", 4, 16)
 
 
@@ -43,4 +44,12 @@ def isa_of(target: tvm.target.Target) -> VectorISA:
         return AVX512
     if llvm_cpu_has_features(["avx2", "fma"], target):
         return AVX2
+    if architecture_of(target) == "aarch64":
+        return NEON
     return GENERIC
+
+
+def architecture_of(target: tvm.target.Target) -> str:
+    """The family of processors that a target's triple names; empty if it has none."""
+    triple = str(target.attrs.get("mtriple", "")) if target.attrs else ""
+    return triple.partition("-")[0].replace("arm64", "aarch64")
