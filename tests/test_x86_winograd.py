@@ -174,7 +174,7 @@ def test_space_is_legal_and_varied(name, geometry):
     for schedule in schedules:
         winograd.emit(workload, schedule, isa)
         assert error_bound(workload, schedule) < 1e-4
-    assert len({schedule.tile for schedule in schedules[:4]}) > 1
+    assert len({schedule.tile for schedule in schedules}) > 1
     assert {schedule.blocks > 0 for schedule in schedules} == {True, False}
 
 
