@@ -7,6 +7,7 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm_lowrank.schedules.x86 import convolution
+from tvm_lowrank.schedules.x86.groups import merge_groups
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
 from x86_support import CPUS, TOLERANCE, Case, build, relative_error, run, runnable_isa, target
@@ -98,6 +99,43 @@ def test_special_shapes(name, shape):
     check(ConvWorkload(geometry, block or isa.lanes, ("bias", "relu")), isa)
 
 
+GROUPED = {
+    # in, out, groups: whole blocks; one input block a group; merged into pairs or fours; all merged
+    "aligned": (32, 64, 2),
+    "resnext": (64, 64, 16),
+    "shufflenet": (24, 48, 3),
+    "odd": (15, 21, 3),
+    "multiplier": (18, 36, 18),
+}
+
+
+@pytest.mark.parametrize("shape", GROUPED)
+@pytest.mark.parametrize("name", ISAS)
+def test_groups(name, shape):
+    isa = runnable_isa(name)
+    inputs, outputs, groups = GROUPED[shape]
+    for block in (1, isa.lanes):
+        for kernel, pad in ((1, 0), (3, 1)):
+            geometry = ConvGeometry(
+                inputs, outputs, 7, 9, (kernel,) * 2, padding=(pad,) * 4, groups=groups, batch=2
+            )
+            check(ConvWorkload(geometry, block, ("bias", "relu")), isa)
+
+
+def test_groups_merge_no_further_than_blocks_need():
+    geometry = ConvGeometry(64, 64, 7, 7, (3, 3), groups=16)
+    assert [merge_groups(geometry, lanes, lanes).groups for lanes in (4, 8, 16)] == [16, 8, 4]
+    assert merge_groups(geometry, 1, 4).groups == 16
+    assert merge_groups(ConvGeometry(15, 21, 7, 7, (3, 3), groups=3), 16, 16).groups == 1
+
+
+def test_depthwise_is_refused_in_favour_of_its_own_kernel():
+    isa = isa_of(target("avx512"))
+    geometry = ConvGeometry(32, 32, 8, 8, (3, 3), groups=32)
+    assert "own" in convolution.refuse(ConvWorkload(geometry, 16), isa)
+    assert convolution.refuse(ConvWorkload(geometry, 1), isa) is None
+
+
 @pytest.mark.parametrize("name", ISAS)
 def test_every_kind_of_schedule(name):
     isa = runnable_isa(name)
@@ -143,7 +181,7 @@ def test_schedules_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="order"):
         ConvSchedule(6, 1, order="columns")
     with pytest.raises(ValueError, match="groups"):
-        ConvWorkload(ConvGeometry(16, 16, 8, 8, (3, 3), groups=16), 16)
+        ConvWorkload(ConvGeometry(16, 16, 8, 8, (3, 3), groups=3), 16)
     with pytest.raises(ValueError, match="empty"):
         ConvWorkload(ConvGeometry(16, 16, 2, 8, (3, 3)), 16)
     with pytest.raises(ValueError, match="softplus"):

@@ -92,7 +92,13 @@ def windows(x: np.ndarray, geometry: ConvGeometry, fill: float = 0.0) -> np.ndar
 
 
 def reference_convolution(x, weight, geometry: ConvGeometry) -> np.ndarray:
-    return np.einsum("xynchw,fcxy->nfhw", windows(x, geometry), weight.astype(np.float64))
+    views = windows(x, geometry)
+    rows, columns, n, c, h, w = views.shape
+    groups = geometry.groups
+    views = views.reshape(rows, columns, n, groups, c // groups, h, w)
+    split = weight.astype(np.float64).reshape(groups, -1, *weight.shape[1:])
+    y = np.einsum("xyngchw,gfcxy->ngfhw", views, split, optimize=True)
+    return y.reshape(n, geometry.out_channels, h, w)
 
 
 def relative_error(result: np.ndarray, expected: np.ndarray) -> float:

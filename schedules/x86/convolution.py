@@ -14,7 +14,7 @@ from .epilogue import Epilogue
 from .isa import VectorISA
 from .packing import pack_channels, pack_weights
 from .padding import pad_geometry, pad_map, padded_copy
-from .space import canonical_geometry, is_legal, reduction_of, refuse, space
+from .space import direct_geometry, is_legal, reduction_of, refuse, space
 from .tiles import TileGroup, kernel_rows, tiling
 from .workload import ConvSchedule, ConvWorkload
 
@@ -39,6 +39,16 @@ class _Nest:
     def group(self) -> int:
         """Output channels of a register tile."""
         return self.schedule.vectors * self.lanes
+
+    @property
+    def channels(self) -> int:
+        """Input channels that an output channel reads."""
+        return self.geometry.in_channels // self.geometry.groups
+
+    def first_map(self, group: Index) -> Index:
+        """The first input map, among those of an image, that a group of channels reads."""
+        per_group = -(-self.geometry.out_channels // self.geometry.groups // self.group)
+        return quotient(group, per_group) * -(-self.channels // self.pixel_stride)
 
     def pixel_offset(self, pixel: int) -> int:
         """Where the input of a pixel of a tile is, from that of its first pixel."""
@@ -73,18 +83,19 @@ def emit(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> tirx
     given, block = workload.geometry, workload.in_block
     out_blocks = -(-given.out_channels // isa.lanes)
     in_blocks = -(-given.in_channels // block)
+    geometry = direct_geometry(workload, isa)
+    reduced_blocks = -(-geometry.in_channels // geometry.groups // block)
     groups = out_blocks // schedule.vectors
     em = Emitter(isa)
     x_shape = (given.batch, in_blocks, given.height, given.width)
     x = em.argument("x", x_shape if block == 1 else (*x_shape, block))
     weights = em.argument(
-        "weights", (groups, in_blocks, *given.kernel, block, schedule.vectors * isa.lanes)
+        "weights", (groups, reduced_blocks, *given.kernel, block, schedule.vectors * isa.lanes)
     )
     y_shape = (given.batch, out_blocks, given.out_height, given.out_width, isa.lanes)
     epilogue = Epilogue(em, workload.epilogue, out_blocks * isa.lanes, y_shape)
     y = em.argument("y", y_shape)
 
-    geometry = canonical_geometry(given)
     sides = padded_copy(geometry, schedule, block)
     if any(sides):
         x = pad_map(em, geometry, sides, block, x)
@@ -198,6 +209,7 @@ def _emit_reduction(
         line = place.row * geometry.stride[0] + kh * geometry.dilation[0] - top
         x_base = em.bind_index(
             place.image * per_image
+            + nest.first_map(place.group) * image_size
             + block * image_size
             + (line * geometry.width + place.column * geometry.stride[1] - left) * pixel,
             "x",
@@ -231,9 +243,9 @@ def _emit_inner(
     geometry, chains = nest.geometry, len(accumulators)
     x_base, w_base = origin
     extent: Index = nest.inner // chains
-    if chains == 1 and nest.inner * nest.blocks > geometry.in_channels:
+    if chains == 1 and nest.inner * nest.blocks > nest.channels:
         # The last block has channels that are only padding.
-        extent = clamp_high(geometry.in_channels - block * nest.inner, nest.inner)
+        extent = clamp_high(nest.channels - block * nest.inner, nest.inner)
     # A pointwise kernel uses its input once, so it waits for every line. (More taps: no gain.)
     ahead = geometry.kernel == (1, 1) and nest.blocks > 1
 

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from tvm import tirx
 
-from . import convolution, packing, winograd, winograd_schedule, winograd_space
+from . import convolution, depthwise, packing, winograd, winograd_schedule, winograd_space
 from .accuracy import stated_error
+from .depthwise import DepthwiseSchedule
 from .isa import VectorISA
 from .winograd_schedule import WinogradSchedule
 from .workload import ConvSchedule, ConvWorkload
@@ -53,9 +54,15 @@ class KernelFamily:
     error_bound: Callable[[ConvWorkload, Any], float]
 
 
-def _direct_error(workload: ConvWorkload, schedule: ConvSchedule) -> float:
-    rows, columns = workload.geometry.kernel
-    return stated_error(workload.geometry.in_channels * rows * columns)
+def _direct_error(workload: ConvWorkload, schedule: Any) -> float:
+    _, channels, rows, columns = workload.geometry.weight_shape
+    return stated_error(channels * rows * columns)
+
+
+def _refuse_winograd(workload: ConvWorkload, isa: VectorISA) -> str | None:
+    if workload.geometry.groups > 1:
+        return f"winograd: groups is {workload.geometry.groups}, expected 1"
+    return winograd_schedule.refuse(workload, isa)
 
 
 FAMILIES: dict[str, KernelFamily] = {
@@ -68,9 +75,18 @@ FAMILIES: dict[str, KernelFamily] = {
         ConvSchedule.from_json,
         _direct_error,
     ),
+    DepthwiseSchedule.kernel: KernelFamily(
+        "direct",
+        depthwise.refuse,
+        depthwise.space,
+        depthwise.emit,
+        depthwise.pack,
+        DepthwiseSchedule.from_json,
+        _direct_error,
+    ),
     WinogradSchedule.kernel: KernelFamily(
         "winograd",
-        winograd_schedule.refuse,
+        _refuse_winograd,
         winograd_space.space,
         winograd.emit,
         winograd.pack,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .groups import merge_groups, merge_weight
 from .isa import VectorISA
 from .workload import ConvSchedule, ConvWorkload
 
@@ -13,21 +14,23 @@ def pack_weights(
 ) -> np.ndarray:
     """Lay out an OIHW weight for the direct convolution.
 
-    Returns float32 of shape ``(groups, blocks, X, Y, in_block, vectors * lanes)``, where a group is
-    ``schedule.vectors`` vectors of output channels; channels beyond C and F are zero.
+    Returns float32 of shape ``(tiles, blocks, X, Y, in_block, vectors * lanes)``: a tile is
+    ``schedule.vectors`` vectors of output channels, and ``blocks`` are those of the input channels
+    of its group (`merge_groups`). Channels beyond C and F are zero.
 
     Raises ValueError if the weight does not have the shape the workload's geometry gives.
     """
     geometry = workload.geometry
     if weight.shape != geometry.weight_shape:
         raise ValueError(f"weight has shape {weight.shape}, expected {geometry.weight_shape}")
-    out_channels, in_channels, rows, columns = geometry.weight_shape
-    group = schedule.vectors * isa.lanes
-    groups = -(-out_channels // group)
+    merged = merge_groups(geometry, workload.in_block, isa.lanes)
+    out_channels, in_channels, rows, columns = merged.weight_shape
+    width = schedule.vectors * isa.lanes
+    tiles = -(-out_channels // width)
     blocks = -(-in_channels // workload.in_block)
-    padded = np.zeros((groups * group, blocks * workload.in_block, rows, columns), np.float32)
-    padded[:out_channels, :in_channels] = weight
-    split = padded.reshape(groups, group, blocks, workload.in_block, rows, columns)
+    padded = np.zeros((tiles * width, blocks * workload.in_block, rows, columns), np.float32)
+    padded[:out_channels, :in_channels] = merge_weight(weight, geometry, merged)
+    split = padded.reshape(tiles, width, blocks, workload.in_block, rows, columns)
     return np.ascontiguousarray(split.transpose(0, 2, 4, 5, 3, 1))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from tvm_lowrank.geometry import ConvGeometry
 
+from .groups import is_depthwise, merge_groups
 from .isa import VectorISA
 from .padding import pad_geometry, padded_copy
 from .tiles import Tiling, tiling
@@ -49,34 +50,44 @@ def canonical_geometry(geometry: ConvGeometry) -> ConvGeometry:
     return geometry
 
 
+def direct_geometry(workload: ConvWorkload, isa: VectorISA) -> ConvGeometry:
+    """What the direct kernel computes: `canonical_geometry` with its groups merged."""
+    merged = merge_groups(workload.geometry, workload.in_block, isa.lanes)
+    return canonical_geometry(merged)
+
+
 def reduction_of(geometry: ConvGeometry, in_block: int) -> tuple[int, int, int]:
-    """The loops over input channels: outer extent, inner extent, inner stride in elements."""
+    """The loops over a group's channels: outer extent, inner extent, inner stride in elements."""
+    channels = geometry.in_channels // geometry.groups
     if in_block == 1 and geometry.kernel == (1, 1):
-        return 1, geometry.in_channels, geometry.height * geometry.width
-    return -(-geometry.in_channels // in_block), in_block, 1
+        return 1, channels, geometry.height * geometry.width
+    return -(-channels // in_block), in_block, 1
 
 
 def refuse(workload: ConvWorkload, isa: VectorISA) -> str | None:
     """Why the direct kernel cannot compute ``workload``, or None if it can."""
     if workload.in_block not in (1, isa.lanes):
         return f"in_block is {workload.in_block}, expected 1 or {isa.lanes}"
+    if is_depthwise(workload.geometry) and workload.in_block == isa.lanes:
+        return f"{workload.geometry} is depthwise, which has a kernel of its own"
     return None
 
 
 def is_legal(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> str | None:
     """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
-    vectors = -(-workload.geometry.out_channels // isa.lanes)
     problem = refuse(workload, isa)
     if problem:
         return problem
+    geometry = direct_geometry(workload, isa)
+    vectors = -(-geometry.out_channels // geometry.groups // isa.lanes)
     counts = (schedule.tile, schedule.vectors, schedule.chunk, schedule.chains, schedule.rows)
     if min(counts) < 1:
         return "tile, vectors, chunk, chains and rows must be positive"
-    width = canonical_geometry(workload.geometry).out_width
+    width = geometry.out_width
     if schedule.rows > 1 and schedule.tile != width:
         return f"tiles of {schedule.rows} rows must be {width} wide"
     if vectors % schedule.vectors:
-        return f"vectors={schedule.vectors} does not divide the {vectors} vectors of the output"
+        return f"vectors={schedule.vectors} does not divide the {vectors} vectors of a group"
     if _registers(schedule) > isa.registers - 1:
         return f"it needs {_registers(schedule)} of {isa.registers - 1} vector registers"
     return None
@@ -85,11 +96,12 @@ def is_legal(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> 
 def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
     """Legal schedules of the direct convolution, most promising first; the first is the default.
 
-    Never empty. The order comes from counting the cycles of the register tiles (multiply-adds,
-    loads, latency) and the imbalance of the parallel tasks; it is for a tuner to correct.
+    Never empty unless refused. The order comes from counting the cycles of the register tiles
+    (multiply-adds, loads, latency) and the imbalance of the parallel tasks; it is for a tuner to
+    correct.
     """
-    geometry = canonical_geometry(workload.geometry)
-    vectors = -(-geometry.out_channels // isa.lanes)
+    geometry = direct_geometry(workload, isa)
+    vectors = -(-geometry.out_channels // geometry.groups // isa.lanes)
     found: dict[ConvSchedule, float] = {}
     for group in range(1, vectors + 1):
         if vectors % group:
@@ -100,9 +112,10 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
             if is_legal(workload, shape, isa) is not None:
                 continue
             cycles = _cycles(workload, geometry, shape, isa)
-            for order, chunk in _orders(geometry, shape, vectors // group):
+            groups = vectors // group * geometry.groups
+            for order, chunk in _orders(geometry, shape, groups):
                 schedule = replace(shape, order=order, chunk=chunk)
-                found[schedule] = cycles * _imbalance(geometry, schedule, vectors // group)
+                found[schedule] = cycles * _imbalance(geometry, schedule, groups)
     # Sorting is stable: among equals, the order that _orders prefers stays first.
     return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
 
@@ -163,7 +176,7 @@ def _cycles(
     workload: ConvWorkload, geometry: ConvGeometry, schedule: ConvSchedule, isa: VectorISA
 ) -> float:
     """Cycles for one image on a core with two multiply-add units."""
-    steps = geometry.in_channels * geometry.kernel[0] * geometry.kernel[1]
+    steps = geometry.weight_count // geometry.out_channels
     groups = -(-geometry.out_channels // (isa.lanes * schedule.vectors))
     weights = schedule.vectors * isa.vector_bytes
     # Weights that do not stay in the first-level cache come in at 128 bytes a cycle at most.

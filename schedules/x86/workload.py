@@ -68,7 +68,8 @@ class ConvWorkload:
     - ``"sigmoid"``, ``"tanh"``; ``"silu"``: ``y * sigmoid(y)``; ``"gelu"``: with the exact erf;
     - ``"hard_sigmoid"``: ``clip(y / 6 + 1 / 2, 0, 1)``; ``"hard_swish"``: y times that.
 
-    Raises ValueError for grouped convolutions and steps that `parse_step` does not take.
+    Raises ValueError for groups that do not divide the channels, an empty output, and steps that
+    `parse_step` does not take.
     """
 
     geometry: ConvGeometry
@@ -77,8 +78,9 @@ class ConvWorkload:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.geometry.groups != 1:
-            raise ValueError(f"geometry.groups must be 1, not {self.geometry.groups}")
+        groups = self.geometry.groups
+        if groups < 1 or self.geometry.in_channels % groups or self.geometry.out_channels % groups:
+            raise ValueError(f"groups={groups} must divide the channels of {self.geometry}")
         if self.geometry.out_height < 1 or self.geometry.out_width < 1:
             raise ValueError(f"the output map of {self.geometry} is empty")
         for step in self.epilogue:
