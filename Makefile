@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= out
-# Optional: `make test TORCH=torch` also runs the tests that need PyTorch.
+# Optional: `make test TORCH=torch` also runs the tests that need PyTorch, `make compare TORCH=torch`
+# compares with it.
 TORCH ?=
 
 .PHONY: demo test lint results compare clean
@@ -39,7 +40,7 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m pip install --quiet -e '.[bench]' $(TORCH)
 	touch $@
 
 clean:
