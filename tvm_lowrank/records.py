@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -17,8 +16,9 @@ from tvm_lowrank.threads import processor
 
 FORMAT = 3
 
-# Processor and threads: times of one place can be compared with each other, and with no others.
-Place = tuple[str, int]
+# Processor, threads, and whether the record was shipped: times of one place can be compared with
+# each other, and with no others.
+Place = tuple[str, int, bool]
 
 
 @dataclass
@@ -30,8 +30,9 @@ class TuningRecords:
     kernel it was at. A last line that was cut off by that is dropped on reading; any other damage
     is an error, and the file is then left as it is.
 
-    Records of another machine or thread count tell which schedules are good (`elsewhere`), never
-    how long they take: `time` and `measured` know only what was measured here.
+    Records of another machine or thread count, and all that are shipped, tell which schedules are
+    good (`elsewhere`), never how long they take: `time` and `measured` know only what was measured
+    here. (Machines of one processor can differ in all but its name.)
 
     Parameters
     ----------
@@ -65,14 +66,14 @@ class TuningRecords:
 
     def __post_init__(self) -> None:
         for path in self.shipped:
-            self._read_file(path)
+            self._read_file(path, shipped=True)
         if self.path is not None and self.path.exists():
             whole, cut = self._read_file(self.path)
             if cut:
                 with open(self.path, "r+b") as file:
                     file.truncate(len((whole + "\n" if whole else "").encode()))
 
-    def _read_file(self, path: Path) -> tuple[str, str]:
+    def _read_file(self, path: Path, shipped: bool = False) -> tuple[str, str]:
         """Take in a file; returns its text up to the last whole line, and what is left over."""
         try:
             text = path.read_text(encoding="utf-8")
@@ -83,7 +84,7 @@ class TuningRecords:
         whole, _, cut = text.rpartition("\n")
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                self._read(json.loads(line))
+                self._read(json.loads(line), shipped)
             except (ValueError, KeyError, TypeError) as error:
                 raise LowRankError(
                     f"tuning records {path}, line {number}, are damaged ({error!r}); "
@@ -91,10 +92,10 @@ class TuningRecords:
                 ) from error
         return whole, cut
 
-    def _read(self, record: dict[str, Any]) -> None:
+    def _read(self, record: dict[str, Any], shipped: bool) -> None:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}, expected {FORMAT}")
-        place = (str(record["machine"]), int(record["threads"]))
+        place = (str(record["machine"]), int(record["threads"]), shipped)
         workload, schedule = str(record["workload"]), _text(dict(record["schedule"]))
         microseconds = math.inf if record["us"] is None else float(record["us"])
         if record["isa"] == self.isa:
@@ -107,7 +108,7 @@ class TuningRecords:
     @property
     def here(self) -> Place:
         """This machine with these threads."""
-        return self.machine, self.threads
+        return self.machine, self.threads, False
 
     def add(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:
         """Append one measurement; an infinite time says that the candidate failed."""
@@ -210,7 +211,3 @@ def condense(source: Path, sink: Path, keep: int = 3) -> int:
     except (ValueError, KeyError, TypeError) as error:
         raise LowRankError(f"tuning records {source} are damaged ({error!r})") from error
     return len(best)
-
-
-if __name__ == "__main__":
-    condense(Path(sys.argv[1]), Path(sys.argv[2]))
