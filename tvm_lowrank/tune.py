@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     console.print(render(plan))
-    console.print(f"written   {args.output}/model.so, plan.json, plan.npz, records.jsonl")
+    measured = ", records.jsonl" if (args.output / "records.jsonl").exists() else ""
+    console.print(f"written   {args.output}/model.so, plan.json, plan.npz{measured}")
     return 0
 
 
