@@ -149,6 +149,8 @@ def test_every_kind_of_schedule(name):
         {"rows": 3},
         {"rows": 2, "order": "rows", "chunk": 2},
         {"chunk": 5},
+        {"prefetch": True},
+        {"prefetch": True, "order": "rows", "chunk": 3},
     ):
         check(workload, isa, dataclasses.replace(base, **change))
 
@@ -163,6 +165,18 @@ def test_space_is_legal_and_starts_with_a_full_register_tile(name):
         accumulators = schedule.rows * schedule.tile * schedule.vectors * schedule.chains
         assert accumulators + schedule.vectors + 1 <= isa.registers - 1
     assert schedules[0].tile * schedules[0].vectors >= 8
+
+
+def test_weights_that_caches_do_not_hold_are_prefetched():
+    isa = isa_of(target("avx512"))
+    cold, warm, once = (
+        ConvGeometry(512, 512, 7, 7, (3, 3), padding=(1, 1, 1, 1)),
+        ConvGeometry(64, 64, 56, 56, (1, 1)),
+        ConvGeometry(2048, 1000, 1, 1, (1, 1)),
+    )
+    for geometry, expected in ((cold, True), (warm, False), (once, False)):
+        schedules = convolution.space(ConvWorkload(geometry, 16), isa)
+        assert {schedule.prefetch for schedule in schedules} == {expected}
 
 
 def test_schedules_that_do_not_fit_are_refused():

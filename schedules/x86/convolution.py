@@ -18,6 +18,9 @@ from .space import direct_geometry, is_legal, reduction_of, refuse, space
 from .tiles import TileGroup, kernel_rows, tiling
 from .workload import ConvSchedule, ConvWorkload
 
+# Floats of a cache line.
+_LINE = 16
+
 __all__ = ["emit", "pack_channels", "pack_weights", "refuse", "space"]
 
 
@@ -41,6 +44,12 @@ class _Nest:
         return self.schedule.vectors * self.lanes
 
     @property
+    def visits(self) -> int:
+        """Register tiles that use the weights of a group in turn."""
+        tiles = tiling(self.geometry, self.schedule.tile, self.schedule.rows).count
+        return tiles if self.schedule.order == "channels" else min(self.schedule.chunk, tiles)
+
+    @property
     def channels(self) -> int:
         """Input channels that an output channel reads."""
         return self.geometry.in_channels // self.geometry.groups
@@ -59,12 +68,16 @@ class _Nest:
 
 
 class _Place(NamedTuple):
-    """The image, group of output channels, and first pixel that a register tile is for."""
+    """The image, group of output channels, and first pixel that a register tile is for.
+
+    ``visit`` counts the tiles that use the weights of the group in turn.
+    """
 
     image: Index
     group: Index
     row: Index
     column: Index
+    visit: Index
 
 
 def emit(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> tirx.PrimFunc:
@@ -126,12 +139,13 @@ def _emit_tasks(em: Emitter, nest: _Nest, groups: int, epilogue: Epilogue, y: ti
         with em.loop(extent, start=first, prefix="tile") as tile:
             line = em.bind_index(quotient(tile, tiles.per_line), "line")
             index = em.bind_index(remainder(tile, tiles.per_line), "tile")
+            visit = tile if schedule.order == "channels" else tile - first
             for part in tiles.groups:
                 number = part.first if part.count == 1 else index
                 if schedule.rows == 1:
-                    place_of = _Place(image, group, line, number * schedule.tile)
+                    place_of = _Place(image, group, line, number * schedule.tile, visit)
                 else:
-                    place_of = _Place(image, group, number * schedule.rows, 0)
+                    place_of = _Place(image, group, number * schedule.rows, 0, visit)
                 if len(tiles.groups) == 1:
                     _emit_tile(em, nest, part, place_of, epilogue, y)
                     continue
@@ -222,10 +236,10 @@ def _emit_reduction(
         if last > first:
             with em.loop(last - first, start=first, prefix="kw") as kw:
                 origin = (x_base + kw * step, w_base + kw * tap)
-                _emit_inner(em, nest, origin, block, range(part.width), accumulators)
+                _emit_inner(em, nest, origin, block, place.visit, range(part.width), accumulators)
         for kw, pixels in part.partial:
             origin = (x_base + kw * step, w_base + kw * tap)
-            _emit_inner(em, nest, origin, block, pixels, accumulators)
+            _emit_inner(em, nest, origin, block, place.visit, pixels, accumulators)
 
 
 def _emit_inner(
@@ -233,6 +247,7 @@ def _emit_inner(
     nest: _Nest,
     origin: tuple[Index, Index],
     block: Index,
+    visit: Index,
     pixels: range | tuple[int, ...],
     accumulators: list[list[list[tirx.Buffer]]],
 ) -> None:
@@ -258,6 +273,8 @@ def _emit_inner(
             for accumulator, weight in zip(chain[i], taps, strict=True):
                 em.multiply_add(accumulator, value, weight)
 
+    if nest.schedule.prefetch:
+        _emit_prefetch(em, nest, visit, w_base)
     with em.loop(extent, prefix="c") as c:
         if ahead:
             # The c-th channel asks for the c-th pixel of the next block.
@@ -268,3 +285,14 @@ def _emit_inner(
     whole = nest.inner - nest.inner % chains
     for number in range(nest.inner - whole):
         multiply(whole + number, accumulators[number])
+
+
+def _emit_prefetch(em: Emitter, nest: _Nest, visit: Index, w_base: Index) -> None:
+    """Ask for the share of a tile in the weights that the next group has at this tap."""
+    tap = nest.inner * nest.group
+    lines = -(-tap // (nest.visits * _LINE))
+    rows, columns = nest.geometry.kernel
+    next_group = w_base + nest.blocks * rows * columns * tap
+    start = em.bind_index(next_group + visit * (lines * _LINE), "next")
+    with em.loop(lines, prefix="line") as line:
+        em.prefetch(nest.weights, start + line * _LINE)

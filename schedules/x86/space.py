@@ -22,6 +22,8 @@ _TILE_OVERHEAD = 30
 _CACHE_BYTES = 1 << 20
 # Bytes of its first-level cache that the weights of a group of channels may take.
 _NEAR_BYTES = 1 << 15
+# Bytes of weights from which the next group's are asked for early; fewer are in a cache anyway.
+_COLD_BYTES = 1 << 18
 # Numbers of threads for which a schedule should divide the work evenly.
 _THREADS = (2, 4, 8)
 _MOST_SCHEDULES = 32
@@ -102,6 +104,7 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
     """
     geometry = direct_geometry(workload, isa)
     vectors = -(-geometry.out_channels // geometry.groups // isa.lanes)
+    is_cold = 4 * geometry.weight_count > _COLD_BYTES
     found: dict[ConvSchedule, float] = {}
     for group in range(1, vectors + 1):
         if vectors % group:
@@ -114,7 +117,8 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
             cycles = _cycles(workload, geometry, shape, isa)
             groups = vectors // group * geometry.groups
             for order, chunk in _orders(geometry, shape, groups):
-                schedule = replace(shape, order=order, chunk=chunk)
+                prefetch = is_cold and _tiling(geometry, shape).count > 1
+                schedule = replace(shape, order=order, chunk=chunk, prefetch=prefetch)
                 found[schedule] = cycles * _imbalance(geometry, schedule, groups)
     # Sorting is stable: among equals, the order that _orders prefers stays first.
     return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]

@@ -118,7 +118,9 @@ class ConvSchedule:
       all channels of a chunk of the map before the next (its input stays in cache);
     - ``chunk``: register tiles, in row-major order of the map, of one parallel task;
     - ``chains``: independent partial sums of one output value, which hide the latency of
-      multiply-add where ``rows * tile * vectors`` accumulators are too few.
+      multiply-add where ``rows * tile * vectors`` accumulators are too few;
+    - ``prefetch``: whether the tiles of a group of output channels ask for the weights of the next,
+      each for its share, so that weights outside of the caches come in at an even rate.
     """
 
     kernel: ClassVar[str] = "direct"
@@ -129,6 +131,7 @@ class ConvSchedule:
     chunk: int = 1
     chains: int = 1
     rows: int = 1
+    prefetch: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
