@@ -9,8 +9,8 @@ from helpers import operators, reference, relative, shared
 from tvm import relax
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 from tvm_lowrank.passes.pipeline import normalise
-from tvm_lowrank.schedules.x86.convolution import space
 from tvm_lowrank.schedules.x86.isa import isa_of
+from tvm_lowrank.schedules.x86.kernels import default_schedule
 
 from tvm_lowrank import demo
 from tvm_lowrank.data import input_shape
@@ -33,7 +33,7 @@ def test_lowered_networks_equal_onnx_runtime_and_stay_in_blocks(name):
     target = host_target()
     isa = isa_of(target)
     mod = normalise(load_model(path))
-    lowered = LowerConvolutions(isa, lambda workload: space(workload, isa)[0])(mod)
+    lowered = LowerConvolutions(isa, lambda workload: default_schedule(workload, isa))(mod)
     found = operators(lowered)
     kinds = ("lowrank_conv2d", "lowrank_block", "lowrank_unblock")
     assert tuple(found[kind] for kind in kinds) == (EXPECTED[name], 0, 1)
