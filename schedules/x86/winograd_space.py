@@ -22,8 +22,7 @@ from .winograd_schedule import (
 )
 from .workload import ConvWorkload
 
-# Outputs of a transform along an axis, by the length of the kernel there: those that no other
-# beats on every map. (5x5 and larger kernels on tiles of 6 lose too many digits; see below.)
+# Outputs of a transform along an axis; a map divides better into one than into another.
 _OUTPUTS = (2, 3, 4, 6)
 # Tiles that lose more digits than this factor takes are left out: F(6 x 6, 3 x 3) has 46.
 _MOST_AMPLIFICATION = 50.0
@@ -38,8 +37,9 @@ _CYCLES_PER_POINT = 6
 _NEAR_BYTES = 1 << 15
 # Bytes of a core's second-level cache that weights used again may count on.
 _CACHE_BYTES = 1 << 20
-# Most bytes of scratch of a task, and bytes a cycle that come in from beyond that cache.
+# Bytes of scratch that a task of several register blocks may take.
 _SCRATCH_BYTES = 1 << 21
+# Bytes a cycle that come in from beyond that cache.
 _BYTES_PER_CYCLE = 8
 # Cycles to start the threads on a parallel loop.
 _START = 3000
