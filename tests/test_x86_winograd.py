@@ -184,6 +184,7 @@ def test_what_it_cannot_compute_is_refused():
     for change, message in (
         ({"stride": (2, 1)}, "stride"),
         ({"dilation": (1, 2)}, "dilation"),
+        ({"groups": 2}, "groups"),
         ({"kernel": (1, 1)}, "kernel"),
         ({"kernel": (9, 3)}, "kernel"),
     ):

@@ -101,6 +101,8 @@ def grid_of(workload: ConvWorkload, schedule: WinogradSchedule) -> TileGrid:
 def refuse(workload: ConvWorkload, isa: VectorISA) -> str | None:
     """Why no Winograd kernel can compute ``workload``, or None if one can."""
     geometry = canonical_geometry(workload.geometry)
+    if geometry.groups != 1:
+        return f"winograd: groups is {geometry.groups}, expected 1"
     if workload.in_block != isa.lanes:
         return f"winograd: in_block is {workload.in_block}, expected {isa.lanes}"
     if geometry.stride != (1, 1):
