@@ -111,7 +111,7 @@ def _page(rows: list[dict[str, Any]]) -> str:
         "",
         "Written by `make results` (`benchmarks/results.py`). Latencies are medians in",
         "milliseconds, batch 1, float32, each runtime in a process of its own, the processes",
-        "taking turns. *Dense* is the same network with the same kernels, nothing approximated.",
+        "taking turns. *Dense* is the network as it is, in tuned direct kernels.",
         "Accuracy is of the built library on samples that neither fitted factors nor chose among",
         "plans (they may reject a plan: see [architecture](architecture.md)). Where no peer was",
         "measured, dense and transformed took turns in one process.",

@@ -189,7 +189,9 @@ def _ranked(times: dict[str, float]) -> list[tuple[dict[str, Any], float]]:
 
 
 def condense(source: Path, sink: Path, keep: int = 3) -> int:
-    """Write the fastest ``keep`` records of each workload and place, sorted; returns their number.
+    """Write the fastest ``keep`` records of each workload, place and family of kernels, sorted.
+
+    Returns the number of records written.
 
     Raises
     ------
@@ -201,7 +203,9 @@ def condense(source: Path, sink: Path, keep: int = 3) -> int:
         for line in source.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if record["us"] is not None:
-                group = tuple(record[name] for name in ("isa", "threads", "machine", "workload"))
+                names = ("isa", "threads", "machine", "workload")
+                family = record["schedule"].get("kernel", "")
+                group = (*(record[name] for name in names), family)
                 groups.setdefault(group, []).append((record["us"], line))
         best = [line for group in sorted(groups) for _, line in sorted(groups[group])[:keep]]
         sink.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ def render(plan: Plan) -> RenderableType:
     table.add_column("layer", no_wrap=True)
     table.add_column("shape", overflow="fold")
     table.add_column("form", no_wrap=True)
+    table.add_column("algorithm", overflow="fold")
     for heading in ("rank", "error", "predicted", "before", "after"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in plan.layers:
@@ -23,7 +24,9 @@ def render(plan: Plan) -> RenderableType:
     before = sum(layer.dense_us or 0.0 for layer in plan.layers)
     after = sum(layer.measured_us or 0.0 for layer in plan.layers)
     table.add_section()
-    table.add_row("sum", "", f"{len(plan.rewritten)} rewritten", "", "", "", *_times(before, after))
+    table.add_row(
+        "sum", "", f"{len(plan.rewritten)} rewritten", "", "", "", "", *_times(before, after)
+    )
     return Group(table, Text(_reasons(plan) + summary(plan)))
 
 
@@ -41,11 +44,11 @@ def summary(plan: Plan) -> str:
     result = plan.result
     lines = []
     if not plan.transformed:
-        lines.append(f"The original network is returned: {plan.reason}.")
+        lines.append(f"No form is changed: {plan.reason}.")
     lines.append(
         f"latency   {result['latency_before_ms']:.3f} ms -> {result['latency_after_ms']:.3f} ms "
         f"({result['speedup']:.2f}x; medians of {result['runs']} runs in turns, batch "
-        f"{result['batch']}, {plan.threads} threads, same kernels)"
+        f"{result['batch']}, {plan.threads} threads; before: as it is, in tuned direct kernels)"
     )
     if result.get("parallel_efficiency") is not None and plan.threads > 1:
         lines.append(
@@ -76,6 +79,7 @@ def _row(layer: LayerPlan) -> list[str]:
         layer.name,
         str(layer.geometry or ""),
         layer.form,
+        ", ".join(layer.algorithms),
         str(layer.rank).strip("()") if lossy else "",
         f"{layer.error:.4f}" if lossy else "",
         *_times(layer.predicted_us, layer.dense_us, layer.measured_us),

@@ -58,15 +58,6 @@ class Candidate:
         return 4 * sum(stage.weight_count for stage in self.stages)
 
 
-def dense_candidate(layer: ConvLayer, roofline: Roofline, timer: KernelTimer) -> Candidate:
-    """The layer as it is, measured."""
-    geometry, weight, bias = layer.geometry, layer.weight, layer.bias
-    assert geometry is not None
-    predicted = roofline.microseconds([geometry], timer.isa.lanes)
-    candidate = Candidate("dense", 0, (geometry,), (weight,), bias, 0.0, predicted)
-    return _measured(candidate, timer)
-
-
 def propose(
     layer: ConvLayer,
     moments: InputMoments,

@@ -29,7 +29,7 @@ from tvm_lowrank.plan import LayerPlan, Plan
 from tvm_lowrank.planner import verify
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.calibrate import input_moments
-from tvm_lowrank.planner.candidates import Candidate, confirm, dense_candidate, propose
+from tvm_lowrank.planner.candidates import Candidate, confirm, propose
 from tvm_lowrank.planner.curve import Curve, Report
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords, shipped_records
@@ -111,6 +111,7 @@ class _Search:
     report: Report
     reasons: dict[str, str] = field(default_factory=dict)
     dense: dict[str, Candidate] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
 
     def run(self) -> Plan:
@@ -121,27 +122,33 @@ class _Search:
             self.metric = "top1"
         self.threads = set_threads(self.options.threads)
         self.shape = input_shape(self.mod)
-        self.timer = self._timer()
+        records = self._records()
+        self.timer = self._timer(records, self.options.algorithms)
+        # What "before" means everywhere: the network as it is, in tuned direct kernels.
+        self.plain = self._timer(records, ("direct",))
         self.normalised = normalise(self.mod)
         self.layers = collect_layers(self.normalised)
         self._measure_dense()
         candidates = self._candidates()
-        self._build(self._plan({}), self.directory / "dense.so")
         plan = self._conclude(candidates)
-        for complaint in filter(None, (self.timer.complaint(), *self.complaints)):
+        complaints = (self.timer.complaint(), self.plain.complaint(), *self.complaints)
+        for complaint in filter(None, complaints):
             warnings.warn(complaint, stacklevel=4)
         return plan
 
-    def _timer(self) -> KernelTimer:
-        options, isa = self.options, isa_of(self.target).name
-        records = TuningRecords(
+    def _records(self) -> TuningRecords:
+        isa = isa_of(self.target).name
+        return TuningRecords(
             self.records_path,
             isa,
             self.threads,
             mcpu=str(self.target.attrs.get("mcpu", "")) if self.target.attrs else "",
-            shipped=shipped_records(isa) if options.shipped_records else (),
+            shipped=shipped_records(isa) if self.options.shipped_records else (),
         )
-        return KernelTimer(self.target, records, options.trials, options.algorithms, options.seed)
+
+    def _timer(self, records: TuningRecords, algorithms: tuple[str, ...]) -> KernelTimer:
+        options = self.options
+        return KernelTimer(self.target, records, options.trials, algorithms, options.seed)
 
     # -- the candidates of each layer ----------------------------------------------------------
 
@@ -149,7 +156,7 @@ class _Search:
         """Time every layer as it is; without other forms, only what no record covers."""
         lossless = self.options.forms == ("dense",)
         if not lossless:
-            self.roofline = self.timer.roofline()
+            self.roofline = self.plain.roofline()
         for done, layer in enumerate(self.layers):
             reason, geometry = layer.reason, layer.geometry
             if reason is None and geometry is not None:
@@ -161,30 +168,31 @@ class _Search:
             self.report("measuring dense layers", done + 1, len(self.layers))
 
     def _dense(self, layer: ConvLayer, geometry: ConvGeometry, lossless: bool) -> Candidate:
-        if lossless:
-            # Nothing is to be compared, so what other machines found best needs no time here.
-            stages = (geometry,)
-            covered = all(map(self.timer.known, self.timer.workloads(stages)))
-            us = self.timer.recorded(stages) if covered else self.timer.chain(stages)
-            weights = (layer.weight,)
-            candidate = Candidate(
-                "dense",
-                0,
-                stages,
-                weights,
-                layer.bias,
-                0.0,
-                math.nan,
-                math.nan if us is None else us,
-            )
-        else:
-            candidate = dense_candidate(layer, self.roofline, self.timer)
-        if candidate.measured_us == math.inf:
+        stages = (geometry,)
+        # Nothing is to be compared, so what other machines found best needs no time here.
+        covered = lossless and all(map(self.timer.known, self.timer.workloads(stages)))
+        measure = KernelTimer.recorded if covered else KernelTimer.chain
+        before, us = measure(self.plain, stages), measure(self.timer, stages)
+        if before is not None:
+            self.before[layer.name] = before
+        predicted = math.nan
+        if not lossless:
+            predicted = self.roofline.microseconds(stages, self.timer.isa.lanes)
+        if us == math.inf:
             raise LowRankError(
                 f"no kernel for {layer.name} ({geometry}) runs on this machine; name a target that "
                 f"it can run with --target, not {self.target}"
             )
-        return candidate
+        return Candidate(
+            "dense",
+            0,
+            stages,
+            (layer.weight,),
+            layer.bias,
+            0.0,
+            predicted,
+            math.nan if us is None else us,
+        )
 
     def _eligible(self) -> list[ConvLayer]:
         lossy = [name for name in self.options.forms if name != "dense"]
@@ -238,14 +246,16 @@ class _Search:
         """Build the fastest choice that promises to keep the budget, and judge the library.
 
         A library that misses the budget on the evaluation samples is followed by one with three
-        quarters of its gain, a few times; then, or when the library is not faster, the original is
-        returned.
+        quarters of its gain, a few times; then, or when it is not faster, the network is returned
+        with no form changed, in the algorithms that are fastest.
         """
-        dense_path, path = self.directory / "dense.so", self.directory / "model.so"
         final, limit = self.split.final, self.options.max_drop
-        original = verify.run_all(
-            verify.load(dense_path, self.threads), final.inputs, self.shape[0]
-        )
+        slow_plan, dense_plan = self._plan({}, self.plain), self._plan({})
+        original_path = self._build(slow_plan, self.directory / "original.so")
+        dense_path = original_path
+        if dense_plan.schedules != slow_plan.schedules:
+            dense_path = self._build(dense_plan, self.directory / "dense.so")
+        original = self._outputs(original_path)
         before = judge(original, original, final.labels, self.metric)
         reason = "no layer has a faster candidate"
         if self.options.forms == ("dense",):
@@ -260,10 +270,7 @@ class _Search:
                 self.report("building and judging", attempt, _BUILDS)
                 plan = self._plan(point.choice)
                 built = self._build(plan, self.directory / f"attempt{attempt}.so")
-                outputs = verify.run_all(
-                    verify.load(built, self.threads), final.inputs, self.shape[0]
-                )
-                after = judge(outputs, original, final.labels, self.metric)
+                after = judge(self._outputs(built), original, final.labels, self.metric)
                 if after.drop > limit:
                     reason = (
                         f"{self.metric} falls by {after.drop:.2f}, more than {limit}, "
@@ -271,20 +278,44 @@ class _Search:
                     )
                     point = curve.step_back(point)
                     continue
-                slow, fast = verify.take_turns([dense_path, built], self.shape, self.threads)
-                if fast.median_ms > _WORTHWHILE * slow.median_ms:
+                slow, dense, fast = self._race(original_path, dense_path, built)
+                if fast.median_ms > _WORTHWHILE * dense.median_ms:
                     reason = (
-                        f"the transformed network takes {fast.median_ms:.3f} ms, the original "
-                        f"{slow.median_ms:.3f} ms"
+                        f"the transformed network takes {fast.median_ms:.3f} ms, with no form "
+                        f"changed it takes {dense.median_ms:.3f} ms"
                     )
                     break
                 self.report("building and judging", _BUILDS, _BUILDS)
-                built.rename(path)
-                return replace(plan, result=self._result(before, after, slow, fast, plan))
-        dense_path.rename(path)
-        (latency,) = verify.take_turns([path], self.shape, self.threads)
-        plan = replace(self._plan({}), transformed=False, reason=reason)
-        return replace(plan, result=self._result(before, before, latency, latency, plan))
+                return self._finish(plan, built, before, after, slow, fast)
+        slow, fast = self._race(original_path, dense_path)
+        after = judge(self._outputs(dense_path), original, final.labels, self.metric)
+        if fast.median_ms > slow.median_ms or after.drop > limit:
+            dense_plan, dense_path, after, fast = slow_plan, original_path, before, slow
+        plan = replace(dense_plan, transformed=False, reason=reason)
+        return self._finish(plan, dense_path, before, after, slow, fast)
+
+    def _outputs(self, path: Path) -> np.ndarray:
+        network = verify.load(path, self.threads)
+        return verify.run_all(network, self.split.final.inputs, self.shape[0])
+
+    def _race(self, *paths: Path) -> list[verify.Latency]:
+        """Latency of each library, in turns; of one that is listed twice, once."""
+        distinct = list(dict.fromkeys(paths))
+        latencies = verify.take_turns(distinct, self.shape, self.threads)
+        return [latencies[distinct.index(path)] for path in paths]
+
+    def _finish(
+        self,
+        plan: Plan,
+        built: Path,
+        before: Quality,
+        after: Quality,
+        slow: verify.Latency,
+        fast: verify.Latency,
+    ) -> Plan:
+        """The plan with its figures; its library becomes ``model.so``."""
+        built.rename(self.directory / "model.so")
+        return replace(plan, result=self._result(before, after, slow, fast, plan))
 
     def _curve(self, candidates: dict[str, list[Candidate]]) -> Curve:
         return Curve(
@@ -300,8 +331,9 @@ class _Search:
 
     # -- making values ---------------------------------------------------------------------------
 
-    def _plan(self, choice: Choice) -> Plan:
-        """The plan of a choice, with schedules for every kernel of the network."""
+    def _plan(self, choice: Choice, timer: KernelTimer | None = None) -> Plan:
+        """The plan of a choice, with schedules by ``timer`` for every kernel of the network."""
+        timer = timer or self.timer
         layers, factors = [], {}
         for layer in self.layers:
             dense = self.dense.get(layer.name)
@@ -312,14 +344,15 @@ class _Search:
                     reason = "its error would cost more accuracy than its time is worth"
                 stages = (layer.geometry,) if layer.geometry is not None else ()
                 us = dense.measured_us if dense else None
+                before = self.before.get(layer.name)
                 layers.append(
                     LayerPlan(
                         layer.name,
                         layer.geometry,
                         stages=stages,
-                        dense_us=_known(us),
+                        dense_us=before,
                         predicted_us=_known(dense.predicted_us if dense else None),
-                        measured_us=_known(us),
+                        measured_us=before if timer is self.plain else _known(us),
                         reason=reason,
                     )
                 )
@@ -333,7 +366,7 @@ class _Search:
                     taken.rank,
                     taken.stages,
                     error=taken.error,
-                    dense_us=dense.measured_us,
+                    dense_us=self.before.get(layer.name),
                     predicted_us=taken.predicted_us,
                     measured_us=taken.measured_us,
                 )
@@ -347,7 +380,7 @@ class _Search:
             layers=tuple(layers),
             factors=factors,
         )
-        plan = replace(plan, schedules=self._schedules(plan))
+        plan = replace(plan, schedules=self._schedules(plan, timer))
         return replace(plan, layers=tuple(self._name_algorithms(layer, plan) for layer in layers))
 
     def _name_algorithms(self, layer: LayerPlan, plan: Plan) -> LayerPlan:
@@ -358,15 +391,17 @@ class _Search:
             layer, algorithms=tuple(algorithm_of(s) for s in map(plan.scheduler(), workloads))
         )
 
-    def _schedules(self, plan: Plan) -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
+    def _schedules(
+        self, plan: Plan, timer: KernelTimer
+    ) -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
         """Best schedule of every workload of the lowered network, measured where none is known."""
         survey = LowerConvolutions(self.timer.isa, plan.scheduler())
         survey(plan.factor(self.mod))
         known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         for workload in survey.workloads_:
-            if self.timer.known(workload) is None:
-                self.timer.microseconds(workload)
-            known[workload.key()] = (workload.to_json(), self.timer.choose(workload).to_json())
+            if timer.known(workload) is None:
+                timer.microseconds(workload)
+            known[workload.key()] = (workload.to_json(), timer.choose(workload).to_json())
         return tuple(known[key] for key in sorted(known))
 
     def _build(self, plan: Plan, path: Path) -> Path:
