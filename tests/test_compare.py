@@ -165,4 +165,6 @@ def test_roofline_prints_every_kernel(model, capsys):
     assert "Multiply-adds from registers" in text and "whole / sum" in text
     rows = [line for line in text.splitlines() if line.startswith("| 1 |")]
     assert len(rows) >= 6
-    assert all("| direct tile=" in row and row.endswith("% |") for row in rows)
+    kernels = {row.split("|")[3].split()[0] for row in rows}
+    assert kernels == {"direct", "depthwise"}
+    assert all(row.endswith("% |") for row in rows)
