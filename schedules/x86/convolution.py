@@ -25,7 +25,7 @@ __all__ = ["emit", "pack_channels", "pack_weights", "refuse", "space"]
 
 
 @dataclass(frozen=True)
-class _Nest:
+class Nest:
     """The loop nest in numbers, with the buffers it works on."""
 
     geometry: ConvGeometry  # of ``x``, which may be the padded copy
@@ -67,7 +67,7 @@ class _Nest:
         return offset * self.pixel_stride
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """The image, group of output channels, and first pixel that a register tile is for.
 
     ``visit`` counts the tiles that use the weights of the group in turn.
@@ -113,14 +113,14 @@ def emit(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> tirx
     if any(sides):
         x = pad_map(em, geometry, sides, block, x)
         geometry = pad_geometry(geometry, sides)
-    nest = _Nest(
+    nest = Nest(
         geometry, schedule, isa.lanes, *reduction_of(geometry, block), block, x, weights
     )  # fmt: skip
     _emit_tasks(em, nest, groups, epilogue, y)
     return em.finish()
 
 
-def _emit_tasks(em: Emitter, nest: _Nest, groups: int, epilogue: Epilogue, y: tirx.Buffer) -> None:
+def _emit_tasks(em: Emitter, nest: Nest, groups: int, epilogue: Epilogue, y: tirx.Buffer) -> None:
     """The parallel loop over images, groups of output channels and chunks of register tiles."""
     geometry, schedule = nest.geometry, nest.schedule
     tiles = tiling(geometry, schedule.tile, schedule.rows)
@@ -143,14 +143,14 @@ def _emit_tasks(em: Emitter, nest: _Nest, groups: int, epilogue: Epilogue, y: ti
             for part in tiles.groups:
                 number = part.first if part.count == 1 else index
                 if schedule.rows == 1:
-                    place_of = _Place(image, group, line, number * schedule.tile, visit)
+                    place_of = Place(image, group, line, number * schedule.tile, visit)
                 else:
-                    place_of = _Place(image, group, number * schedule.rows, 0, visit)
+                    place_of = Place(image, group, number * schedule.rows, 0, visit)
                 if len(tiles.groups) == 1:
-                    _emit_tile(em, nest, part, place_of, epilogue, y)
+                    _store_tile(em, nest, part, place_of, epilogue, y)
                     continue
                 with em.when(_within(index, part, tiles.per_line)):
-                    _emit_tile(em, nest, part, place_of, epilogue, y)
+                    _store_tile(em, nest, part, place_of, epilogue, y)
 
 
 def _within(index: Index, part: TileGroup, per_line: int) -> tirx.Expr:
@@ -164,17 +164,30 @@ def _within(index: Index, part: TileGroup, per_line: int) -> tirx.Expr:
     return after if stop == per_line else tirx.And(after, tirx.LT(index, stop))
 
 
-def _emit_tile(
+def _store_tile(
     em: Emitter,
-    nest: _Nest,
+    nest: Nest,
     part: TileGroup,
-    place: _Place,
+    place: Place,
     epilogue: Epilogue,
     y: tirx.Buffer,
 ) -> None:
-    """One register tile: clear the accumulators, run the reduction, apply the epilogue, store."""
-    geometry, schedule, lanes = nest.geometry, nest.schedule, nest.lanes
-    pixels = range(part.width)
+    """One register tile, through the epilogue to its place in the output."""
+    geometry, lanes = nest.geometry, nest.lanes
+    values = emit_tile(em, nest, part, place)
+    out_blocks = -(-geometry.out_channels // lanes)
+    size = geometry.out_height * geometry.out_width * lanes
+    base = em.bind_index(
+        (place.image * out_blocks + place.group * nest.schedule.vectors) * size
+        + (place.row * geometry.out_width + place.column) * lanes,
+        "out",
+    )
+    epilogue.store(y, values, base, size, place.group * nest.group, lanes)
+
+
+def emit_tile(em: Emitter, nest: Nest, part: TileGroup, place: Place) -> list[list[tirx.Expr]]:
+    """Clear the accumulators of a tile and run its reduction; returns them by vector and pixel."""
+    schedule, pixels = nest.schedule, range(part.width)
     # accumulators[chain][pixel][vector]
     accumulators = [
         [em.accumulators(schedule.vectors) for _ in pixels] for _ in range(schedule.chains)
@@ -184,14 +197,6 @@ def _emit_tile(
             for accumulator in of_pixel:
                 em.store(accumulator, em.constant(0))
     _emit_reduction(em, nest, part, place, accumulators)
-
-    out_blocks = -(-geometry.out_channels // lanes)
-    size = geometry.out_height * geometry.out_width * lanes
-    base = em.bind_index(
-        (place.image * out_blocks + place.group * schedule.vectors) * size
-        + (place.row * geometry.out_width + place.column) * lanes,
-        "out",
-    )
     values = []
     for j in range(schedule.vectors):
         line = []
@@ -201,14 +206,14 @@ def _emit_tile(
                 value = value + em.value_of(chain[i][j])
             line.append(value)
         values.append(line)
-    epilogue.store(y, values, base, size, place.group * nest.group, lanes)
+    return values
 
 
 def _emit_reduction(
     em: Emitter,
-    nest: _Nest,
+    nest: Nest,
     part: TileGroup,
-    place: _Place,
+    place: Place,
     accumulators: list[list[list[tirx.Buffer]]],
 ) -> None:
     """Loops over input channels and kernel, accumulating into ``accumulators``."""
@@ -244,7 +249,7 @@ def _emit_reduction(
 
 def _emit_inner(
     em: Emitter,
-    nest: _Nest,
+    nest: Nest,
     origin: tuple[Index, Index],
     block: Index,
     visit: Index,
@@ -287,7 +292,7 @@ def _emit_inner(
         multiply(whole + number, accumulators[number])
 
 
-def _emit_prefetch(em: Emitter, nest: _Nest, visit: Index, w_base: Index) -> None:
+def _emit_prefetch(em: Emitter, nest: Nest, visit: Index, w_base: Index) -> None:
     """Ask for the share of a tile in the weights that the next group has at this tap."""
     tap = nest.inner * nest.group
     lines = -(-tap // (nest.visits * _LINE))

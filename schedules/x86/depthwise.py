@@ -124,10 +124,10 @@ def emit(workload: ConvWorkload, schedule: DepthwiseSchedule, isa: VectorISA) ->
     y_shape = (given.batch, blocks, given.out_height, given.out_width, isa.lanes)
     epilogue = Epilogue(em, workload.epilogue, blocks * isa.lanes, y_shape)
     y = em.argument("y", y_shape)
-    sides = _copied_sides(given, schedule)
+    sides = copied_sides(given, schedule)
     if any(sides):
         x = pad_map(em, given, sides, isa.lanes, x)
-    nest = _Nest(pad_geometry(given, sides), schedule, x, weights)
+    nest = Nest(pad_geometry(given, sides), schedule, x, weights)
 
     geometry = nest.geometry
     bands = -(-geometry.out_height // schedule.rows)
@@ -141,7 +141,7 @@ def emit(workload: ConvWorkload, schedule: DepthwiseSchedule, isa: VectorISA) ->
         for part in tiling(geometry, schedule.tile).groups:
             with em.loop(part.count, start=part.first, prefix="tile") as tile:
                 column = em.bind_index(tile * schedule.tile, "column")
-                values = _emit_tile(em, nest, part, (plane, block, row, column))
+                values = emit_tile(em, nest, part, (plane, block, row, column))
                 base = em.bind_index(
                     ((plane * geometry.out_height + row) * geometry.out_width + column) * isa.lanes,
                     "out",
@@ -152,7 +152,7 @@ def emit(workload: ConvWorkload, schedule: DepthwiseSchedule, isa: VectorISA) ->
 
 
 @dataclass(frozen=True)
-class _Nest:
+class Nest:
     """The loop nest in numbers, with the buffers it works on."""
 
     geometry: ConvGeometry  # of ``x``, which may be the padded copy
@@ -161,7 +161,7 @@ class _Nest:
     weights: tirx.Buffer
 
 
-def _copied_sides(geometry: ConvGeometry, schedule: DepthwiseSchedule) -> Sides:
+def copied_sides(geometry: ConvGeometry, schedule: DepthwiseSchedule) -> Sides:
     """The columns of padding that a copy of the input should hold; usually none."""
     border = sum(
         len(pixels)
@@ -173,8 +173,8 @@ def _copied_sides(geometry: ConvGeometry, schedule: DepthwiseSchedule) -> Sides:
     return (0, 0, 0, 0)
 
 
-def _emit_tile(
-    em: Emitter, nest: _Nest, part: TileGroup, place: tuple[Index, Index, Index, Index]
+def emit_tile(
+    em: Emitter, nest: Nest, part: TileGroup, place: tuple[Index, Index, Index, Index]
 ) -> list[list[tirx.Expr]]:
     """Clear the accumulators of a tile and run its taps; returns them by row and pixel."""
     geometry, rows = nest.geometry, nest.schedule.rows
@@ -226,7 +226,7 @@ def _emit_tile(
 
 def _emit_line(
     em: Emitter,
-    nest: _Nest,
+    nest: Nest,
     part: TileGroup,
     start: Index,
     tap_rows: Sequence[tuple[int, Index]],
@@ -278,7 +278,7 @@ def _cycles(geometry: ConvGeometry, schedule: DepthwiseSchedule, isa: VectorISA)
         overhead = _TILE_OVERHEAD + schedule.rows * group.width
         per_band += group.count * (max(work, loads, latency) + overhead)
     cycles = bands * per_band
-    sides = _copied_sides(geometry, schedule)
+    sides = copied_sides(geometry, schedule)
     if any(sides):
         padded = pad_geometry(geometry, sides)
         cycles += 2 * padded.height * padded.width

@@ -170,7 +170,9 @@ class Emitter:
     ) -> Iterator[Index]:
         """Emit what the ``with`` block emits as the body of a loop; yields its variable.
 
-        A loop known to run once emits its body alone (TVM's parallel loops excepted).
+        A loop known to run once emits its body alone (TVM's parallel loops excepted). The extent of
+        a loop inside of one with another start than 0 must use that one's variable by way of
+        `bind_index` only: TVM's CanonicalizeLoop forgets to shift it there.
         """
         if isinstance(extent, int) and extent == 1 and kind != "parallel":
             yield start
