@@ -1,5 +1,6 @@
 """Decompositions of convolution weights in NumPy: one file a form, one registry."""
 
+from tvm_lowrank.decompose.cp import CP, CP3, cp, cp3, greedy_cp
 from tvm_lowrank.decompose.form import Fitter, Form, Rank
 from tvm_lowrank.decompose.linear_combination import LinearCombination, linear_combination
 from tvm_lowrank.decompose.moments import (
@@ -19,10 +20,14 @@ FORMS: dict[str, Form] = {
         LinearCombination(),
         Separable(),
         Tucker2(),
+        CP(),
+        CP3(),
     )
 }
 
 __all__ = [
+    "CP",
+    "CP3",
     "FORMS",
     "Fitter",
     "Form",
@@ -31,6 +36,9 @@ __all__ = [
     "PatchSampler",
     "Rank",
     "bias_correction",
+    "cp",
+    "cp3",
+    "greedy_cp",
     "linear_combination",
     "relative_error",
     "separable",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from tvm_lowrank.cost.operations import multiplications
+from tvm_lowrank.decompose.compose import compose
 from tvm_lowrank.decompose.moments import Array, InputMoments
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -42,6 +43,10 @@ class Form(ABC):
         """`refuse` for groups = 1."""
 
     @abstractmethod
+    def full_rank(self, geometry: ConvGeometry) -> Rank:
+        """A rank at which any weight is reproduced exactly."""
+
+    @abstractmethod
     def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
         """Useful ranks, cheapest first: multiples of ``multiple`` that save multiplications."""
 
@@ -65,9 +70,19 @@ class Form(ABC):
         ``refine=False`` leaves out the iterations that lower the error after the closed form.
         """
 
-    @abstractmethod
     def reconstruct(self, factors: Sequence[Array]) -> Array:
         """The dense OIHW weight that the factors stand for."""
+        return compose(factors)
+
+    def gathers(self, geometry: ConvGeometry, rank: Rank) -> frozenset[int]:
+        """Stages that only reorder channels: 1x1 weights of zeros and ones, no multiplications."""
+        return frozenset()
+
+    def multiplications(self, geometry: ConvGeometry, rank: Rank) -> int:
+        """Multiplications of the chain by the direct algorithm, gathers left out."""
+        skipped = self.gathers(geometry, rank)
+        stages = enumerate(self.stages(geometry, rank))
+        return multiplications([stage for index, stage in stages if index not in skipped])
 
 
 def spread(
@@ -93,7 +108,7 @@ def single_ranks(form: Form, geometry: ConvGeometry, multiple: int, limit: int) 
         return []
     costs: list[tuple[int, Rank]] = []
     for rank in range(multiple, limit, multiple):
-        cost = multiplications(form.stages(geometry, rank))
+        cost = form.multiplications(geometry, rank)
         if cost >= geometry.multiplications:
             break
         costs.append((cost, rank))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +27,10 @@ class LinearCombination(Form):
 
     def _refuse_ungrouped(self, geometry: ConvGeometry) -> str | None:
         return "one output channel: nothing to combine" if geometry.out_channels == 1 else None
+
+    def full_rank(self, geometry: ConvGeometry) -> Rank:
+        """See `Form.full_rank`."""
+        return _limit(geometry)
 
     def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
         """See `Form.ranks`; K multiplications cost ``C X Y + F`` an output pixel."""
@@ -63,11 +66,6 @@ class LinearCombination(Form):
             raise ValueError(reason)
         check_weight(weight, geometry)
         return _Fitter(weight, moments)
-
-    def reconstruct(self, factors: Sequence[Array]) -> Array:
-        """``(K, C, X, Y)`` and ``(F, K, 1, 1)`` to ``(F, C, X, Y)``."""
-        filters, sums = factors
-        return np.tensordot(sums[:, :, 0, 0], filters, axes=1)
 
 
 class _Fitter(Fitter):

@@ -126,7 +126,7 @@ class SharedBasis:
         gram = (seen.reshape(-1, width) @ basis.T).reshape(taps * rank, taps * rank)
         cross = (self._weighted.reshape(-1, width) @ basis.T).reshape(self.outputs, taps * rank)
         gram[np.diag_indices_from(gram)] += GRAM_JITTER * np.trace(gram) / len(gram)
-        core = _solve_gram(gram, cross)
+        core = solve_gram(gram, cross)
         mixing, target, explained = None, self._weighted, float(np.sum(core * cross))
         if outputs is not None:
             values, vectors = np.linalg.eigh(core @ cross.T)
@@ -139,7 +139,7 @@ class SharedBasis:
         return _Solution(basis, core, mixing, self._energy - explained, gradient)
 
 
-def _solve_gram(gram: Array, cross: Array) -> Array:
+def solve_gram(gram: Array, cross: Array) -> Array:
     """``cross @ inv(gram)``; the pseudo-inverse where the Gram matrix is singular."""
     try:
         solved = np.linalg.solve(gram, cross.T)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +33,10 @@ class Separable(Form):
     def _refuse_ungrouped(self, geometry: ConvGeometry) -> str | None:
         x, y = geometry.kernel
         return f"{x}x{y} kernel: nothing to separate" if 1 in (x, y) else None
+
+    def full_rank(self, geometry: ConvGeometry) -> Rank:
+        """See `Form.full_rank`."""
+        return _limit(geometry.weight_shape)
 
     def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
         """See `Form.ranks`; the first stage still runs over all columns of a strided layer."""
@@ -74,12 +77,6 @@ class Separable(Form):
             raise ValueError(reason)
         check_weight(weight, geometry)
         return _Fitter(weight, moments, refine)
-
-    def reconstruct(self, factors: Sequence[Array]) -> Array:
-        """``(K, C, X, 1)`` and ``(F, K, 1, Y)`` to ``(F, C, X, Y)``."""
-        vertical, horizontal = factors
-        product = np.tensordot(horizontal[:, :, 0, :], vertical[:, :, :, 0], axes=(1, 0))
-        return np.ascontiguousarray(product.transpose(0, 2, 3, 1))
 
 
 class _Fitter(Fitter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +38,10 @@ class Tucker2(Form):
         if geometry.kernel == (1, 1):
             return "1x1 kernel: linear_combination is the same chain"
         return "one input channel: nothing to project" if geometry.in_channels == 1 else None
+
+    def full_rank(self, geometry: ConvGeometry) -> Rank:
+        """See `Form.full_rank`."""
+        return geometry.in_channels, geometry.out_channels
 
     def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
         """See `Form.ranks`: pairs ``(K1, F)`` and pairs near ``K1 / C = K2 / F``."""
@@ -100,14 +103,6 @@ class Tucker2(Form):
             raise ValueError(reason)
         check_weight(weight, geometry)
         return _Fitter(weight, moments, refine)
-
-    def reconstruct(self, factors: Sequence[Array]) -> Array:
-        """``(K1, C, 1, 1)``, ``(K2, K1, X, Y)`` and perhaps ``(F, K2, 1, 1)`` to OIHW."""
-        reduce, core = factors[0], factors[1]
-        dense = np.tensordot(core, reduce[:, :, 0, 0], axes=(1, 0)).transpose(0, 3, 1, 2)
-        if len(factors) == 3:
-            dense = np.tensordot(factors[2][:, :, 0, 0], dense, axes=1)
-        return np.ascontiguousarray(dense)
 
 
 class _Fitter(Fitter):

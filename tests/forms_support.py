@@ -1,0 +1,57 @@
+"""What the tests of decompositions share: layers, moments, ranks and a reference convolution."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tvm_lowrank.decompose import InputMoments
+from tvm_lowrank.geometry import ConvGeometry
+
+
+def conv(inputs, weight, geometry):
+    """Reference convolution in float64, tap by tap."""
+    g = geometry
+    top, left, bottom, right = g.padding
+    padded = np.pad(inputs, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    out = np.zeros((len(inputs), g.out_channels, g.out_height, g.out_width))
+    dense = ungrouped(weight, g.groups)
+    for x in range(g.kernel[0]):
+        for y in range(g.kernel[1]):
+            r, c = x * g.dilation[0], y * g.dilation[1]
+            rows = padded[:, :, r : r + (g.out_height - 1) * g.stride[0] + 1 : g.stride[0]]
+            seen = rows[..., c : c + (g.out_width - 1) * g.stride[1] + 1 : g.stride[1]]
+            out += np.einsum("fc,nchw->nfhw", dense[:, :, x, y], seen)
+    return out
+
+
+def ungrouped(weight, groups):
+    """The block-diagonal weight ``(F, C, X, Y)`` of a grouped one."""
+    f, c = weight.shape[:2]
+    dense = np.zeros((f, c * groups, *weight.shape[2:]))
+    for group in range(groups):
+        rows = slice(group * f // groups, (group + 1) * f // groups)
+        dense[rows, group * c : (group + 1) * c] = weight[rows]
+    return dense
+
+
+def run_chain(inputs, stages, factors):
+    """The chain, stage by stage, checking that the shapes agree."""
+    assert [s.weight_shape for s in stages] == [w.shape for w in factors]
+    for stage, factor in zip(stages, factors, strict=True):
+        assert inputs.shape[1:] == (stage.in_channels, stage.height, stage.width)
+        inputs = conv(inputs, factor, stage)
+    return inputs
+
+
+def correlated_moments(size, seed=0, samples=100_000, decay=0.8):
+    random = np.random.default_rng(seed)
+    basis = np.linalg.qr(random.normal(size=(size, size)))[0]
+    spectrum = np.arange(1, size + 1) ** -decay
+    return InputMoments((basis * spectrum) @ basis.T, random.normal(size=size), samples)
+
+
+def example(seed=3):
+    """A 3x3 layer of 8 -> 10 channels: geometry, weight and moments."""
+    geometry = ConvGeometry(8, 10, 9, 9, (3, 3), padding=(1, 1, 1, 1))
+    weight = np.random.default_rng(seed).normal(size=geometry.weight_shape)
+    return geometry, weight, correlated_moments(72)
