@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def peak_gflops(target: tvm.target.Target, threads: int) -> float:
     values = tvm.runtime.tensor(np.full((count + 2) * isa.lanes, 0.5, np.float32))
     results = tvm.runtime.tensor(np.zeros(threads * count * isa.lanes, np.float32))
     run = compile_kernel(_multiply_adds(isa, count, threads), target)
-    seconds = _best(lambda: run(values, results))
+    seconds = _median(lambda: run(values, results))
     return 2e-9 * isa.lanes * count * _ITERATIONS * threads / seconds
 
 
@@ -37,7 +37,7 @@ def read_gigabytes(target: tvm.target.Target, threads: int, size: int) -> float:
     source = tvm.runtime.tensor(np.ones(length, np.float32))
     sums = tvm.runtime.tensor(np.zeros(tasks * vectors * isa.lanes, np.float32))
     run = compile_kernel(_reads(isa, vectors, steps, tasks), target)
-    return 4e-9 * length / _best(lambda: run(source, sums))
+    return 4e-9 * length / _median(lambda: run(source, sums))
 
 
 def compile_kernel(func: tirx.PrimFunc, target: tvm.target.Target) -> Callable[..., Any]:
@@ -46,15 +46,19 @@ def compile_kernel(func: tirx.PrimFunc, target: tvm.target.Target) -> Callable[.
     return tvm.compile(module, target=target).jit()["main"]
 
 
-def _best(run: Callable[[], Any]) -> float:
-    """Least seconds of single runs."""
+def _median(run: Callable[[], Any]) -> float:
+    """Median seconds of single runs.
+
+    Not the least: virtual processors that share a core now and then get one each for a moment.
+    """
     run()
-    best, deadline = math.inf, time.perf_counter() + _SECONDS
-    while time.perf_counter() < deadline:
+    spent: list[float] = []
+    deadline = time.perf_counter() + _SECONDS
+    while not spent or time.perf_counter() < deadline:
         start = time.perf_counter()
         run()
-        best = min(best, time.perf_counter() - start)
-    return best
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
 
 
 def _multiply_adds(isa: VectorISA, count: int, tasks: int) -> tirx.PrimFunc:

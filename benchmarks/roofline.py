@@ -58,13 +58,13 @@ class Kernel:
     @property
     def gflops(self) -> float:
         """Operations of the direct algorithm over the time."""
-        return 2e-3 * self.workload.geometry.multiplications / self.us
+        return 2e-3 * self.workload.geometry.multiplications / self.median_us
 
     def share(self, peak: float, gigabytes: float) -> float:
         """Time that the higher roof allows, over the time taken."""
         compute = 2e-3 * self.workload.geometry.multiplications / peak
         memory = 1e-3 * self.moved / gigabytes
-        return max(compute, memory) / self.us
+        return max(compute, memory) / self.median_us
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,7 +128,7 @@ def _report(case: Case, built: Built, whole: tuple[float, float], threads: int) 
         f"{describe()}, {threads} threads. Multiply-adds from registers: {peak:.0f} GF/s. Reading:",
         f"{near:.1f} GB/s from {rotated >> 20} MB (what the weights are rotated through),",
         f"{far:.1f} GB/s from {beyond >> 20} MB. GF/s are of the direct algorithm's operations,",
-        "whatever the kernel computes, over the least time of single runs. *Roof*: what the peak,",
+        "whatever the kernel computes, over the median time of single runs. *Roof*: what the peak,",
         "or reading weights and maps at the former speed, would take, over that time.\n",
     ]
     warning = disturbance()

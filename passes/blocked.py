@@ -33,10 +33,15 @@ Operation: TypeAlias = Convolution | Elementwise | Gather
 
 @dataclass
 class Pending:
-    """An operation whose call is not written yet, because what follows may join it."""
+    """An operation whose call is not written yet, because what follows may join it.
+
+    ``before`` is the convolution that makes its source, if that is pending too and nothing else
+    reads it.
+    """
 
     sources: list[BlockedTensor]
     operation: Operation
+    before: Pending | None = None
 
 
 @dataclass

@@ -12,6 +12,7 @@ from tvm import relax
 from tvm_lowrank.passes.graph import Rewriter, constant
 from tvm_lowrank.schedules.x86 import (
     elementwise,
+    fused,
     gather,
     kernels,
     layout,
@@ -19,6 +20,7 @@ from tvm_lowrank.schedules.x86 import (
     packing,
     pooling,
 )
+from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.kernels import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -55,6 +57,10 @@ class Convolution:
     weight: np.ndarray
     layer: str | None
     steps: list[Step] = field(default_factory=list)
+
+    def workload(self, in_block: int) -> ConvWorkload:
+        """What its kernel computes, of an input in blocks of so many channels."""
+        return ConvWorkload(self.geometry, in_block, tuple(name for name, _ in self.steps))
 
 
 class KernelCalls:
@@ -111,21 +117,45 @@ class KernelCalls:
 
     def convolve(self, source: relax.Expr, in_block: int, conv: Convolution) -> relax.Expr:
         """A convolution with epilogue, of a blocked map (``in_block`` lanes) or a plain one (1)."""
-        geometry, isa = conv.geometry, self.isa
-        workload = ConvWorkload(geometry, in_block, tuple(name for name, _ in conv.steps))
+        workload = conv.workload(in_block)
         schedule = self.choose(workload)
         self.workloads.append(workload)
         gvar = self._kernel(
-            (workload, schedule), lambda: kernels.emit(workload, schedule, isa), "conv2d"
+            (workload, schedule), lambda: kernels.emit(workload, schedule, self.isa), "conv2d"
         )
+        args = [source, *self._parameters(conv, workload, schedule)]
+        return self._call(gvar, args, self._result_type(conv.geometry))
+
+    def convolve_chain(
+        self,
+        source: relax.Expr,
+        convs: Sequence[Convolution],
+        workload: ChainWorkload,
+        schedule: FusedSchedule,
+    ) -> relax.Expr:
+        """A chain of convolutions of a blocked map, in one kernel."""
+        gvar = self._kernel(
+            (workload, schedule), lambda: fused.emit(workload, schedule, self.isa), "chain"
+        )
+        args = [source]
+        for conv, stage, tiles in zip(convs, workload.stages, schedule.stages, strict=True):
+            args += self._parameters(conv, stage, tiles)
+        return self._call(gvar, args, self._result_type(convs[-1].geometry))
+
+    def _parameters(
+        self, conv: Convolution, workload: ConvWorkload, schedule: Schedule
+    ) -> list[relax.Expr]:
+        """The weights of a convolution and the operands of its epilogue."""
 
         def pack_weight(weight: np.ndarray) -> np.ndarray:
-            return kernels.pack_weights(weight, workload, schedule, isa)
+            return kernels.pack_weights(weight, workload, schedule, self.isa)
 
-        args = [source, self._weight(conv.layer, "weight", pack_weight, conv.weight)]
-        args += self._operands(conv.steps, conv.layer)
-        shape = (geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width)
-        return self._call(gvar, args, self._blocked_type(shape))
+        weights = self._weight(conv.layer, "weight", pack_weight, conv.weight)
+        return [weights, *self._operands(conv.steps, conv.layer)]
+
+    def _result_type(self, geometry: ConvGeometry) -> relax.TensorType:
+        rows, columns = geometry.out_height, geometry.out_width
+        return self._blocked_type((geometry.batch, geometry.out_channels, rows, columns))
 
     def elementwise(self, source: relax.Expr, shape: Shape, steps: list[Step]) -> relax.Expr:
         """Epilogue steps alone on a blocked map."""

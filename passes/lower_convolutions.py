@@ -33,6 +33,7 @@ from tvm_lowrank.passes.graph import (
 )
 from tvm_lowrank.passes.kernel_calls import Convolution, KernelCalls, Step, WeightParameter
 from tvm_lowrank.schedules.x86 import kernels, pooling
+from tvm_lowrank.schedules.x86.chain import MOST_STAGES, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.kernels import Schedule
@@ -56,6 +57,8 @@ _ACTIVATIONS: dict[str, Callable[[relax.Call], str]] = {
 PLAIN_CHANNELS = 4
 _SKIPPED = object()
 
+Fuse = Callable[[ChainWorkload], "FusedSchedule | None"]
+
 
 @tvm.transform.module_pass(opt_level=0, name="LowerConvolutions")
 class LowerConvolutions:
@@ -77,6 +80,9 @@ class LowerConvolutions:
     weights_as_parameters : bool
         Make packed weights and biases of the conv2d layers trailing parameters of ``main``;
         ``parameters_`` then tells their order after the pass has run.
+    fuse : callable, optional
+        Takes the `ChainWorkload` of convolutions that only feed each other, gives the schedule of
+        one kernel for all of them, or for the last few, or None.
     """
 
     def __init__(
@@ -84,16 +90,18 @@ class LowerConvolutions:
         isa: VectorISA,
         choose: Callable[[ConvWorkload], Schedule],
         weights_as_parameters: bool = False,
+        fuse: Fuse | None = None,
     ) -> None:
         self.isa = isa
         self.choose = choose
         self.weights_as_parameters = weights_as_parameters
+        self.fuse = fuse
         self.parameters_: list[WeightParameter] = []
         self.workloads_: list[ConvWorkload] = []
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Rewrite ``main``."""
-        lowerer = _Lowerer(mod, self.isa, self.choose, self.weights_as_parameters)
+        lowerer = _Lowerer(mod, self.isa, self.choose, self.weights_as_parameters, self.fuse)
         lowered = lowerer.run()
         self.parameters_ = lowerer.calls.parameters
         self.workloads_ = lowerer.calls.workloads
@@ -107,8 +115,10 @@ class _Lowerer(Rewriter):
         isa: VectorISA,
         choose: Callable[[ConvWorkload], Schedule],
         weights_as_parameters: bool,
+        fuse: Fuse | None,
     ) -> None:
         super().__init__(mod)
+        self.fuse = fuse
         self.calls = KernelCalls(self, isa, choose, weights_as_parameters)
         self.count = 0
         self.activations = find_activations(self.bindings or [], self.users)
@@ -166,7 +176,10 @@ class _Lowerer(Rewriter):
             return None
         shape = (geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width)
         conv = Convolution(geometry, constant_array(value.args[1]), layer)
-        return of_map(shape, pending=Pending([data], conv))
+        before = self._pending(value.args[0])
+        if before is not None and not isinstance(before.operation, Convolution):
+            before = None
+        return of_map(shape, pending=Pending([data], conv, before))
 
     def _dense(self, value: relax.Call) -> BlockedTensor | None:
         left, right = value.args
@@ -476,11 +489,43 @@ class _Lowerer(Rewriter):
             return self.calls.elementwise(self._blocked(data), data.map, operation.steps)
         in_block = self._in_block(operation.geometry, data)
         if in_block > 1:
+            fused = self._write_chain(pending)
+            if fused is not None:
+                return fused
             return self.calls.convolve(self._blocked(data), in_block, operation)
         plain = data.plain
         if data.shape != data.map:
             plain = self.emit(relax.op.reshape(plain, data.map))
         return self.calls.convolve(plain, 1, operation)
+
+    def _write_chain(self, pending: Pending) -> relax.Expr | None:
+        """One kernel for a convolution and those before it, if ``fuse`` wants one."""
+        if self.fuse is None:
+            return None
+        run = [pending]
+        while len(run) < MOST_STAGES and run[0].before is not None:
+            if self._in_block(run[0].before.operation.geometry, run[0].before.sources[0]) == 1:
+                break
+            run.insert(0, run[0].before)
+        for start in range(len(run) - 1):
+            links = run[start:]
+            try:
+                workload = ChainWorkload(
+                    tuple(link.operation.workload(self.calls.isa.lanes) for link in links)
+                )
+            except ValueError:
+                continue  # a residual is added in the middle
+            if not workload.is_promising():
+                continue
+            schedule = self.fuse(workload)
+            if schedule is None:
+                return None
+            links = links[-len(schedule.stages) :]
+            source = self._blocked(links[0].sources[0])
+            workload = workload.last(len(links))
+            convs = [link.operation for link in links]
+            return self.calls.convolve_chain(source, convs, workload, schedule)
+        return None
 
     def extra_params(self) -> Sequence[relax.Var]:
         return self.calls.variables

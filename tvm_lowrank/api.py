@@ -35,6 +35,8 @@ def plan(
     trials: int = 4,
     records: str | Path | None = None,
     shipped_records: bool = True,
+    exact: bool = False,
+    max_weight_bytes: int | None = None,
 ) -> Plan:
     """Find the fastest network within the accuracy budget, and measure that it is.
 
@@ -74,6 +76,13 @@ def plan(
         Tuning records to read and append to.
     shipped_records : bool
         Take schedules of the records that ship with the package instead of tuning anew.
+    exact : bool
+        Restrict the algorithms, of dense layers and of forms, to direct convolution and what states
+        an error of at most 1e-6 of the largest result. (Forms approximate by far more; together
+        with ``lossless`` nothing does.)
+    max_weight_bytes : int, optional
+        Bound of the weights of all convolutions as their kernels keep them; transformed weights
+        are up to several times the size of the network's own.
 
     Returns
     -------
@@ -101,6 +110,8 @@ def plan(
         seed=seed,
         trials=trials,
         shipped_records=shipped_records,
+        exact=exact,
+        max_weight_bytes=max_weight_bytes,
     )
     return search(
         load_model(mod, batch),

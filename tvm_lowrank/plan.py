@@ -21,12 +21,13 @@ from tvm_lowrank.layer import collect_layers
 from tvm_lowrank.passes.factor_convolutions import Chain
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 from tvm_lowrank.passes.pipeline import factor, normalise
+from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import Schedule, default_schedule, schedule_from_json
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class LayerPlan:
 
     ``dense_us`` and ``measured_us`` are the measured times of the layer's kernels before and after,
     ``error`` the share of its output variance lost on the data; ``reason`` says why a layer is left
-    as it is. ``algorithms`` has one entry a stage.
+    as it is. ``algorithms`` has one entry a stage; ``weight_bytes`` are those of all
+    stages' weights as their kernels keep them, padded and transformed.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LayerPlan:
     dense_us: float | None = None
     predicted_us: float | None = None
     measured_us: float | None = None
+    weight_bytes: int | None = None
     reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +87,8 @@ class Plan:
     layers : tuple of LayerPlan
     schedules : tuple of (workload, schedule)
         Measured best schedules, both as JSON dictionaries.
+    fused : tuple of (workload, schedule)
+        The same for chains of convolutions of which all, or the last few, are one kernel.
     factors : dict
         Layer name to (stage weights, bias); what `save` writes beside the JSON.
     result : dict
@@ -99,6 +104,7 @@ class Plan:
     metric: str
     layers: tuple[LayerPlan, ...]
     schedules: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
+    fused: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
     factors: dict[str, tuple[tuple[np.ndarray, ...], np.ndarray]] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -166,7 +172,7 @@ class Plan:
     def lower(self, mod: tvm.IRModule) -> tvm.IRModule:
         """A normalised (and possibly factored) module lowered with the plan's schedules."""
         isa = isa_of(parse_target(self.target))
-        return LowerConvolutions(isa, self.scheduler())(mod)
+        return LowerConvolutions(isa, self.scheduler(), fuse=self.fuser())(mod)
 
     def scheduler(self) -> Callable[[ConvWorkload], Schedule]:
         """Picks the plan's schedule for a workload, whatever its epilogue, or the default."""
@@ -181,6 +187,13 @@ class Plan:
             return found if found is not None else default_schedule(workload, isa)
 
         return pick
+
+    def fuser(self) -> Callable[[ChainWorkload], FusedSchedule | None]:
+        """Gives the plan's schedule for the last stages of a chain, or None."""
+        return {
+            ChainWorkload.from_json(workload): FusedSchedule.from_json(schedule)
+            for workload, schedule in self.fused
+        }.get
 
     def for_target(self, target: Any) -> Plan:
         """The same decision for another target, to build what this machine cannot run.
@@ -199,8 +212,11 @@ class Plan:
             self,
             target=dict(json.loads(str(parsed))),
             schedules=self.schedules if same else (),
+            fused=self.fused if same else (),
             layers=tuple(
-                replace(layer, dense_us=None, predicted_us=None, measured_us=None)
+                replace(
+                    layer, dense_us=None, predicted_us=None, measured_us=None, weight_bytes=None
+                )
                 for layer in self.layers
             ),
             result={},
@@ -209,7 +225,9 @@ class Plan:
     def dense(self) -> Plan:
         """The plan that leaves every layer dense, with the same kernels: the baseline."""
         layers = tuple(
-            replace(layer, form="dense", rank=0, stages=(), algorithms=(), error=0.0)
+            replace(
+                layer, form="dense", rank=0, stages=(), algorithms=(), error=0.0, weight_bytes=None
+            )
             for layer in self.layers
         )
         return replace(self, layers=layers, factors={})
@@ -230,6 +248,7 @@ class Plan:
             "result": self.result,
             "layers": [layer.to_json() for layer in self.layers],
             "schedules": [list(pair) for pair in self.schedules],
+            "fused": [list(pair) for pair in self.fused],
         }
         return json.dumps(data, indent=1)
 
@@ -247,8 +266,11 @@ class Plan:
             if data.pop("format") != FORMAT:
                 raise ValueError("another format version")
             layers = tuple(LayerPlan.from_json(layer) for layer in data.pop("layers"))
-            schedules = tuple((pair[0], pair[1]) for pair in data.pop("schedules"))
-            return cls(layers=layers, schedules=schedules, **data)
+            schedules, fused = (
+                tuple((pair[0], pair[1]) for pair in data.pop(name))
+                for name in ("schedules", "fused")
+            )
+            return cls(layers=layers, schedules=schedules, fused=fused, **data)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise LowRankError(
                 f"the plan is damaged or of another version ({error!r}); make it again with tune"

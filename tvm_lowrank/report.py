@@ -12,12 +12,16 @@ from tvm_lowrank.plan import LayerPlan, Plan
 
 def render(plan: Plan) -> RenderableType:
     """One row a convolution, the reasons of those left as they are, then the measured totals."""
-    table = Table(title="convolutions, microseconds", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="convolutions: microseconds, and megabytes of weights as the kernels keep them",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("layer", no_wrap=True)
     table.add_column("shape", overflow="fold")
     table.add_column("form", no_wrap=True)
     table.add_column("algorithm", overflow="fold")
-    for heading in ("rank", "error", "predicted", "before", "after"):
+    for heading in ("rank", "error", "predicted", "before", "after", "MB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in plan.layers:
         table.add_row(*_row(layer))
@@ -25,7 +29,15 @@ def render(plan: Plan) -> RenderableType:
     after = sum(layer.measured_us or 0.0 for layer in plan.layers)
     table.add_section()
     table.add_row(
-        "sum", "", f"{len(plan.rewritten)} rewritten", "", "", "", "", *_times(before, after)
+        "sum",
+        "",
+        f"{len(plan.rewritten)} rewritten",
+        "",
+        "",
+        "",
+        "",
+        *_times(before, after),
+        _megabytes(plan.result["kernel_weight_bytes"]),
     )
     return Group(table, Text(_reasons(plan) + summary(plan)))
 
@@ -68,7 +80,8 @@ def summary(plan: Plan) -> str:
     )
     lines.append(
         f"weights   {result['weight_bytes_before'] / 1e6:.2f} MB -> "
-        f"{result['weight_bytes_after'] / 1e6:.2f} MB (convolutions, float32)"
+        f"{result['weight_bytes_after'] / 1e6:.2f} MB (convolutions, float32); "
+        f"{result['kernel_weight_bytes'] / 1e6:.2f} MB as the kernels keep them"
     )
     return "\n".join(lines)
 
@@ -83,7 +96,12 @@ def _row(layer: LayerPlan) -> list[str]:
         str(layer.rank).strip("()") if lossy else "",
         f"{layer.error:.4f}" if lossy else "",
         *_times(layer.predicted_us, layer.dense_us, layer.measured_us),
+        _megabytes(layer.weight_bytes),
     ]
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.2f}"
 
 
 def _times(*values: float | None) -> list[str]:

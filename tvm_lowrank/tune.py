@@ -71,6 +71,13 @@ def parser() -> argparse.ArgumentParser:
     add("--lossless", action="store_true", help="keep every convolution dense")
     add("--forms", type=_names, metavar="A,B", help=f"among dense,{','.join(FORMS)}")
     add("--algorithms", type=_names, metavar="A,B", help=f"among {','.join(ALGORITHMS)}")
+    add("--exact", action="store_true", help="only algorithms that state an error of 1e-6 or less")
+    add(
+        "--max-weight-bytes",
+        type=int,
+        metavar="N",
+        help="bound of the weights as kernels keep them (default: none)",
+    )
     add(
         "--exclude", type=_names, default=(), metavar="A,B", help="layers (patterns) to leave alone"
     )
@@ -116,6 +123,8 @@ def _tune(args: argparse.Namespace, console: Console) -> Plan:
         trials=args.trials,
         shipped_records=not args.no_shipped_records,
         metaschedule_trials=args.metaschedule_trials,
+        exact=args.exact,
+        max_weight_bytes=args.max_weight_bytes,
     )
     mod = load_model(args.model or demo.model_path(), args.batch)
     data, final = _samples(args)

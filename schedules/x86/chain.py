@@ -114,6 +114,11 @@ class ChainSchedule:
         part = self.parts[-1]
         return part if isinstance(part, FusedSchedule) else None
 
+    @property
+    def is_separate(self) -> bool:
+        """Whether every stage has a kernel of its own."""
+        return not any(isinstance(part, FusedSchedule) for part in self.parts)
+
     def split(
         self, workload: ChainWorkload
     ) -> list[tuple[ConvWorkload | ChainWorkload, Schedule | FusedSchedule]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -59,11 +61,8 @@ def _direct_error(workload: ConvWorkload, schedule: Any) -> float:
     return stated_error(channels * rows * columns)
 
 
-def _refuse_winograd(workload: ConvWorkload, isa: VectorISA) -> str | None:
-    if workload.geometry.groups > 1:
-        return f"winograd: groups is {workload.geometry.groups}, expected 1"
-    return winograd_schedule.refuse(workload, isa)
-
+# The stated error up to which an algorithm counts as exact; the direct one always does.
+EXACT = 1e-6
 
 FAMILIES: dict[str, KernelFamily] = {
     ConvSchedule.kernel: KernelFamily(
@@ -86,7 +85,7 @@ FAMILIES: dict[str, KernelFamily] = {
     ),
     WinogradSchedule.kernel: KernelFamily(
         "winograd",
-        _refuse_winograd,
+        winograd_schedule.refuse,
         winograd_space.space,
         winograd.emit,
         winograd.pack,
@@ -110,14 +109,23 @@ def refuse(workload: ConvWorkload, isa: VectorISA, algorithms: Collection[str] =
 
 
 def spaces(
-    workload: ConvWorkload, isa: VectorISA, algorithms: Collection[str] = ALGORITHMS
+    workload: ConvWorkload,
+    isa: VectorISA,
+    algorithms: Collection[str] = ALGORITHMS,
+    exact: bool = False,
 ) -> dict[str, list[Any]]:
-    """The schedules of every family that can compute the workload, by the family's name."""
-    return {
+    """The schedules of every family that can compute the workload, by the family's name.
+
+    With ``exact``, those that `is_exact` alone; a family that has none is left out.
+    """
+    found = {
         name: family.space(workload, isa)
         for name, family in FAMILIES.items()
         if family.algorithm in algorithms and family.refuse(workload, isa) is None
     }
+    if exact:
+        found = {name: [s for s in space if is_exact(workload, s)] for name, space in found.items()}
+    return {name: space for name, space in found.items() if space}
 
 
 def default_schedule(workload: ConvWorkload, isa: VectorISA) -> Any:
@@ -138,6 +146,22 @@ def pack_weights(
 ) -> np.ndarray:
     """Lay out an OIHW weight as the kernel of the schedule reads it."""
     return FAMILIES[schedule.kernel].pack(weight, workload, schedule, isa)
+
+
+def error_bound(workload: ConvWorkload, schedule: Schedule) -> float:
+    """The stated max|error| / max|result| of a kernel, as `accuracy.stated_error` defines it."""
+    return FAMILIES[schedule.kernel].error_bound(workload, schedule)
+
+
+def is_exact(workload: ConvWorkload, schedule: Schedule) -> bool:
+    """Whether a kernel computes the definition's own sum, or states an error below `EXACT`."""
+    return algorithm_of(schedule) == "direct" or error_bound(workload, schedule) <= EXACT
+
+
+@functools.lru_cache(maxsize=4096)
+def weight_bytes(workload: ConvWorkload, schedule: Schedule, isa: VectorISA) -> int:
+    """Bytes of the weights as the kernel keeps them: padded, transformed."""
+    return 4 * math.prod(int(extent) for extent in emit(workload, schedule, isa).params[1].shape)
 
 
 def algorithm_of(schedule: Schedule) -> str:

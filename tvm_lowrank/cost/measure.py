@@ -18,6 +18,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.passes.lower_convolutions import PLAIN_CHANNELS
 from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import (
     ALGORITHMS,
@@ -25,6 +26,7 @@ from tvm_lowrank.schedules.x86.kernels import (
     algorithm_of,
     default_schedule,
     emit,
+    is_exact,
     refuse,
     schedule_from_json,
     spaces,
@@ -54,6 +56,8 @@ class KernelTimer:
         Families to choose among; a convolution that none of them can compute takes any.
     seed : int
         Of the tuner.
+    exact : bool
+        Leave out kernels whose stated error exceeds `kernels.EXACT`.
     worker : Worker, optional
         Runs the candidates; by default the one that this process shares.
 
@@ -71,12 +75,14 @@ class KernelTimer:
         trials: int = 4,
         algorithms: Collection[str] = ALGORITHMS,
         seed: int = 0,
+        exact: bool = False,
         worker: Worker | None = None,
     ) -> None:
         self.target = target
         self.isa = isa_of(target)
         self.records = records
         self.algorithms = tuple(algorithms)
+        self.exact = exact
         self.measured = self.failed = self.unsteady = 0
         self._worker = worker
         self._tuner = Tuner(records, self.isa, trials, seed)
@@ -111,12 +117,17 @@ class KernelTimer:
         Infinite if no schedule runs.
         """
         for schedule in self._elsewhere(workload):
-            if self._time(workload, schedule) < math.inf:
+            if self.time(workload, schedule) < math.inf:
                 return self._best(workload)[0]
-        allowed = spaces(workload, self.isa, self.algorithms) or spaces(workload, self.isa)
+        allowed = self._allowed(workload) or spaces(workload, self.isa)
         while (schedule := self._tuner.propose(workload, allowed)) is not None:
-            self._time(workload, schedule)
+            self.time(workload, schedule)
         return self._best(workload)[0]
+
+    def time_of(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
+        """Microseconds of a schedule here if they are on record, whatever the epilogue."""
+        times = [self.records.time(w.key(), schedule.to_json()) for w in _same(workload)]
+        return next((time for time in times if time is not None), None)
 
     def recorded(self, stages: Sequence[ConvGeometry]) -> float | None:
         """Time of a chain as `chain` gives it, if the records hold all of it, else None."""
@@ -132,14 +143,21 @@ class KernelTimer:
 
         What was measured here wins over what is only known from elsewhere.
         """
-        same = [
-            ConvWorkload(workload.geometry, workload.in_block, epilogue)
-            for epilogue in dict.fromkeys((workload.epilogue, ("bias", "relu"), ()))
-        ]
-        here = [(time, found) for time, found in map(self._best, same) if found is not None]
-        if here:
-            return min(here, key=lambda pair: pair[0])[1]
+        measured = self.measured_schedules(workload)
+        if measured:
+            return measured[0][1]
+        same = _same(workload)
         return next((schedule for other in same for schedule in self._elsewhere(other)), None)
+
+    def measured_schedules(self, workload: ConvWorkload) -> list[tuple[float, Schedule]]:
+        """Microseconds here and schedule of all that ran, whatever the epilogue, fastest first."""
+        found: dict[Schedule, float] = {}
+        for other in _same(workload):
+            for data, microseconds in self.records.measured(other.key()):
+                schedule = self._read(other, data)
+                if schedule is not None:
+                    found[schedule] = min(microseconds, found.get(schedule, math.inf))
+        return sorted(((us, s) for s, us in found.items()), key=lambda pair: pair[0])
 
     def roofline(self) -> Roofline:
         """Peak of our own kernel on a layer that suits it, and bandwidth of a large copy.
@@ -175,6 +193,9 @@ class KernelTimer:
             )
         return "; ".join(parts)
 
+    def _allowed(self, workload: ConvWorkload) -> dict[str, list[Any]]:
+        return spaces(workload, self.isa, self.algorithms, self.exact)
+
     def _best(self, workload: ConvWorkload) -> tuple[float, Schedule | None]:
         """The fastest schedule measured here, of the allowed algorithms, and its time."""
         for found, microseconds in self.records.measured(workload.key()):
@@ -202,11 +223,18 @@ class KernelTimer:
                 schedule = None
             self._usable[key] = schedule
         schedule = self._usable[key]
-        if schedule is None or algorithm_of(schedule) in self.algorithms:
+        if schedule is None or self._is_allowed(workload, schedule):
             return schedule
-        return None if spaces(workload, self.isa, self.algorithms) else schedule
+        return None if self._allowed(workload) else schedule
 
-    def _time(self, workload: ConvWorkload, schedule: Schedule) -> float:
+    def _is_allowed(self, workload: ConvWorkload, schedule: Schedule) -> bool:
+        if self.exact and not is_exact(workload, schedule):
+            return False
+        return algorithm_of(schedule) in self.algorithms
+
+    def time(
+        self, workload: ConvWorkload | ChainWorkload, schedule: Schedule | ChainSchedule
+    ) -> float:
         """Microseconds of one schedule here, from the records or measured."""
         key, data = workload.key(), schedule.to_json()
         known = self.records.time(key, data)
@@ -226,6 +254,12 @@ class KernelTimer:
         microseconds = math.inf if answer is None else float(answer["us"])
         self.records.add(key, data, microseconds)
         return microseconds
+
+
+def _same(workload: ConvWorkload) -> list[ConvWorkload]:
+    """The workload and what differs from it in no more than the epilogue, its own first."""
+    epilogues = dict.fromkeys((workload.epilogue, ("bias", "relu"), ()))
+    return [ConvWorkload(workload.geometry, workload.in_block, epilogue) for epilogue in epilogues]
 
 
 def _copy_microseconds() -> float:

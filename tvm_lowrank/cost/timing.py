@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_lowrank.schedules.x86.isa import isa_of
+from tvm_lowrank.schedules.x86 import fused
+from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
+from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
 from tvm_lowrank.schedules.x86.kernels import emit, schedule_from_json
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -28,10 +30,13 @@ _AGREEMENT = 1.1
 def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     """Compile and time a kernel; what the measuring process does for each request.
 
+    Of a chain, all kernels are called in turn, each on the map that the one before has written:
+    their times one by one would miss what that map costs to move.
+
     Parameters
     ----------
     request : dict
-        ``target``, ``workload`` and ``schedule`` as JSON values.
+        ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain.
 
     Returns
     -------
@@ -40,14 +45,13 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         three such minima agreed within 10 %.
     """
     target = tvm.target.Target(request["target"])
-    workload = ConvWorkload.from_json(request["workload"])
-    func = emit(workload, schedule_from_json(request["schedule"]), isa_of(target))
-    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
-    main = tvm.compile(module, target=target).jit()["main"]
-    turns = itertools.cycle(_arguments(func))
+    funcs = _functions(request, isa_of(target))
+    calls = [_compile(func, target) for func in funcs]
+    turns = itertools.cycle(_arguments(funcs))
 
     def run() -> None:
-        main(*next(turns))
+        for call, arguments in zip(calls, next(turns), strict=True):
+            call(*arguments)
 
     run()
     first = min(_blocks(run, 1, 4))
@@ -68,12 +72,43 @@ def _blocks(run: Callable[[], None], number: int, count: int) -> Iterator[float]
         yield (time.perf_counter() - start) / number
 
 
-def _arguments(func: tvm.tirx.PrimFunc) -> list[list[Any]]:
-    """Tensors for every parameter, once for each copy of the weights (the second parameter)."""
+def _functions(request: Mapping[str, Any], isa: VectorISA) -> list[tvm.tirx.PrimFunc]:
+    """The kernels of a request in the order of their calls."""
+    if "stages" not in request["workload"]:
+        workload = ConvWorkload.from_json(request["workload"])
+        return [emit(workload, schedule_from_json(request["schedule"]), isa)]
+    parts = ChainSchedule.from_json(request["schedule"]).split(
+        ChainWorkload.from_json(request["workload"])
+    )
+    return [
+        fused.emit(workload, schedule, isa)
+        if isinstance(workload, ChainWorkload)
+        else emit(workload, schedule, isa)
+        for workload, schedule in parts
+    ]
+
+
+def _compile(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Callable[..., Any]:
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target=target).jit()["main"]
+
+
+def _arguments(funcs: list[tvm.tirx.PrimFunc]) -> list[list[list[Any]]]:
+    """Tensors for every parameter of every kernel, once for each copy of the weights.
+
+    The last parameter of a kernel is the first of the next.
+    """
     noise = np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32) * 0.1
-    shapes = [tuple(int(n) for n in param.shape) for param in func.params]
-    x, weights, *others = [tvm.runtime.tensor(np.resize(noise, shape)) for shape in shapes]
-    copies = min(math.ceil(_COLD_BYTES / (4 * math.prod(shapes[1]))), _MOST_COPIES)
-    rotation = [weights]
-    rotation += [tvm.runtime.tensor(np.resize(noise, shapes[1])) for _ in range(copies - 1)]
-    return [[x, each, *others] for each in rotation]
+
+    def tensor(parameter: Any) -> Any:
+        return tvm.runtime.tensor(np.resize(noise, [int(n) for n in parameter.shape]))
+
+    first = {parameter: tensor(parameter) for func in funcs for parameter in func.params}
+    for before, after in itertools.pairwise(funcs):
+        first[after.params[0]] = first[before.params[-1]]
+    weights = [each for each in first if each.name.startswith("weights")]
+    size = sum(4 * math.prod(int(n) for n in each.shape) for each in weights)
+    copies = min(math.ceil(_COLD_BYTES / size), _MOST_COPIES)
+    rotation = [first]
+    rotation += [{**first, **{w: tensor(w) for w in weights}} for _ in range(copies - 1)]
+    return [[[tensors[p] for p in func.params] for func in funcs] for tensors in rotation]

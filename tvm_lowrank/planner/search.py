@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +17,7 @@ import tvm
 
 from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.cost import metaschedule
+from tvm_lowrank.cost.chains import choose_chains
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.data import DataSplit, Samples, input_shape, split
 from tvm_lowrank.decompose import FORMS
@@ -31,11 +33,13 @@ from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm, propose
 from tvm_lowrank.planner.curve import Curve, Report
+from tvm_lowrank.planner.memory import Option, within_bytes
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords, shipped_records
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import ALGORITHMS, algorithm_of
-from tvm_lowrank.target import parse_target
+from tvm_lowrank.schedules.x86.kernels import ALGORITHMS, algorithm_of, weight_bytes
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from tvm_lowrank.target import parse_target, require_runnable
 from tvm_lowrank.threads import set_threads
 
 # Built networks that may miss the budget before the original is returned.
@@ -61,6 +65,8 @@ class Options:
     trials: int = 4
     shipped_records: bool = True
     metaschedule_trials: int = 0
+    exact: bool = False
+    max_weight_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for kind, given, known in (
@@ -74,6 +80,8 @@ class Options:
             raise LowRankError(f"max_drop is {self.max_drop}; give points, 0 or more")
         if self.trials < 1:
             raise LowRankError(f"trials is {self.trials}; give 1 or more")
+        if self.max_weight_bytes is not None and self.max_weight_bytes < 1:
+            raise LowRankError(f"max_weight_bytes is {self.max_weight_bytes}; give 1 or more")
         if self.metaschedule_trials < 0:
             raise LowRankError(f"metaschedule_trials is {self.metaschedule_trials}; give 0 or more")
 
@@ -116,6 +124,7 @@ class _Search:
 
     def run(self) -> Plan:
         self.target = parse_target(self.target_spec)
+        require_runnable(self.target)
         self.split: DataSplit = split(self.mod, self.data, self.final, self.options.seed)
         self.metric = "output_error" if self.split.synthetic else "disagreement"
         if self.split.final.labels is not None and self.split.select.labels is not None:
@@ -148,7 +157,9 @@ class _Search:
 
     def _timer(self, records: TuningRecords, algorithms: tuple[str, ...]) -> KernelTimer:
         options = self.options
-        return KernelTimer(self.target, records, options.trials, algorithms, options.seed)
+        return KernelTimer(
+            self.target, records, options.trials, algorithms, options.seed, options.exact
+        )
 
     # -- the candidates of each layer ----------------------------------------------------------
 
@@ -170,7 +181,9 @@ class _Search:
     def _dense(self, layer: ConvLayer, geometry: ConvGeometry, lossless: bool) -> Candidate:
         stages = (geometry,)
         # Nothing is to be compared, so what other machines found best needs no time here.
-        covered = lossless and all(map(self.timer.known, self.timer.workloads(stages)))
+        bounded = self.options.max_weight_bytes is not None
+        covered = lossless and not bounded
+        covered = covered and all(map(self.timer.known, self.timer.workloads(stages)))
         measure = KernelTimer.recorded if covered else KernelTimer.chain
         before, us = measure(self.plain, stages), measure(self.timer, stages)
         if before is not None:
@@ -381,14 +394,22 @@ class _Search:
             factors=factors,
         )
         plan = replace(plan, schedules=self._schedules(plan, timer))
-        return replace(plan, layers=tuple(self._name_algorithms(layer, plan) for layer in layers))
+        plan = replace(plan, fused=self._fused(plan, timer))
+        return replace(plan, layers=tuple(self._describe(layer, plan, timer) for layer in layers))
 
-    def _name_algorithms(self, layer: LayerPlan, plan: Plan) -> LayerPlan:
+    def _describe(self, layer: LayerPlan, plan: Plan, timer: KernelTimer) -> LayerPlan:
+        """The layer with what the plan's schedules make of it."""
         if layer.name not in self.dense:
             return layer
-        workloads = self.timer.workloads(layer.stages)
+        workloads = timer.workloads(layer.stages)
+        schedules = [plan.scheduler()(workload) for workload in workloads]
+        pairs = list(zip(workloads, schedules, strict=True))
+        times = [timer.time_of(workload, schedule) for workload, schedule in pairs]
         return replace(
-            layer, algorithms=tuple(algorithm_of(s) for s in map(plan.scheduler(), workloads))
+            layer,
+            algorithms=tuple(map(algorithm_of, schedules)),
+            weight_bytes=sum(weight_bytes(w, s, timer.isa) for w, s in pairs),
+            measured_us=layer.measured_us if None in times else sum(filter(None, times)),
         )
 
     def _schedules(
@@ -397,12 +418,52 @@ class _Search:
         """Best schedule of every workload of the lowered network, measured where none is known."""
         survey = LowerConvolutions(self.timer.isa, plan.scheduler())
         survey(plan.factor(self.mod))
-        known: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         for workload in survey.workloads_:
             if timer.known(workload) is None:
                 timer.microseconds(workload)
-            known[workload.key()] = (workload.to_json(), timer.choose(workload).to_json())
-        return tuple(known[key] for key in sorted(known))
+        chosen = {workload: timer.choose(workload) for workload in survey.workloads_}
+        if self.options.max_weight_bytes is not None and timer is self.timer:
+            chosen = self._bounded(Counter(survey.workloads_), self.options.max_weight_bytes)
+        pairs = sorted(chosen.items(), key=lambda pair: pair[0].key())
+        return tuple((workload.to_json(), schedule.to_json()) for workload, schedule in pairs)
+
+    def _fused(
+        self, plan: Plan, timer: KernelTimer
+    ) -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
+        """The chains that are faster as one kernel, measured where no record knows."""
+        found = choose_chains(plan.factor(self.mod), plan.scheduler(), timer, self.options.trials)
+        pairs = sorted(found.items(), key=lambda pair: pair[0].key())
+        return tuple((workload.to_json(), schedule.to_json()) for workload, schedule in pairs)
+
+    def _bounded(self, calls: Counter[ConvWorkload], limit: int) -> dict[ConvWorkload, Any]:
+        """The fastest schedules whose weights take at most ``limit`` bytes in all kernels."""
+        # Kernels that differ in their epilogue only share a schedule.
+        kinds: dict[Any, list[ConvWorkload]] = {}
+        for workload in calls:
+            kinds.setdefault((workload.geometry, workload.in_block), []).append(workload)
+        options = []
+        for same in kinds.values():
+            count, first = sum(calls[workload] for workload in same), same[0]
+            options.append(
+                [
+                    Option(
+                        count * us, count * weight_bytes(first, schedule, self.timer.isa), schedule
+                    )
+                    for us, schedule in self.timer.measured_schedules(first)
+                ]
+            )
+        found = within_bytes(options, limit)
+        total = sum(option.bytes for option in found)
+        if total > limit:
+            raise LowRankError(
+                f"max_weight_bytes is {limit}, but the weights of this network take at least "
+                f"{total} bytes in the kernels measured; give that much or leave it out"
+            )
+        return {
+            workload: option.schedule
+            for same, option in zip(kinds.values(), found, strict=True)
+            for workload in same
+        }
 
     def _build(self, plan: Plan, path: Path) -> Path:
         mod, trials = plan.apply(self.mod), self.options.metaschedule_trials
@@ -443,6 +504,7 @@ class _Search:
             "batch": self.shape[0],
             "weight_bytes_before": 4 * sum(weights),
             "weight_bytes_after": 4 * sum(kept),
+            "kernel_weight_bytes": sum(layer.weight_bytes or 0 for layer in plan.layers),
         }
 
 
