@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
+from tvm_lowrank.passes.fold_orders import FoldOrders
 from tvm_lowrank.passes.graph import Rewriter, constant, is_constant, op_name
 
+from tvm_lowrank.decompose.compose import channel_order
 from tvm_lowrank.geometry import ConvGeometry
 
 
@@ -34,14 +36,23 @@ class FactorConvolutions:
     function) to its `Chain`; layers that it does not name stay as they are. The intermediate
     results carry no bias and no activation, so zero padding means the same in the chain as in the
     original and the chain equals the convolution with the reconstructed weight.
+
+    A stage that only changes the order of channels is folded into the layer before or after where
+    `FoldOrders` can. What is left of those stays a 1x1 convolution, which our kernels run in
+    blocked layouts, or becomes a gather (``take``) with ``gathers=True``.
     """
 
-    def __init__(self, chains: Mapping[str, Chain]) -> None:
+    def __init__(self, chains: Mapping[str, Chain], gathers: bool = False) -> None:
         self.chains = dict(chains)
+        self.gathers = gathers
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Rewrite ``main``."""
-        return _Factorer(mod, self.chains).run()
+        weights = (weight for chain in self.chains.values() for weight in chain.weights)
+        rewritten = _Factorer(mod, self.chains).run()
+        if any(channel_order(weight) is not None for weight in weights):
+            rewritten = FoldOrders(self.gathers)(rewritten)
+        return rewritten
 
 
 class _Factorer(Rewriter):

@@ -72,7 +72,7 @@ def test_compiled_chain_equals_dense_reconstruction(name, geometry):
         factors = fitter.fit(rank)
         stages = tuple(form.stages(geometry, rank))
         chain = Chain(stages, tuple(np.asarray(f, np.float32) for f in factors))
-        rewritten = FactorConvolutions({"conv0": chain})(mod)
+        rewritten = FactorConvolutions({"conv0": chain}, gathers=True)(mod)
         whole = form.reconstruct(factors)
         expected = np.maximum(conv(inputs, whole, geometry) + bias.reshape(1, -1, 1, 1), 0)
         assert relative(run(rewritten, inputs), expected) < 1e-4

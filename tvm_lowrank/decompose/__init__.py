@@ -1,5 +1,7 @@
 """Decompositions of convolution weights in NumPy: one file a form, one registry."""
 
+from tvm_lowrank.decompose.bicluster import Bicluster, BiclusterSeparable, bicluster, bicluster_cp
+from tvm_lowrank.decompose.clustering import k_subspaces
 from tvm_lowrank.decompose.cp import CP, CP3, cp, cp3, greedy_cp
 from tvm_lowrank.decompose.form import Fitter, Form, Rank
 from tvm_lowrank.decompose.linear_combination import LinearCombination, linear_combination
@@ -10,7 +12,14 @@ from tvm_lowrank.decompose.moments import (
     bias_correction,
     relative_error,
 )
+from tvm_lowrank.decompose.monochromatic import (
+    Monochromatic,
+    MonochromaticSeparable,
+    monochromatic,
+)
 from tvm_lowrank.decompose.separable import Separable, separable
+from tvm_lowrank.decompose.shared_factor import SharedFactor, shared_factor
+from tvm_lowrank.decompose.tensor_train import TensorTrain, partition, tensor_train
 from tvm_lowrank.decompose.tucker2 import Tucker2, tucker2
 
 # A new form is one file and one line here.
@@ -22,6 +31,12 @@ FORMS: dict[str, Form] = {
         Tucker2(),
         CP(),
         CP3(),
+        TensorTrain(),
+        Monochromatic(),
+        MonochromaticSeparable(),
+        Bicluster(),
+        BiclusterSeparable(),
+        SharedFactor(),
     )
 }
 
@@ -29,6 +44,7 @@ __all__ = [
     "CP",
     "CP3",
     "FORMS",
+    "Bicluster",
     "Fitter",
     "Form",
     "InputMoments",
@@ -36,11 +52,18 @@ __all__ = [
     "PatchSampler",
     "Rank",
     "bias_correction",
+    "bicluster",
+    "bicluster_cp",
     "cp",
     "cp3",
     "greedy_cp",
+    "k_subspaces",
     "linear_combination",
+    "monochromatic",
+    "partition",
     "relative_error",
     "separable",
+    "shared_factor",
+    "tensor_train",
     "tucker2",
 ]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tvm_lowrank.decompose import als
 from tvm_lowrank.decompose.form import (
+    SHARES,
     Fitter,
     Form,
     Rank,
     check_weight,
     geometry_of,
+    pointwise,
+    pointwise_after,
     single,
     single_ranks,
 )
@@ -45,33 +49,21 @@ class CP(Form):
         """See `Form.full_rank` and `als.orthogonal_start`."""
         return _limit(geometry.weight_shape, self.joint)
 
-    def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
+    def ranks(
+        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
+    ) -> list[Rank]:
         """See `Form.ranks`; K multiplications cost ``C + X / D + Y / D^2 + F / D^2`` a pixel."""
-        return single_ranks(self, geometry, multiple, _limit(geometry.weight_shape, self.joint))
+        return single_ranks(
+            self, geometry, multiple, _limit(geometry.weight_shape, self.joint), shares
+        )
 
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
         """See `Form.stages`."""
         terms = single(rank, _limit(geometry.weight_shape, self.joint), self.name)
         spatial = replace(geometry, in_channels=terms, out_channels=terms, groups=terms)
         parts = [spatial] if self.joint else split_spatial(spatial)
-        last = parts[-1]
-        expand = ConvGeometry(
-            terms,
-            geometry.out_channels,
-            last.out_height,
-            last.out_width,
-            (1, 1),
-            batch=geometry.batch,
-        )
-        reduce = replace(
-            geometry,
-            out_channels=terms,
-            kernel=(1, 1),
-            stride=(1, 1),
-            padding=(0, 0, 0, 0),
-            dilation=(1, 1),
-        )
-        return [reduce, *parts, expand]
+        first, last = pointwise(geometry, terms), pointwise_after(parts[-1], geometry.out_channels)
+        return [first, *parts, last]
 
     def fitter(
         self,

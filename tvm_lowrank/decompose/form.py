@@ -47,8 +47,16 @@ class Form(ABC):
         """A rank at which any weight is reproduced exactly."""
 
     @abstractmethod
-    def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
-        """Useful ranks, cheapest first: multiples of ``multiple`` that save multiplications."""
+    def ranks(
+        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
+    ) -> list[Rank]:
+        """Useful ranks, cheapest first, that save multiplications.
+
+        Every map between two stages has a multiple of ``multiple`` (the vector width) channels, or
+        as many as the layer's own input or output: lanes that hold no channel cost as much as
+        those that do. For each of ``shares`` of the dense multiplications, the most expensive
+        within it.
+        """
 
     @abstractmethod
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
@@ -101,7 +109,35 @@ def spread(
     return sorted(chosen, key=lambda rank: chosen[rank])
 
 
-def single_ranks(form: Form, geometry: ConvGeometry, multiple: int, limit: int) -> list[Rank]:
+def spread_families(
+    families: Sequence[Sequence[tuple[int, Rank]]], dense: int, shares: Sequence[float] = SHARES
+) -> list[Rank]:
+    """As `spread` for ranks in families (numbers of groups, shapes of a tree); cheapest first.
+
+    With few shares every family has a rank for each, with many the families take turns, those
+    left out that are exhausted long before the share.
+    """
+    chosen: dict[Rank, int] = {}
+    for turn, share in enumerate(shares):
+        best = []
+        for costs in families:
+            within = [(cost, rank) for cost, rank in costs if cost <= share * dense]
+            if within:
+                best.append(max(within, key=lambda pair: pair[0]))
+        useful = [pair for pair in best if pair[0] > 0.8 * share * dense] or best
+        if len(shares) > len(families) and useful:
+            useful = [useful[turn % len(useful)]]
+        chosen |= {rank: cost for cost, rank in useful}
+    return sorted(chosen, key=lambda rank: chosen[rank])
+
+
+def single_ranks(
+    form: Form,
+    geometry: ConvGeometry,
+    multiple: int,
+    limit: int,
+    shares: Sequence[float] = SHARES,
+) -> list[Rank]:
     """`Form.ranks` of a form with one rank, below the full rank ``limit``."""
     check_multiple(multiple)
     if form.refuse(geometry):
@@ -112,7 +148,7 @@ def single_ranks(form: Form, geometry: ConvGeometry, multiple: int, limit: int) 
         if cost >= geometry.multiplications:
             break
         costs.append((cost, rank))
-    return spread(costs, geometry.multiplications)
+    return spread(costs, geometry.multiplications, shares)
 
 
 def check_multiple(multiple: int) -> None:
@@ -126,6 +162,43 @@ def single(rank: Rank, limit: int, form: str) -> int:
     if isinstance(rank, tuple) or not 1 <= rank <= limit:
         raise ValueError(f"rank={rank!r} of {form}: an integer from 1 to {limit} was expected")
     return int(rank)
+
+
+def several(rank: Rank, limits: Sequence[int], form: str) -> tuple[int, ...]:
+    """``rank`` as integers from 1 to each limit, else ValueError."""
+    parts = rank if isinstance(rank, tuple) else (rank,)
+    if len(parts) != len(limits) or not all(
+        1 <= part <= limit for part, limit in zip(parts, limits, strict=True)
+    ):
+        bounds = ", ".join(f"1..{limit}" for limit in limits)
+        raise ValueError(f"rank={rank!r} of {form}: integers from {bounds} were expected")
+    return tuple(int(part) for part in parts)
+
+
+def pointwise(geometry: ConvGeometry, outputs: int, groups: int = 1) -> ConvGeometry:
+    """A 1x1 convolution of the input of ``geometry``."""
+    return ConvGeometry(
+        geometry.in_channels,
+        outputs,
+        geometry.height,
+        geometry.width,
+        (1, 1),
+        groups=groups,
+        batch=geometry.batch,
+    )
+
+
+def pointwise_after(stage: ConvGeometry, outputs: int, groups: int = 1) -> ConvGeometry:
+    """A 1x1 convolution of the output of ``stage``."""
+    return ConvGeometry(
+        stage.out_channels,
+        outputs,
+        stage.out_height,
+        stage.out_width,
+        (1, 1),
+        groups=groups,
+        batch=stage.batch,
+    )
 
 
 def check_weight(weight: Array, geometry: ConvGeometry) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tvm_lowrank.decompose.form import (
+    SHARES,
     Fitter,
     Form,
     Rank,
     check_weight,
     geometry_of,
+    pointwise_after,
     single,
     single_ranks,
     usable,
@@ -32,24 +35,17 @@ class LinearCombination(Form):
         """See `Form.full_rank`."""
         return _limit(geometry)
 
-    def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
+    def ranks(
+        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
+    ) -> list[Rank]:
         """See `Form.ranks`; K multiplications cost ``C X Y + F`` an output pixel."""
-        return single_ranks(self, geometry, multiple, _limit(geometry))
+        return single_ranks(self, geometry, multiple, _limit(geometry), shares)
 
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
         """See `Form.stages`; ``rank`` is from 1 to min(F, C X Y)."""
         filters = single(rank, _limit(geometry), self.name)
-        return [
-            replace(geometry, out_channels=filters),
-            ConvGeometry(
-                filters,
-                geometry.out_channels,
-                geometry.out_height,
-                geometry.out_width,
-                (1, 1),
-                batch=geometry.batch,
-            ),
-        ]
+        first = replace(geometry, out_channels=filters)
+        return [first, pointwise_after(first, geometry.out_channels)]
 
     def fitter(
         self,

@@ -29,6 +29,7 @@ REFINE_ITERATIONS = 10
 EXACT = 1e-9
 # Smallest curvature that is evened out, relative to the largest.
 GAUGE_FLOOR = 1e-6
+NEVER_DAMPED = 10**12
 
 
 @dataclass
@@ -54,8 +55,12 @@ class SharedBasis:
     Never factorises anything of size D; the largest are p x p and q K x q K.
     """
 
-    def __init__(self, weight: Array, moments: InputMoments):
-        """Factorise what all ranks share; copies the covariance once."""
+    def __init__(self, weight: Array, moments: InputMoments, blocks: np.ndarray | None = None):
+        """Factorise what all ranks share; copies the covariance once.
+
+        ``blocks`` (p,) is the block of each feature, for `fit_blocks`: features are then whitened
+        block by block, so that a basis confined to a block stays confined.
+        """
         self.outputs, self.width, self.taps = weight.shape
         size = self.width * self.taps
         tap_major = moments.covariance.reshape(self.width, self.taps, self.width, self.taps)
@@ -65,13 +70,17 @@ class SharedBasis:
         flat = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(self.outputs, size)
         self._weighted = flat @ self._covariance
         self._energy = float(np.sum(self._weighted * flat))
-        blocks = self._covariance.reshape(self.taps, self.width, self.taps, self.width)
-        shared = sum(blocks[t, :, t, :] for t in range(self.taps)) / self.taps
+        tapped = self._covariance.reshape(self.taps, self.width, self.taps, self.width)
+        shared = sum(tapped[t, :, t, :] for t in range(self.taps)) / self.taps
+        if blocks is not None:
+            shared = shared * (blocks[:, None] == blocks[None, :])
+        self._blocks = blocks
         # Features are whitened by L: x = L z. The search runs in coordinates of z.
         lower = np.linalg.cholesky(shared)
         self._unwhitening = np.linalg.inv(lower)
         unfolded = flat.reshape(-1, self.width) @ lower
-        self._directions = np.linalg.eigh(unfolded.T @ unfolded)[1][:, ::-1]
+        self._unfolded = unfolded.T @ unfolded
+        self._directions = np.linalg.eigh(self._unfolded)[1][:, ::-1]
 
     def fit(
         self, rank: int, outputs: int | None = None, refine: bool = True
@@ -86,9 +95,36 @@ class SharedBasis:
         iterations = self._affordable(rank) if refine and rank < self.width else 0
         best = self._solve(start, outputs)
         if iterations and best.error > EXACT * self._energy:
-            best = self._descend(start, best, outputs, iterations)
+            best = self._descend(start, best, outputs, iterations, rank)
         core = best.core.reshape(len(best.core), self.taps, rank).transpose(0, 2, 1)
         return best.basis, np.ascontiguousarray(core), best.mixing
+
+    def fit_blocks(self, rank: int, refine: bool = True) -> tuple[Array, Array]:
+        """Basis ``(G K, p)`` with K rows for each of the G blocks, and core ``(F, G K, q)``.
+
+        As `fit`, each row reading one block only.
+        """
+        assert self._blocks is not None
+        count = int(self._blocks.max()) + 1
+        start = np.zeros((count * rank, self.width))
+        for block in range(count):
+            inside = np.flatnonzero(self._blocks == block)
+            vectors = np.linalg.eigh(self._unfolded[np.ix_(inside, inside)])[1]
+            rows = slice(block * rank, (block + 1) * rank)
+            start[rows, inside] = vectors[:, : -rank - 1 : -1].T
+        best = self._solve(start, None)
+        iterations = self._affordable(len(start)) if refine else 0
+        if iterations and best.error > EXACT * self._energy:
+            best = self._descend(start, best, None, iterations, rank)
+        core = best.core.reshape(self.outputs, self.taps, len(start)).transpose(0, 2, 1)
+        return best.basis, np.ascontiguousarray(core)
+
+    def given(self, basis: Array, outputs: int | None = None) -> tuple[Array, Array | None]:
+        """The best core ``(F or K2, K, q)`` and mixing for a basis ``(K, p)``, as in `fit`."""
+        outputs = None if outputs == self.outputs else outputs
+        best = self._solve(basis @ np.linalg.inv(self._unwhitening), outputs)
+        core = best.core.reshape(len(best.core), self.taps, len(basis)).transpose(0, 2, 1)
+        return np.ascontiguousarray(core), best.mixing
 
     def _affordable(self, rank: int) -> int:
         size = self.width * self.taps
@@ -96,26 +132,37 @@ class SharedBasis:
         return min(REFINE_ITERATIONS, int(REFINE_BUDGET / once))
 
     def _descend(
-        self, start: Array, best: _Solution, outputs: int | None, iterations: int
+        self, start: Array, best: _Solution, outputs: int | None, iterations: int, together: int
     ) -> _Solution:
         """L-BFGS over the whitened basis; the error never rises above that of ``best``.
 
         Mixing the basis's rows changes nothing but the search's conditioning. They are mixed so
         that the core's Gram matrix, hence about half the Hessian, is the identity: 3 iterations
-        then do what took 30.
+        then do what took 30. Only rows of one block, ``together`` after each other, mix; where
+        ``start`` is zero outside of blocks it stays so.
         """
-        flat_core = best.core.reshape(-1, len(start))
-        values, vectors = np.linalg.eigh(flat_core.T @ flat_core)
-        scale = np.sqrt(np.maximum(values, GAUGE_FLOOR * values[-1]))
+        gram = best.core.reshape(-1, len(start))
+        gram = gram.T @ gram
+        mixed = np.empty_like(start)
+        for first in range(0, len(start), together):
+            rows = slice(first, first + together)
+            values, vectors = np.linalg.eigh(gram[rows, rows])
+            scale = np.sqrt(np.maximum(values, GAUGE_FLOOR * max(values[-1], 0.0)))
+            mixed[rows] = scale[:, None] * vectors.T @ start[rows]
+        mask = 1.0
+        if together < len(start):
+            assert self._blocks is not None
+            owners = np.arange(len(start)) // together
+            mask = (owners[:, None] == self._blocks[None]).astype(float)
 
         def objective(whitened: Array) -> tuple[float, Array]:
             nonlocal best
             tried = self._solve(whitened, outputs)
             if tried.error < best.error:
                 best = tried
-            return tried.error, tried.gradient
+            return tried.error, mask * tried.gradient
 
-        minimise(objective, scale[:, None] * vectors.T @ start, iterations, inverse_curvature=0.5)
+        minimise(objective, mixed, iterations, inverse_curvature=0.5)
         return best
 
     def _solve(self, whitened: Array, outputs: int | None) -> _Solution:
@@ -146,3 +193,16 @@ def solve_gram(gram: Array, cross: Array) -> Array:
     except np.linalg.LinAlgError:
         solved = np.linalg.lstsq(gram, cross.T, rcond=None)[0]
     return np.ascontiguousarray(solved.T)
+
+
+def seen_through(moments: InputMoments, basis: Array, taps: int) -> InputMoments:
+    """Moments of ``basis @ x`` (K channels) at each tap, from those of x (p channels)."""
+    rank, width = basis.shape
+    blocks = moments.covariance.reshape(width, taps, width, taps)
+    half = np.tensordot(basis, blocks, axes=(1, 0)).reshape(rank, taps, width, taps)
+    whole = np.tensordot(half, basis, axes=(2, 1)).transpose(0, 1, 3, 2)
+    covariance = whole.reshape(rank * taps, rank * taps)
+    mean = (basis @ moments.mean.reshape(width, taps)).reshape(-1)
+    # Without data the basis still stretches what it reads; so many samples mean no damping.
+    samples = moments.samples or NEVER_DAMPED
+    return InputMoments((covariance + covariance.T) / 2, mean, samples)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tvm_lowrank.decompose.form import (
+    SHARES,
     Fitter,
     Form,
     Rank,
@@ -38,9 +40,11 @@ class Separable(Form):
         """See `Form.full_rank`."""
         return _limit(geometry.weight_shape)
 
-    def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
+    def ranks(
+        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
+    ) -> list[Rank]:
         """See `Form.ranks`; the first stage still runs over all columns of a strided layer."""
-        return single_ranks(self, geometry, multiple, _limit(geometry.weight_shape))
+        return single_ranks(self, geometry, multiple, _limit(geometry.weight_shape), shares)
 
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
         """See `Form.stages`; ``rank`` is from 1 to min(C X, F Y)."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tvm_lowrank.cost.operations import multiplications
 from tvm_lowrank.decompose.form import (
+    SHARES,
     Fitter,
     Form,
     Rank,
     check_multiple,
     check_weight,
     geometry_of,
+    pointwise,
+    pointwise_after,
     spread,
     usable,
 )
@@ -43,7 +47,9 @@ class Tucker2(Form):
         """See `Form.full_rank`."""
         return geometry.in_channels, geometry.out_channels
 
-    def ranks(self, geometry: ConvGeometry, multiple: int) -> list[Rank]:
+    def ranks(
+        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
+    ) -> list[Rank]:
         """See `Form.ranks`: pairs ``(K1, F)`` and pairs near ``K1 / C = K2 / F``."""
         check_multiple(multiple)
         if self.refuse(geometry):
@@ -57,10 +63,13 @@ class Tucker2(Form):
             if outer < f and outer <= k * geometry.kernel[0] * geometry.kernel[1]:
                 balanced.append((k, outer))
         chosen: dict[Rank, int] = {}
-        for pairs, shares in ((mirror, MIRROR_SHARES), (balanced, BALANCED_SHARES)):
+        given = tuple(shares) != SHARES
+        for pairs, own in ((mirror, MIRROR_SHARES), (balanced, BALANCED_SHARES)):
             costs = [(multiplications(self.stages(geometry, p)), p) for p in pairs]
             lookup = {rank: cost for cost, rank in costs}
-            chosen |= {rank: lookup[rank] for rank in spread(costs, dense, shares)}
+            chosen |= {
+                rank: lookup[rank] for rank in spread(costs, dense, shares if given else own)
+            }
         return sorted(chosen, key=lambda rank: chosen[rank])
 
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
@@ -68,27 +77,11 @@ class Tucker2(Form):
         inner, outer = _pair(rank, geometry.weight_shape)
         core = replace(geometry, in_channels=inner, out_channels=outer)
         chain = [
-            ConvGeometry(
-                geometry.in_channels,
-                inner,
-                geometry.height,
-                geometry.width,
-                (1, 1),
-                batch=geometry.batch,
-            ),
+            pointwise(geometry, inner),
             core,
         ]
         if outer < geometry.out_channels:
-            chain.append(
-                ConvGeometry(
-                    outer,
-                    geometry.out_channels,
-                    core.out_height,
-                    core.out_width,
-                    (1, 1),
-                    batch=geometry.batch,
-                )
-            )
+            chain.append(pointwise_after(core, geometry.out_channels))
         return chain
 
     def fitter(

@@ -1,0 +1,303 @@
+"""Biclustering (section 3.3): N groups of inputs, M groups of outputs, each block of low rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tvm_lowrank.decompose import als
+from tvm_lowrank.decompose.clustering import contiguous, k_subspaces, order_of
+from tvm_lowrank.decompose.compose import permutation
+from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor, split_spatial
+from tvm_lowrank.decompose.form import (
+    SHARES,
+    Fitter,
+    Form,
+    Rank,
+    check_multiple,
+    check_weight,
+    geometry_of,
+    pointwise,
+    pointwise_after,
+    several,
+    spread_families,
+    usable,
+)
+from tvm_lowrank.decompose.moments import Array, InputMoments
+from tvm_lowrank.decompose.projection import SharedBasis
+from tvm_lowrank.decompose.terms import Dictionaries, TermRegression
+from tvm_lowrank.geometry import ConvGeometry
+
+# Numbers of groups (inputs, outputs) that plans choose among.
+GROUPS = ((2, 1), (1, 2), (2, 2), (4, 4))
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Groups of a layer's channels: the group of each input (C,) and of each output (F,)."""
+
+    inputs: np.ndarray
+    outputs: np.ndarray
+
+
+def bicluster(
+    weight: Array,
+    groups: tuple[int, int],
+    dimension: int = 4,
+    moments: InputMoments | None = None,
+    seed: int = 0,
+) -> Clusters:
+    """Inputs in N and outputs in M groups of equal size, ``groups`` = (N, M), by k-subspaces.
+
+    Each output's filter and each input's slice of all filters is a point; with moments, in
+    whitened channels. ValueError where N does not divide C or M does not divide F.
+    """
+    f, c, x, y = weight.shape
+    tensor = np.asarray(weight, np.float64).reshape(f, c, x * y)
+    given = usable(moments, c * x * y)
+    outputs, inputs = tensor, tensor
+    if given is not None:
+        channels = given.channel_covariance(c, x * y) + given.damping * np.eye(c)
+        outputs = np.einsum("fct,cd->fdt", tensor, np.linalg.cholesky(channels))
+        # Whitening mixes the inputs; each is only scaled by its deviation here.
+        inputs = tensor * np.sqrt(channels.diagonal())[None, :, None]
+    rows = inputs.transpose(1, 0, 2).reshape(c, f * x * y)
+    return Clusters(
+        k_subspaces(rows, groups[0], min(dimension, c // groups[0]), seed),
+        k_subspaces(outputs.reshape(f, -1), groups[1], min(dimension, f // groups[1]), seed),
+    )
+
+
+class Bicluster(Form):
+    """Grouped ``1x1, C -> N M K``, depthwise ``X x 1`` and ``1 x Y``, grouped ``1x1 -> F``.
+
+    Rank ``(N, M, K)``: the blocks ``W_kl`` are sums of rank-1 terms, K on average and as many as
+    each needs, so long as every group of inputs and of outputs has as many as the others. Channels
+    change their order before the first, between the last two and after the last stage: those
+    stages are gathers, which `FactorConvolutions` folds into neighbouring layers where it can.
+
+    ``contiguous=True`` slices the channels in order instead of clustering them: the baseline.
+    """
+
+    name = "bicluster"
+    separable = False
+
+    def __init__(self, contiguous: bool = False):
+        self.contiguous = contiguous
+
+    def _refuse_ungrouped(self, geometry: ConvGeometry) -> str | None:
+        x, y = geometry.kernel
+        if self.separable and 1 in (x, y):
+            return f"{x}x{y} kernel: nothing to separate"
+        if (x, y) == (1, 1):
+            return "1x1 kernel: linear_combination needs no groups"
+        return "one input channel: nothing to project" if geometry.in_channels == 1 else None
+
+    def full_rank(self, geometry: ConvGeometry) -> Rank:
+        """See `Form.full_rank`: one block."""
+        return (1, 1, self._limit(geometry.weight_shape, 1, 1))
+
+    def ranks(
+        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
+    ) -> list[Rank]:
+        """See `Form.ranks`: for each share, the few numbers of groups that divide the channels."""
+        check_multiple(multiple)
+        if self.refuse(geometry):
+            return []
+        families: list[list[tuple[int, Rank]]] = []
+        for n, m in GROUPS:
+            if self._divides(geometry, (n, m)):
+                limit = self._limit(geometry.weight_shape, n, m)
+                step = max(multiple // math.gcd(multiple, n * m), 1)
+                families.append(
+                    [
+                        (self.multiplications(geometry, (n, m, k)), (n, m, k))
+                        for k in range(step, limit + 1, step)
+                    ]
+                )
+        return spread_families(families, geometry.multiplications, shares)
+
+    def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
+        """See `Form.stages`; N and M divide C and F."""
+        return [stage for stage, _ in self._chain(geometry, rank)]
+
+    def gathers(self, geometry: ConvGeometry, rank: Rank) -> frozenset[int]:
+        """See `Form.gathers`."""
+        chain = enumerate(self._chain(geometry, rank))
+        return frozenset(index for index, (_, gather) in chain if gather)
+
+    def _chain(self, geometry: ConvGeometry, rank: Rank) -> list[tuple[ConvGeometry, bool]]:
+        """Stages, and whether each only changes the order of channels."""
+        n, m, k = self._parts(rank, geometry.weight_shape)
+        inner = n * m * k
+        rows, columns = _spatial(geometry, inner)
+        if self.separable:
+            assert columns is not None
+            computed = [
+                replace(rows, in_channels=geometry.in_channels, groups=n),
+                replace(columns, out_channels=geometry.out_channels, groups=m),
+            ]
+        else:
+            computed = [pointwise(geometry, inner, n), rows]
+            computed += [columns] if columns is not None else []
+            computed.append(pointwise_after(computed[-1], geometry.out_channels, m))
+        chain = [(stage, False) for stage in computed]
+        if min(n, m) > 1:
+            chain.insert(-1, (pointwise_after(computed[-2], inner), True))
+        if n > 1:
+            chain.insert(0, (pointwise(geometry, geometry.in_channels), True))
+        if m > 1:
+            chain.append((pointwise_after(computed[-1], geometry.out_channels), True))
+        return chain
+
+    def fitter(
+        self,
+        weight: Array,
+        geometry: ConvGeometry,
+        moments: InputMoments | None = None,
+        refine: bool = True,
+        seed: int = 0,
+    ) -> Fitter:
+        """See `Form.fitter`; ``seed`` is that of the clustering."""
+        if reason := self.refuse(geometry):
+            raise ValueError(reason)
+        check_weight(weight, geometry)
+        return _Fitter(self, weight, geometry, moments, refine, seed)
+
+    def _parts(self, rank: Rank, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        f, c, x, y = shape
+        n, m, _ = several(rank, (c, f, c * f * x * y), self.name)
+        if c % n or f % m:
+            raise ValueError(f"rank={rank!r} of {self.name}: divisors of {c} and {f} were expected")
+        n, m, k = several(rank, (c, f, self._limit(shape, n, m)), self.name)
+        return n, m, k
+
+    def _limit(self, shape: tuple[int, ...], n: int, m: int) -> int:
+        """Terms with which a block is exact."""
+        f, c, x, y = shape[0] // m, shape[1] // n, *shape[2:]
+        if self.separable:
+            return min(c * x, f * y)
+        return min(x * y * min(c, f), c * f * (1 if 1 in (x, y) else min(x, y)))
+
+    def _divides(self, geometry: ConvGeometry, split: tuple[int, int]) -> bool:
+        c, f = geometry.in_channels // split[0], geometry.out_channels // split[1]
+        whole = c * split[0] == geometry.in_channels and f * split[1] == geometry.out_channels
+        return whole and min(c, f) > 1
+
+
+class BiclusterSeparable(Bicluster):
+    """Grouped ``X x 1, C -> N M K``, then grouped ``1 x Y, N M K -> F``: blocks are separable."""
+
+    name = "bicluster_separable"
+    separable = True
+
+
+class _Fitter(Fitter):
+    """Blocks are fitted alone, then what each group of outputs reads is fitted jointly."""
+
+    def __init__(
+        self,
+        form: Bicluster,
+        weight: Array,
+        geometry: ConvGeometry,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
+    ):
+        self._form, self._weight = form, np.asarray(weight, np.float64)
+        self._moments = usable(moments, weight[0].size)
+        self._identity = InputMoments.identity(geometry) if self._moments is None else None
+        self._refine, self._seed = refine, seed
+
+    def fit(self, rank: Rank) -> list[Array]:
+        f, c = self._weight.shape[:2]
+        n, m, k = self._form._parts(rank, self._weight.shape)
+        found = Clusters(contiguous(c, n), contiguous(f, m))
+        if not self._form.contiguous:
+            found = bicluster(self._weight, (n, m), moments=self._moments, seed=self._seed)
+        order_in, order_out = order_of(found.inputs), order_of(found.outputs)
+        members = order_in.reshape(n, -1)
+        fit_group = self._separable if self._form.separable else self._terms
+        blocks = [
+            fit_group(self._weight[outputs], found.inputs, members, k)
+            for outputs in order_out.reshape(m, -1)
+        ]
+        # Each block's chain has its channels by group of inputs; the first stages of all blocks
+        # are brought together by group of inputs, the last one by group of outputs.
+        by_inputs = np.concatenate([np.arange(n * m * k).reshape(m, n, k)[:, g] for g in range(n)])
+        factors = [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
+        order = by_inputs.reshape(-1)
+        factors[:-1] = [factor[order] for factor in factors[:-1]]
+        if min(n, m) > 1:
+            factors.insert(-1, permutation(np.argsort(order)))
+        if n > 1:
+            factors.insert(0, permutation(order_in))
+        if m > 1:
+            factors.append(permutation(np.argsort(order_out)))
+        return [np.ascontiguousarray(factor) for factor in factors]
+
+    def _terms(self, weight: Array, labels: np.ndarray, members: np.ndarray, k: int) -> list[Array]:
+        """CP of each block of one group of outputs; the outputs' factor and the polish jointly."""
+        _, c, x, y = self._weight.shape
+        problem = TermRegression(weight, self._moments, labels if len(members) > 1 else None)
+        tensor = spatial_tensor(problem.tensor, False)
+        parts = []
+        for inputs in members:
+            block = np.ascontiguousarray(tensor[:, inputs])
+            start = als.orthogonal_start(block, k)
+            found = als.alternate(block, start, SWEEPS if self._refine else QUICK_SWEEPS)
+            channels = np.zeros((c, k))
+            channels[inputs] = found[1]
+            parts.append([channels, *found[2:]])
+        factors = [np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)]
+        mask = np.repeat((labels[None] == np.arange(len(members))[:, None]).astype(float), k, 0)
+        terms = Dictionaries.apart(factors, mask)
+        outputs = problem.finish(terms, None if self._refine else 0)
+        reduced = np.concatenate(
+            [terms.vectors[0][g * k : (g + 1) * k, inputs] for g, inputs in enumerate(members)]
+        )
+        inner = len(reduced)
+        spatial = [terms.vectors[1].reshape(inner, 1, x, -1)]
+        if len(terms.vectors) == 3:
+            spatial.append(terms.vectors[2].reshape(inner, 1, 1, y))
+        return [reduced[:, :, None, None], *spatial, outputs[:, :, None, None]]
+
+    def _separable(
+        self, weight: Array, labels: np.ndarray, members: np.ndarray, k: int
+    ) -> list[Array]:
+        """SVD of each block in whitened columns; the horizontal factor, and the polish, jointly."""
+        f, c, x, y = weight.shape
+        moments = self._moments or self._identity
+        assert moments is not None
+        shared = SharedBasis(weight.reshape(f, c * x, y), moments, np.repeat(labels, x))
+        basis, horizontal = shared.fit_blocks(k, self._refine and self._moments is not None)
+        vertical = [
+            rows[:, inputs]
+            for rows, inputs in zip(basis.reshape(-1, k, c, x), members, strict=True)
+        ]
+        return [np.concatenate(vertical)[..., None], horizontal[:, :, None, :]]
+
+
+def _spatial(geometry: ConvGeometry, inner: int) -> tuple[ConvGeometry, ConvGeometry | None]:
+    """The depthwise stages of ``inner`` channels; one for a 1-D kernel."""
+    depthwise = replace(geometry, in_channels=inner, out_channels=inner, groups=inner)
+    parts = split_spatial(depthwise)
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def bicluster_cp(
+    weight: Array,
+    ranks: tuple[int, int, int],
+    moments: InputMoments | None = None,
+    refine: bool = True,
+    seed: int = 0,
+) -> tuple[Array, ...]:
+    """Stage weights of `Bicluster` for an OIHW weight; ``ranks`` = (N, M, K).
+
+    ValueError for N or M that do not divide C or F, or K beyond a block's exact rank.
+    """
+    form = Bicluster()
+    return tuple(form.fitter(weight, geometry_of(weight), moments, refine, seed).fit(ranks))

@@ -1,0 +1,128 @@
+"""Clusters of equal size around subspaces: balanced, iterated k-subspaces."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tvm_lowrank.decompose.moments import Array
+
+ITERATIONS = 20
+RESTARTS = 4
+
+
+def k_subspaces(
+    points: Array,
+    clusters: int,
+    dimension: int,
+    seed: int = 0,
+    restarts: int = RESTARTS,
+) -> np.ndarray:
+    """Labels ``(n,)`` of clusters of equal size, each near a subspace of its own.
+
+    Parameters
+    ----------
+    points
+        ``(n, d)``, or ``(n, d, t)`` for points that are t vectors each (all of them in the
+        subspace of the point's cluster).
+    clusters
+        Divides n.
+    dimension
+        Of each subspace; 1 clusters directions whatever their signs.
+    seed
+        Of the restarts; the best of several is kept.
+
+    Lloyd's iteration of Bradley and Mangasarian (2000, "k-plane clustering"), with an assignment
+    that keeps the sizes equal. ValueError where ``clusters`` does not divide n.
+    """
+    n = len(points)
+    if n % clusters:
+        raise ValueError(f"clusters={clusters}: a divisor of the {n} points was expected")
+    if clusters == 1:
+        return np.zeros(n, int)
+    if dimension >= points.shape[1]:
+        return contiguous(n, clusters)
+    vectors = _compressed(points.reshape(n, points.shape[1], -1))
+    random = np.random.default_rng(seed)
+    best, labels = np.inf, np.zeros(n, int)
+    for restart in range(restarts):
+        tried = contiguous(n, clusters)
+        if restart:
+            tried = random.permutation(tried)
+        last = np.inf
+        for _ in range(ITERATIONS):
+            residuals = _residuals(vectors, tried, clusters, dimension)
+            tried = assign(residuals)
+            total = float(residuals[np.arange(n), tried].sum())
+            if total >= last * (1 - 1e-9):
+                break
+            last = total
+        if last < best:
+            best, labels = last, tried
+    return labels
+
+
+def contiguous(n: int, clusters: int) -> np.ndarray:
+    """Labels of equal slices in order: the baseline of every clustering."""
+    return np.repeat(np.arange(clusters), n // clusters)
+
+
+def order_of(labels: np.ndarray) -> np.ndarray:
+    """The order in which the clusters' members lie one after the other."""
+    return np.argsort(labels, kind="stable")
+
+
+def _compressed(vectors: Array) -> Array:
+    """The same inner products in fewer dimensions, where there are fewer vectors than those."""
+    n, d, t = vectors.shape
+    if n * t >= d:
+        return vectors
+    flat = vectors.transpose(0, 2, 1).reshape(n * t, d)
+    triangular = np.asarray(np.linalg.qr(flat.T, mode="r"))
+    return np.ascontiguousarray(triangular.T.reshape(n, t, -1).transpose(0, 2, 1))
+
+
+def _residuals(vectors: Array, labels: np.ndarray, clusters: int, dimension: int) -> Array:
+    """Energy ``(n, clusters)`` of each point outside of each cluster's principal subspace."""
+    n, d, _ = vectors.shape
+    energy = np.sum(vectors**2, axis=(1, 2))
+    residuals = np.empty((n, clusters))
+    for cluster in range(clusters):
+        members = vectors[labels == cluster].transpose(1, 0, 2).reshape(d, -1)
+        basis = np.linalg.eigh(members @ members.T)[1][:, -dimension:]
+        inside = np.einsum("dk,ndt->nkt", basis, vectors, optimize=True)
+        residuals[:, cluster] = energy - np.sum(inside**2, axis=(1, 2))
+    return residuals
+
+
+def assign(costs: Array) -> np.ndarray:
+    """Labels of least total cost ``(n, clusters)`` with equal sizes, up to pairwise exchanges.
+
+    Points that would lose most by their second choice choose first; then pairs change places as
+    long as that lowers the cost.
+    """
+    n, clusters = costs.shape
+    ranked = np.sort(costs, axis=1)
+    labels, room = np.full(n, -1), np.full(clusters, n // clusters)
+    for point in np.argsort(ranked[:, 0] - ranked[:, 1], kind="stable"):
+        open_costs = np.where(room > 0, costs[point], np.inf)
+        labels[point] = int(open_costs.argmin())
+        room[labels[point]] -= 1
+    for _ in range(n):
+        moved = False
+        for a in range(clusters):
+            for b in range(a + 1, clusters):
+                moved |= _exchange(costs, labels, a, b)
+        if not moved:
+            break
+    return labels
+
+
+def _exchange(costs: Array, labels: np.ndarray, a: int, b: int) -> bool:
+    """Exchange members of two clusters while that lowers the cost; whether any moved."""
+    in_a, in_b = np.flatnonzero(labels == a), np.flatnonzero(labels == b)
+    gain_a = costs[in_a, a] - costs[in_a, b]
+    gain_b = costs[in_b, b] - costs[in_b, a]
+    by_a, by_b = np.argsort(-gain_a, kind="stable"), np.argsort(-gain_b, kind="stable")
+    worth = gain_a[by_a] + gain_b[by_b] > 1e-12 * np.abs(costs).max()
+    labels[in_a[by_a[worth]]], labels[in_b[by_b[worth]]] = b, a
+    return bool(worth.any())
