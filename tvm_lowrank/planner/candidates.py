@@ -11,7 +11,7 @@ import numpy as np
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import FORMS
-from tvm_lowrank.decompose.form import Rank
+from tvm_lowrank.decompose.form import Fitter, Rank
 from tvm_lowrank.decompose.moments import InputMoments, bias_correction, relative_error
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
@@ -21,6 +21,10 @@ _WORST_ERROR = 0.6
 # Predicted times are good to about this factor; what is predicted slower is not measured.
 _PREDICTED_GAIN = 0.95
 _MEASURED_GAIN = 0.97
+# Every form is fitted once, near this share of the dense layer's predicted time; only those that do
+# best there are fitted at their other ranks.
+_PROBE_TIME = 0.5
+_FORMS_FITTED = 3
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,6 @@ class Candidate:
         """Multiplications of all stages by the direct algorithm."""
         return sum(stage.multiplications for stage in self.stages)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all stages' float32 weights."""
-        return 4 * sum(stage.weight_count for stage in self.stages)
-
 
 def propose(
     layer: ConvLayer,
@@ -79,40 +78,78 @@ def propose(
     assert geometry is not None
     exact = weight.astype(np.float64)
     dense_us = roofline.microseconds([geometry], timer.isa.lanes)
-    refusals, found = [], []
+    refusals: list[str] = []
+    plausible: dict[str, list[_Priced]] = {}
     for name in forms:
         form = FORMS[name]
-        refusal = form.refuse(geometry)
-        if refusal:
+        if refusal := form.refuse(geometry):
             refusals.append(f"{name}: {refusal}")
             continue
-        plausible = []
+        priced = []
         for rank in form.ranks(geometry, timer.isa.lanes):
             stages = tuple(form.stages(geometry, rank))
             predicted = roofline.microseconds(stages, timer.isa.lanes)
             if predicted < _PREDICTED_GAIN * dense_us:
-                plausible.append((rank, stages, predicted))
-        fitter = form.fitter(exact, geometry, moments, refine=False) if plausible else None
-        for rank, stages, predicted in plausible:
-            assert fitter is not None
-            factors = fitter.fit(rank)
-            whole = form.reconstruct(factors)
-            error = relative_error(exact, whole, moments)
-            if error <= _WORST_ERROR:
-                found.append(
-                    Candidate(
-                        name,
-                        rank,
-                        stages,
-                        tuple(np.asarray(factor, np.float32) for factor in factors),
-                        layer.bias + bias_correction(exact, whole, moments),
-                        error,
-                        predicted,
-                    )
-                )
+                priced.append(_Priced(rank, stages, predicted))
+        if priced:
+            plausible[name] = sorted(priced, key=lambda p: p.microseconds)
+    fits = {
+        name: _Fit(layer, moments, FORMS[name].fitter(exact, geometry, moments, refine=False), name)
+        for name in plausible
+    }
+    probes: dict[str, Candidate] = {}
+    for name, priced in plausible.items():
+        within = [p for p in priced if p.microseconds <= _PROBE_TIME * dense_us]
+        probes[name] = fits[name].candidate(within[-1] if within else priced[0])
+    tried = list(probes.values())
+    for name in _most_promising(probes, _FORMS_FITTED):
+        done = probes[name].rank
+        tried += [fits[name].candidate(p) for p in plausible[name] if p.rank != done]
+    found = [candidate for candidate in tried if candidate.error <= _WORST_ERROR]
     if found:
         return _thin(_front(found, lambda candidate: candidate.predicted_us), limit), None
     return [], "; ".join(refusals) or "no form is predicted faster at a useful error"
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """A rank with its stages and their predicted microseconds."""
+
+    rank: Rank
+    stages: tuple[ConvGeometry, ...]
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Makes candidates of one form for one layer."""
+
+    layer: ConvLayer
+    moments: InputMoments
+    fitter: Fitter
+    form: str
+
+    def candidate(self, priced: _Priced) -> Candidate:
+        exact, factors = self.layer.weight.astype(np.float64), self.fitter.fit(priced.rank)
+        whole = FORMS[self.form].reconstruct(factors)
+        return Candidate(
+            self.form,
+            priced.rank,
+            priced.stages,
+            tuple(np.asarray(factor, np.float32) for factor in factors),
+            self.layer.bias + bias_correction(exact, whole, self.moments),
+            relative_error(exact, whole, self.moments),
+            priced.microseconds,
+        )
+
+
+def _most_promising(probes: dict[str, Candidate], count: int) -> list[str]:
+    """The forms whose probes lose least for the time they take.
+
+    Errors fall about geometrically with time, so the product of both compares probes whose times
+    are not quite the same.
+    """
+    return sorted(probes, key=lambda name: probes[name].error * probes[name].predicted_us)[:count]
 
 
 def confirm(
