@@ -19,6 +19,7 @@ from tvm_lowrank.decompose.monochromatic import (
 )
 from tvm_lowrank.decompose.separable import Separable, separable
 from tvm_lowrank.decompose.shared_factor import SharedFactor, shared_factor
+from tvm_lowrank.decompose.svd import svd
 from tvm_lowrank.decompose.tensor_train import TensorTrain, partition, tensor_train
 from tvm_lowrank.decompose.tucker2 import Tucker2, tucker2
 
@@ -64,6 +65,7 @@ __all__ = [
     "relative_error",
     "separable",
     "shared_factor",
+    "svd",
     "tensor_train",
     "tucker2",
 ]
