@@ -1,0 +1,86 @@
+"""A few shapes as SVG text: grey images, curves with logarithmic axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+    "#bcbd22", "#17becf", "#000000", "#aec7e8", "#98df8a",
+)  # fmt: skip
+_FONT = 'font-family="sans-serif" font-size="11"'
+
+
+def document(width: float, height: float, parts: Sequence[str]) -> str:
+    """An SVG file of that many pixels."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}">\n'
+        '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    """Words with their base line at (x, y)."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {_FONT}>{escape(words)}</text>'
+
+
+def image(values: np.ndarray, x: float, y: float, pixel: float, scale: float) -> str:
+    """A matrix ``(rows, columns)`` as grey squares: black -scale, white +scale."""
+    levels = np.clip(127.5 * (1 + values / (scale or 1.0)), 0, 255).round().astype(int)
+    return "".join(
+        f'<rect x="{x + column * pixel:.1f}" y="{y + row * pixel:.1f}" width="{pixel:.2f}" '
+        f'height="{pixel:.2f}" fill="#{level:02x}{level:02x}{level:02x}"/>'
+        for (row, column), level in np.ndenumerate(levels)
+    )
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    title: str,
+) -> list[str]:
+    """Named curves of positive points in a frame, both axes logarithmic, the names beside it."""
+    points = np.array([point for curve in series.values() for point in curve], float)
+    points = np.maximum(points.reshape(-1, 2), 1e-9)
+    parts = [
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="black"/>',
+        text(x + width / 2, y + height + 32, title, "middle"),
+    ]
+    if not len(points):
+        return parts
+    low, high = np.log10(points.min(axis=0)), np.log10(points.max(axis=0))
+    span = np.maximum(high - low, 1e-3)
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        share = (np.log10(np.maximum(point, 1e-9)) - low) / span
+        return x + share[0] * width, y + (1 - share[1]) * height
+
+    for axis in (0, 1):
+        for end, exponent in (
+            (0.0, low[axis]),
+            (0.5, low[axis] + span[axis] / 2),
+            (1.0, high[axis]),
+        ):
+            label = f"{10**exponent:.3g}"
+            if axis == 0:
+                parts.append(text(x + end * width, y + height + 15, label, "middle"))
+            else:
+                parts.append(text(x - 4, y + (1 - end) * height + 4, label, "end"))
+    for index, (name, curve) in enumerate(series.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        placed = [place(point) for point in curve]
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in placed]
+        row = y + 12 + 15 * index
+        parts.append(
+            f'<rect x="{x + width + 10}" y="{row - 8}" width="9" height="9" fill="{colour}"/>'
+        )
+        parts.append(text(x + width + 24, row, name))
+    return parts
