@@ -1,6 +1,9 @@
 """Operation counts against hand-made numbers and the paper's formulas."""
 
+import numpy as np
 import pytest
+import tvm
+from tvm import relax
 
 from tvm_lowrank.cost import operations
 from tvm_lowrank.decompose import FORMS
@@ -59,3 +62,47 @@ def test_one_bicluster_is_table_1_and_more_cost_more_at_one_rank():
     assert operations.biclustered_ops_per_pixel(48, 96, (5, 5), 8, (1, 1), 2) == plain
     split = operations.biclustered_ops_per_pixel(48, 96, (5, 5), 8, (2, 3), 2)
     assert split == pytest.approx(8 * 6 * (24 + 5 / 2 + 5 / 4 + 32 / 4))
+
+
+def test_bicluster_chain_costs_the_formula_of_section_3_3():
+    c, f, k, side, stride = 12, 20, 4, 24, 2
+    layer = ConvGeometry(c, f, side, side, (3, 5), (stride, stride), (1, 2, 1, 2))
+    for n, m in ((2, 2), (3, 2), (4, 5), (1, 2)):
+        per_pixel = FORMS["bicluster"].multiplications(layer, (n, m, k)) / side**2
+        expected = operations.biclustered_ops_per_pixel(c, f, (3, 5), k, (n, m), stride)
+        assert per_pixel == expected
+
+
+@pytest.mark.parametrize("name", ["separable", "tucker2", "cp", "shared_factor"])
+def test_counter_agrees_with_the_loops_of_the_emitted_tir(name):
+    layer = ConvGeometry(8, 12, 11, 10, (5, 3), (2, 2), (2, 0, 1, 1))
+    form = FORMS[name]
+    rank = form.ranks(layer, 1)[0]
+    for stage in form.stages(layer, rank):
+        assert loop_iterations(stage) == stage.multiplications
+
+
+def loop_iterations(stage):
+    """Iterations of the innermost statement of TVM's own conv2d, from the extents of its loops."""
+    x = relax.Var("x", relax.TensorType((1, stage.in_channels, stage.height, stage.width)))
+    weight = np.ones(stage.weight_shape, np.float32)
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            out = relax.op.nn.conv2d(
+                x, relax.const(weight), stage.stride, stage.padding, stage.dilation, stage.groups
+            )
+            out = builder.emit_output(builder.emit(out))
+        builder.emit_func_output(out)
+    legal = relax.transform.LegalizeOps()(builder.get())
+    counts = []
+    for function in legal.functions.values():
+        if isinstance(function, tvm.tirx.PrimFunc):
+            schedule = tvm.s_tir.Schedule(function)
+            for handle in schedule.get_child_blocks(schedule.get_sblock("root")):
+                block = schedule.get(handle)
+                # A reduction is the one block with an initial value: it multiplies.
+                if block.init is not None:
+                    counts.append(int(np.prod([int(v.dom.extent) for v in block.iter_vars])))
+    (count,) = counts
+    return count
