@@ -76,7 +76,9 @@ class _Folder(Rewriter):
         if var in self.left and self.gathers:
             indices = relax.const(self.left[var].astype("int64"), "int64")
             return self.emit(relax.op.take(self.substitute(value.args[0]), indices, axis=1))
-        edits = {index: array for (owner, index), array in self.arrays.items() if owner is var}
+        edits = {
+            index: array for (owner, index), array in self.arrays.items() if owner.same_as(var)
+        }
         if not edits:
             return self.emit(self.substitute(value))
         args = [
