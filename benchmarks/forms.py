@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", help="names; all by default")
     parser.add_argument("--samples", type=int, default=512, help="for each of the two sets")
     parser.add_argument(
-        "--widest", type=int, default=1152, help="skip layers that read more inputs an output"
+        "--widest", type=int, default=600, help="skip layers that read more inputs an output"
     )
     options = parser.parse_args()
     for network in NETWORKS:
