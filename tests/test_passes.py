@@ -15,6 +15,7 @@ from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import default_schedule
 
 from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.decompose.compose import channel_order
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.layer import collect_layers
 from tvm_lowrank.target import host_target
@@ -103,7 +104,10 @@ def test_factored_layers_equal_their_reconstruction_under_stock_compilation(
     assert chains
     factored = FactorConvolutions(chains)(normalised)
     added = sum(len(chain.stages) - 1 for chain in chains.values())
-    assert operators(factored)["nn.conv2d"] == 6 + added
+    weights = [weight for chain in chains.values() for weight in chain.weights]
+    orders = sum(channel_order(weight) is not None for weight in weights)
+    # A stage that only orders channels may have been folded into its neighbours.
+    assert 6 + added - orders <= operators(factored)["nn.conv2d"] <= 6 + added
     expected = run(FactorConvolutions(dense)(normalised), sample)
     assert relative(run(factored, sample), expected) < 1e-5
 

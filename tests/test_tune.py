@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -100,6 +101,34 @@ def test_interruption_says_how_to_go_on(files, tmp_path, monkeypatch, capsys):
     assert run(files, "-o", str(tmp_path)) == 130
     assert "same command goes on" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_that_a_callback_swallowed_still_ends_the_run(
+    files, tmp_path, monkeypatch, capsys
+):
+    def swallow(*args, **_):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        args[-1]("stage", 1, 2)
+
+    monkeypatch.setattr(tune, "search", swallow)
+    before = signal.getsignal(signal.SIGINT)
+    assert run(files, "-o", str(tmp_path)) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "same command goes on" in capsys.readouterr().err
+
+
+def test_an_interruption_that_became_another_error_is_still_one(files, tmp_path, monkeypatch):
+    def turn(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise RuntimeError("in a pass") from None
+
+    monkeypatch.setattr(tune, "search", turn)
+    assert run(files, "-o", str(tmp_path)) == 130
 
 
 def bad_model(files, name, change):

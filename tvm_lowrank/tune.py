@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -93,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A file or a pipe has no width of its own; the table takes what it needs.
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _interruptible() as check:
             warnings.showwarning = _show_warning
-            plan = _tune(args, console)
+            plan = _tune(args, console, check)
     except LowRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,7 +114,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tune(args: argparse.Namespace, console: Console) -> Plan:
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Yields what raises KeyboardInterrupt once one was asked for.
+
+    Python drops the exception when it arises in a finalizer, and TVM turns it into another when it
+    arises in a callback.
+    """
+    asked = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        asked.set()
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check  # signals are the main thread's
+        return
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _tune(args: argparse.Namespace, console: Console, check: Callable[[], None]) -> Plan:
     target = parse_target(args.target)
     options = Options(
         max_drop=args.max_drop,
@@ -133,7 +166,7 @@ def _tune(args: argparse.Namespace, console: Console) -> Plan:
     _remove_leftovers(args.output)
     scratch = Path(tempfile.mkdtemp(dir=args.output, prefix=f".tune-{os.getpid()}-"))
     try:
-        with _Bars(console) as bars:
+        with _Bars(console, check) as bars:
             records = args.output / "records.jsonl"
             plan = search(mod, target, data, final, options, records, scratch, bars.report)
         plan.save(args.output / "plan.json")
@@ -188,7 +221,8 @@ def _names(text: str) -> tuple[str, ...]:
 class _Bars:
     """A progress bar for each stage of the search."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, check: Callable[[], None]) -> None:
+        self.check = check
         self.progress = Progress(
             TextColumn("{task.description:28}"),
             BarColumn(),
@@ -206,7 +240,8 @@ class _Bars:
         self.progress.stop()
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage."""
+        """Move the bar of a stage; the place where an interruption that got lost is noticed."""
+        self.check()
         if stage not in self.tasks:
             self.tasks[stage] = self.progress.add_task(stage, total=total)
         self.progress.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
