@@ -58,7 +58,8 @@ class _Algebra:
             return _ZERO
         if abs(factor) == 1:
             return _Term(sign, a.symbol)
-        return _Term(sign, self._symbol(Operation(abs(factor), a.symbol)))
+        size: Number = -factor if factor < 0 else factor
+        return _Term(sign, self._symbol(Operation(size, a.symbol)))
 
     def rotate(self, a: _Complex, turn: float) -> _Complex:
         """``a * exp(-2 pi i turn)``."""
@@ -219,7 +220,7 @@ def shortened(code: LinearCode, outputs: Sequence[int]) -> LinearCode:
             if operation.right is not None:
                 needed.add(operation.right)
     number = {symbol: symbol for symbol in range(code.inputs)}
-    operations = []
+    operations: list[Operation] = []
     for index, operation in enumerate(code.operations):
         if code.inputs + index in needed:
             number[code.inputs + index] = code.inputs + len(operations)
