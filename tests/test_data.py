@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tvm_lowrank.data import Samples, split
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.metrics import divergence, judge
+from tvm_lowrank.metrics import divergence, judge, paired_interval, wilson_interval
 from tvm_lowrank.planner.allocate import choose, for_time, harm, microseconds
 from tvm_lowrank.planner.candidates import Candidate
 
@@ -60,6 +60,34 @@ def test_judging_counts_what_it_says():
     error = judge(outputs, original, None, "output_error")
     assert error.drop == pytest.approx(100 * np.sqrt(5) / 2) and error.standard_error == 0
     assert found.standard_error == pytest.approx(25.0)  # one sample of four changed
+
+
+def test_intervals_cover_the_true_drop_as_often_as_they_say():
+    rng, samples, lost, gained = np.random.default_rng(0), 300, 0.04, 0.02
+    counts = rng.multinomial(samples, [lost, gained, 1 - lost - gained], size=3000)
+    for interval, true in (
+        (lambda row: paired_interval(row[0], row[1], samples), 100 * (lost - gained)),
+        (lambda row: wilson_interval(row[0] + row[1], samples), 100 * (lost + gained)),
+    ):
+        bounds = np.array([interval(row) for row in counts])
+        covered = ((bounds[:, 0] <= true) & (true <= bounds[:, 1])).mean()
+        assert 0.935 < covered < 0.98
+
+
+def test_intervals_say_something_where_nothing_changed():
+    low, high = paired_interval(0, 0, 1000)
+    assert low == pytest.approx(-high) and 0.1 < high < 0.4
+    low, high = wilson_interval(0, 1000)
+    assert low == pytest.approx(0) and high == pytest.approx(
+        100 * 1.96**2 / (1000 + 1.96**2), rel=1e-3
+    )
+    assert paired_interval(1, 0, 1)[1] <= 100 and wilson_interval(1, 1)[1] <= 100
+    outputs = np.eye(4, dtype=np.float32)
+    labels = np.array([0, 1, 2, 0])
+    turned = outputs[[1, 1, 2, 3]]
+    assert judge(turned, outputs, labels, "top1").interval == paired_interval(1, 0, 4)
+    assert judge(turned, outputs, None, "disagreement").interval == wilson_interval(1, 4)
+    assert judge(turned, outputs, None, "output_error").interval is None
 
 
 def test_divergence_of_logits_is_that_of_their_probabilities():

@@ -46,8 +46,10 @@ def test_tune_writes_library_plan_and_records(files, tmp_path, capsys):
     assert plan.metric == "top1" and plan.result["samples"] == 20
     assert plan.result["accuracy_before"] == 100.0
     assert plan.result["drop"] <= 30.0
+    low, high = plan.result["drop_interval"]
+    assert low < plan.result["drop"] < high
     text = capsys.readouterr().out
-    assert "conv5" in text and "latency" in text and "top-1" in text
+    assert "conv5" in text and "latency" in text and "top-1" in text and "95 % interval" in text
     x = np.load(files / "data.npz")["inputs"][:1]
     built = tvm_lowrank.load(out / "model.so")(x)
     assert built.shape == (1, 10)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+# The 97.5th percentile of the standard normal distribution.
+_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,8 @@ class Quality:
 
     ``metric`` says what ``drop`` is: points of ``top1`` accuracy lost, ``disagreement`` with the
     original's class in points, or relative ``output_error`` in per cent. ``accuracy`` is top-1 in
-    per cent, None without labels; ``output_error`` is ||y - y0|| / ||y0|| always.
+    per cent, None without labels; ``output_error`` is ||y - y0|| / ||y0|| always. ``interval`` is
+    the 95 % confidence interval of ``drop`` over samples, None for ``output_error``.
     """
 
     metric: str
@@ -22,6 +27,7 @@ class Quality:
     agreement: float
     output_error: float
     samples: int
+    interval: tuple[float, float] | None = None
 
     @property
     def standard_error(self) -> float:
@@ -51,13 +57,45 @@ def judge(
     scale = float(np.linalg.norm(reference.astype(np.float64)))
     error = float(np.linalg.norm(flat.astype(np.float64) - reference)) / max(scale, 1e-30)
     accuracy = None if labels is None else 100.0 * float((chosen == labels).mean())
+    interval = None
     if metric == "top1":
         drop = 100.0 * float((expected == labels).mean()) - (accuracy or 0.0)
+        lost = int(((expected == labels) & (chosen != labels)).sum())
+        gained = int(((expected != labels) & (chosen == labels)).sum())
+        interval = paired_interval(lost, gained, len(outputs))
     elif metric == "disagreement":
         drop = 100.0 - agreement
+        interval = wilson_interval(int((chosen != expected).sum()), len(outputs))
     else:
         drop = 100.0 * error
-    return Quality(metric, drop, accuracy, agreement, error, len(outputs))
+    return Quality(metric, drop, accuracy, agreement, error, len(outputs), interval)
+
+
+def paired_interval(lost: int, gained: int, samples: int) -> tuple[float, float]:
+    """95 % confidence interval, in points, of a drop in accuracy seen on the same samples.
+
+    ``lost`` samples were right before and are wrong now, ``gained`` the other way round. Only those
+    tell the two networks apart, so the interval is far narrower than that of either accuracy.
+    Bonett and Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions
+    Based on Paired Data" (2012).
+    """
+    size = samples + 2
+    worse, better = (lost + 1) / size, (gained + 1) / size
+    drop = worse - better
+    reach = _NORMAL_95 * math.sqrt((worse + better - drop**2) / size)
+    return 100.0 * max(drop - reach, -1.0), 100.0 * min(drop + reach, 1.0)
+
+
+def wilson_interval(count: int, samples: int) -> tuple[float, float]:
+    """95 % confidence interval, in points, of a share of which ``count`` of ``samples`` were seen.
+
+    Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927).
+    """
+    share, square = count / samples, _NORMAL_95**2
+    centre = (share + square / (2 * samples)) / (1 + square / samples)
+    variance = share * (1 - share) / samples + square / (4 * samples**2)
+    reach = _NORMAL_95 * math.sqrt(variance) / (1 + square / samples)
+    return 100.0 * max(centre - reach, 0.0), 100.0 * min(centre + reach, 1.0)
 
 
 def divergence(outputs: np.ndarray, original: np.ndarray, classifier: bool) -> float:

@@ -493,6 +493,7 @@ class _Search:
             "accuracy_before": before.accuracy,
             "accuracy_after": after.accuracy,
             "drop": after.drop,
+            "drop_interval": None if after.interval is None else list(after.interval),
             "agreement": after.agreement,
             "output_error": after.output_error,
             "latency_before_ms": slow.median_ms,

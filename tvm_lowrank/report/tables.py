@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -71,7 +73,7 @@ def summary(plan: Plan) -> str:
     if result["accuracy_before"] is not None:
         lines.append(
             f"top-1     {result['accuracy_before']:.2f} % -> {result['accuracy_after']:.2f} % "
-            f"(drop {result['drop']:.2f} points)"
+            f"(drop {result['drop']:.2f} points{_interval(result)})"
         )
     data = "of noise: accuracy was NOT measured" if result["synthetic_data"] else ""
     lines.append(
@@ -84,6 +86,12 @@ def summary(plan: Plan) -> str:
         f"{result['kernel_weight_bytes'] / 1e6:.2f} MB as the kernels keep them"
     )
     return "\n".join(lines)
+
+
+def _interval(result: dict[str, Any]) -> str:
+    """The drop's confidence interval, if the plan has one."""
+    found = result.get("drop_interval")
+    return f", 95 % interval {found[0]:.2f} to {found[1]:.2f}" if found else ""
 
 
 def _row(layer: LayerPlan) -> list[str]:
