@@ -18,6 +18,9 @@ import tvm
 from helpers import reference, relative
 from tuner_support import Invented
 from tvm import relax
+from tvm_lowrank.schedules.x86 import fused_space
+from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
+from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -275,8 +278,35 @@ def test_shipped_records_are_of_this_versions_kernels(isa):
     taken = {}
     for key, _, schedule, _ in measuring.records.rows():
         taken.setdefault(key, schedule)
-    for key, schedule in list(taken.items())[::7]:
+    alone = [item for item in taken.items() if "stages" not in json.loads(item[0])]
+    for key, schedule in alone[::7]:
         emit(ConvWorkload.from_json(json.loads(key)), schedule_from_json(schedule), measuring.isa)
+    chains = [item for item in taken.items() if "stages" in json.loads(item[0])]
+    for key, schedule in chains[::3]:
+        workload = ChainWorkload.from_json(json.loads(key))
+        for part, found in ChainSchedule.from_json(schedule).split(workload):
+            if isinstance(part, ChainWorkload):
+                assert fused_space.is_legal(part, found, measuring.isa) is None
+            else:
+                emit(part, found, measuring.isa)
+
+
+def test_a_family_that_was_not_measured_here_is_believed_from_elsewhere(tmp_path):
+    target = parse_target("llvm:skylake-avx512")
+    geometry = ConvGeometry(32, 32, 14, 14, (3, 3), padding=(1, 1, 1, 1))
+    work = ConvWorkload(geometry, 16, ("bias", "relu"))
+    found = spaces(work, isa_of(target))
+    direct, winograd = found["direct"][0], found["winograd"][0]
+    theirs = TuningRecords(tmp_path / "theirs.jsonl", "avx512", 2, machine="theirs")
+    theirs.add(work.key(), winograd.to_json(), 1.0)
+    theirs.add(work.key(), found["direct"][1].to_json(), 2.0)
+    shipped = (tmp_path / "theirs.jsonl",)
+    mine = TuningRecords(None, "avx512", 2, machine="mine", shipped=shipped)
+    mine.add(work.key(), direct.to_json(), 3.0)
+    assert KernelTimer(target, mine, algorithms=("direct",)).known(work) == direct
+    assert KernelTimer(target, mine).known(work) == winograd
+    mine.add(work.key(), winograd.to_json(), 4.0)
+    assert KernelTimer(target, mine).known(work) == direct
 
 
 @pytest.mark.parametrize(("option", "message"), [("trials", "1 or more"), (

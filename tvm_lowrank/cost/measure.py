@@ -141,13 +141,15 @@ class KernelTimer:
     def known(self, workload: ConvWorkload) -> Schedule | None:
         """Best schedule on record for this convolution, whatever its epilogue, or None.
 
-        What was measured here wins over what is only known from elsewhere.
+        What was measured here wins over what is only known from elsewhere, unless the best from
+        there is of a family that was never measured here.
         """
-        measured = self.measured_schedules(workload)
-        if measured:
-            return measured[0][1]
         same = _same(workload)
-        return next((schedule for other in same for schedule in self._elsewhere(other)), None)
+        elsewhere = next((found for other in same for found in self._elsewhere(other)), None)
+        measured = [schedule for _, schedule in self.measured_schedules(workload)]
+        if measured and (elsewhere is None or elsewhere.kernel in {s.kernel for s in measured}):
+            return measured[0]
+        return elsewhere
 
     def measured_schedules(self, workload: ConvWorkload) -> list[tuple[float, Schedule]]:
         """Microseconds here and schedule of all that ran, whatever the epilogue, fastest first."""
