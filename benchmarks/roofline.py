@@ -20,7 +20,7 @@ from cases import BadInput, Case, Parser, check_folder, check_positive, find_cas
 from lossless import Built, build_lossless
 from machine import cache_bytes, describe, disturbance
 from probes import compile_kernel, peak_gflops, read_gigabytes
-from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.lower_convolutions import survey
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import Schedule, emit
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -169,10 +169,9 @@ def _report(case: Case, built: Built, whole: tuple[float, float], threads: int) 
 def _kernels(built: Built, target: tvm.target.Target, rotated: int) -> list[Kernel]:
     """The kernels of the lowered network in the order of their first calls, timed."""
     isa, pick = isa_of(target), built.plan.scheduler()
-    survey = LowerConvolutions(isa, pick)
-    survey(built.plan.factor(built.mod))
+    workloads = survey(built.plan.factor(built.mod), isa, pick)
     kernels = []
-    for workload, count in Counter(survey.workloads_).items():
+    for workload, count in Counter(workloads).items():
         schedule = pick(workload)
         func = emit(workload, schedule, isa)
         shapes = [tuple(int(n) for n in param.shape) for param in func.params]

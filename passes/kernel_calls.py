@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -32,6 +33,18 @@ Shape = tuple[int, int, int, int]
 # A step of an epilogue with its operands: channel vectors for ``bias`` and ``affine``, a blocked
 # tensor for ``residual``, none for the others.
 Step: TypeAlias = tuple[str, list[Any]]
+
+
+class Weights(Enum):
+    """What becomes of the weights and first biases of kernels.
+
+    They are constants of the module; or those of conv2d layers are its parameters; or nothing is
+    laid out, and the module only shows which kernels it would call.
+    """
+
+    CONSTANTS = auto()
+    PARAMETERS = auto()
+    ABSENT = auto()
 
 
 @dataclass(frozen=True)
@@ -74,9 +87,8 @@ class KernelCalls:
         Vector width and registers of the target.
     choose : callable
         Takes a `ConvWorkload`, gives the schedule to emit it with.
-    weights_as_parameters : bool
-        Collect weights and first biases of conv2d layers in ``parameters`` and ``variables``
-        instead of embedding them.
+    weights : Weights
+        Those that are not constants are ``variables``; ``parameters`` tells which they are.
     """
 
     def __init__(
@@ -84,12 +96,12 @@ class KernelCalls:
         rewriter: Rewriter,
         isa: VectorISA,
         choose: Callable[[ConvWorkload], Schedule],
-        weights_as_parameters: bool,
+        weights: Weights,
     ) -> None:
         self.rewriter = rewriter
         self.isa = isa
         self.choose = choose
-        self.weights_as_parameters = weights_as_parameters
+        self.weights = weights
         self.parameters: list[WeightParameter] = []
         self.variables: list[relax.Var] = []
         self.workloads: list[ConvWorkload] = []
@@ -212,8 +224,11 @@ class KernelCalls:
         pack: Callable[[np.ndarray], np.ndarray],
         array: np.ndarray,
     ) -> relax.Expr:
+        if self.weights is Weights.ABSENT:
+            self.variables.append(relax.Var(kind, relax.TensorType(dtype="float32", ndim=-1)))
+            return self.variables[-1]
         packed = pack(np.asarray(array, np.float32))
-        if layer is None or not self.weights_as_parameters:
+        if layer is None or self.weights is Weights.CONSTANTS:
             return constant(packed)
         variable = relax.Var(f"{layer}_{kind}", relax.TensorType(packed.shape, "float32"))
         self.variables.append(variable)

@@ -31,7 +31,13 @@ from tvm_lowrank.passes.graph import (
     op_name,
     static_shape,
 )
-from tvm_lowrank.passes.kernel_calls import Convolution, KernelCalls, Step, WeightParameter
+from tvm_lowrank.passes.kernel_calls import (
+    Convolution,
+    KernelCalls,
+    Step,
+    WeightParameter,
+    Weights,
+)
 from tvm_lowrank.schedules.x86 import kernels, pooling
 from tvm_lowrank.schedules.x86.chain import MOST_STAGES, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
@@ -97,15 +103,30 @@ class LowerConvolutions:
         self.weights_as_parameters = weights_as_parameters
         self.fuse = fuse
         self.parameters_: list[WeightParameter] = []
-        self.workloads_: list[ConvWorkload] = []
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Rewrite ``main``."""
-        lowerer = _Lowerer(mod, self.isa, self.choose, self.weights_as_parameters, self.fuse)
+        weights = Weights.PARAMETERS if self.weights_as_parameters else Weights.CONSTANTS
+        lowerer = _Lowerer(mod, self.isa, self.choose, weights, self.fuse)
         lowered = lowerer.run()
         self.parameters_ = lowerer.calls.parameters
-        self.workloads_ = lowerer.calls.workloads
         return lowered
+
+
+def survey(
+    mod: tvm.IRModule,
+    isa: VectorISA,
+    choose: Callable[[ConvWorkload], Schedule],
+    fuse: Fuse | None = None,
+) -> list[ConvWorkload]:
+    """The single convolutions of a normalised module that `LowerConvolutions` gives kernels.
+
+    One entry a call, in the network's order; ``choose`` and ``fuse`` are asked as they are there.
+    No weight is laid out, so large networks are surveyed quickly.
+    """
+    lowerer = _Lowerer(mod, isa, choose, Weights.ABSENT, fuse)
+    lowerer.run()
+    return lowerer.calls.workloads
 
 
 class _Lowerer(Rewriter):
@@ -114,12 +135,12 @@ class _Lowerer(Rewriter):
         mod: tvm.IRModule,
         isa: VectorISA,
         choose: Callable[[ConvWorkload], Schedule],
-        weights_as_parameters: bool,
+        weights: Weights,
         fuse: Fuse | None,
     ) -> None:
         super().__init__(mod)
         self.fuse = fuse
-        self.calls = KernelCalls(self, isa, choose, weights_as_parameters)
+        self.calls = KernelCalls(self, isa, choose, weights)
         self.count = 0
         self.activations = find_activations(self.bindings or [], self.users)
         self.skipped = {var for found in self.activations.values() for var in found.inner}

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from helpers import operators, relative, run
 from onnx import TensorProto, helper, numpy_helper
-from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.lower_convolutions import LowerConvolutions, survey
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import default_schedule
@@ -68,10 +68,11 @@ def lowered(graph: Graph, out: str):
     session = runtime.InferenceSession(model.SerializeToString())
     target = host_target()
     isa = isa_of(target)
-    pass_ = LowerConvolutions(isa, lambda workload: default_schedule(workload, isa))
-    mod = pass_(normalise(load_model(model)))
+    normalised = normalise(load_model(model))
+    mod = LowerConvolutions(isa, lambda workload: default_schedule(workload, isa))(normalised)
     assert relative(run(mod, x, target=target), session.run(None, {"x": x})[0]) < 1e-5
-    return operators(mod), [workload.epilogue for workload in pass_.workloads_]
+    workloads = survey(normalised, isa, lambda workload: default_schedule(workload, isa))
+    return operators(mod), [workload.epilogue for workload in workloads]
 
 
 def test_a_residual_network_is_as_many_kernels_as_convolutions():

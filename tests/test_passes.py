@@ -9,7 +9,7 @@ from helpers import operators, reference, relative, run
 from tvm import relax
 from tvm_lowrank.passes.expose_inputs import ExposeInputs
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
-from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.lower_convolutions import LowerConvolutions, survey
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.kernels import default_schedule
@@ -120,7 +120,9 @@ def test_lowering_fuses_epilogues_and_converts_layouts_only_at_borders(normalise
     # The input, of three channels, is read as it is, and ten numbers come out of their block.
     assert found["lowrank_unblock"] == 1 and found["lowrank_block"] == 0
     assert not {"nn.conv2d", "nn.relu", "multiply", "add"} & set(found)
-    epilogues = [workload.epilogue for workload in pass_.workloads_]
+    workloads = survey(normalised, pass_.isa, pass_.choose)
+    assert len(workloads) == found["lowrank_conv2d"]
+    epilogues = [workload.epilogue for workload in workloads]
     assert ("bias", "residual", "relu") in epilogues
     assert ("bias", "relu", "affine") in epilogues
     assert relative(run(lowered, sample, target=target), reference(small, sample)) < 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 import tvm
 
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.lower_convolutions import survey
 from tvm_lowrank.schedules.x86 import fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.kernels import Schedule
@@ -108,5 +108,5 @@ def choose_chains(
 ) -> dict[ChainWorkload, FusedSchedule]:
     """The chains of a normalised module that `LowerConvolutions` should fuse, and how."""
     chains = ChainTimer(timer, trials)
-    LowerConvolutions(timer.isa, choose, fuse=chains.fuse)(mod)
+    survey(mod, timer.isa, choose, chains.fuse)
     return chains.chosen

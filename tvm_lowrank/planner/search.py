@@ -7,6 +7,7 @@ import math
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,8 +26,8 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.metrics import Quality, judge
-from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
-from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.passes.lower_convolutions import survey
+from tvm_lowrank.passes.pipeline import factor, normalise
 from tvm_lowrank.plan import LayerPlan, Plan
 from tvm_lowrank.planner import verify
 from tvm_lowrank.planner.allocate import Choice
@@ -42,6 +43,8 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target, require_runnable
 from tvm_lowrank.threads import set_threads
 
+# Workloads and their schedules, both as JSON values.
+Schedules = tuple[tuple[dict[str, Any], dict[str, Any]], ...]
 # Built networks that may miss the budget before the original is returned.
 _BUILDS = 4
 # A network that is not faster by this much is not worth its error.
@@ -134,13 +137,17 @@ class _Search:
         records = self._records()
         self.timer = self._timer(records, self.options.algorithms)
         # What "before" means everywhere: the network as it is, in tuned direct kernels.
-        self.plain = self._timer(records, ("direct",))
+        self.plain = self.timer
+        if self.options.algorithms != ("direct",) or self.options.max_weight_bytes is not None:
+            self.plain = self._timer(records, ("direct",))
         self.normalised = normalise(self.mod)
         self.layers = collect_layers(self.normalised)
         self._measure_dense()
         candidates = self._candidates()
         plan = self._conclude(candidates)
-        complaints = (self.timer.complaint(), self.plain.complaint(), *self.complaints)
+        complaints = dict.fromkeys(
+            (self.timer.complaint(), self.plain.complaint(), *self.complaints)
+        )
         for complaint in filter(None, complaints):
             warnings.warn(complaint, stacklevel=4)
         return plan
@@ -263,7 +270,8 @@ class _Search:
         with no form changed, in the algorithms that are fastest.
         """
         final, limit = self.split.final, self.options.max_drop
-        slow_plan, dense_plan = self._plan({}, self.plain), self._plan({})
+        slow_plan = self._plan({}, self.plain)
+        dense_plan = slow_plan if self.plain is self.timer else self._plan({})
         original_path = self._build(slow_plan, self.directory / "original.so")
         dense_path = original_path
         if dense_plan.schedules != slow_plan.schedules:
@@ -393,8 +401,10 @@ class _Search:
             layers=tuple(layers),
             factors=factors,
         )
-        plan = replace(plan, schedules=self._schedules(plan, timer))
-        plan = replace(plan, fused=self._fused(plan, timer))
+        factored = factor(self.normalised, plan.chains())
+        plan = replace(plan, schedules=self._schedules(factored, plan, timer))
+        found = choose_chains(factored, plan.scheduler(), timer, self.options.trials)
+        plan = replace(plan, fused=_as_json(found))
         return replace(plan, layers=tuple(self._describe(layer, plan, timer) for layer in layers))
 
     def _describe(self, layer: LayerPlan, plan: Plan, timer: KernelTimer) -> LayerPlan:
@@ -412,28 +422,16 @@ class _Search:
             measured_us=layer.measured_us if None in times else sum(filter(None, times)),
         )
 
-    def _schedules(
-        self, plan: Plan, timer: KernelTimer
-    ) -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
+    def _schedules(self, factored: tvm.IRModule, plan: Plan, timer: KernelTimer) -> Schedules:
         """Best schedule of every workload of the lowered network, measured where none is known."""
-        survey = LowerConvolutions(self.timer.isa, plan.scheduler())
-        survey(plan.factor(self.mod))
-        for workload in survey.workloads_:
+        workloads = survey(factored, timer.isa, plan.scheduler())
+        for workload in workloads:
             if timer.known(workload) is None:
                 timer.microseconds(workload)
-        chosen = {workload: timer.choose(workload) for workload in survey.workloads_}
+        chosen = {workload: timer.choose(workload) for workload in workloads}
         if self.options.max_weight_bytes is not None and timer is self.timer:
-            chosen = self._bounded(Counter(survey.workloads_), self.options.max_weight_bytes)
-        pairs = sorted(chosen.items(), key=lambda pair: pair[0].key())
-        return tuple((workload.to_json(), schedule.to_json()) for workload, schedule in pairs)
-
-    def _fused(
-        self, plan: Plan, timer: KernelTimer
-    ) -> tuple[tuple[dict[str, Any], dict[str, Any]], ...]:
-        """The chains that are faster as one kernel, measured where no record knows."""
-        found = choose_chains(plan.factor(self.mod), plan.scheduler(), timer, self.options.trials)
-        pairs = sorted(found.items(), key=lambda pair: pair[0].key())
-        return tuple((workload.to_json(), schedule.to_json()) for workload, schedule in pairs)
+            chosen = self._bounded(Counter(workloads), self.options.max_weight_bytes)
+        return _as_json(chosen)
 
     def _bounded(self, calls: Counter[ConvWorkload], limit: int) -> dict[ConvWorkload, Any]:
         """The fastest schedules whose weights take at most ``limit`` bytes in all kernels."""
@@ -466,7 +464,8 @@ class _Search:
         }
 
     def _build(self, plan: Plan, path: Path) -> Path:
-        mod, trials = plan.apply(self.mod), self.options.metaschedule_trials
+        trials = self.options.metaschedule_trials
+        mod = plan.lower(factor(self.normalised, plan.chains()))
         if trials:
             folder = (self.records_path or path).parent / "metaschedule"
             mod = metaschedule.prepare(mod, self.target)
@@ -512,6 +511,12 @@ class _Search:
 def _known(us: float | None) -> float | None:
     """A time for the plan: none instead of NaN."""
     return None if us is None or math.isnan(us) else us
+
+
+def _as_json(chosen: Mapping[Any, Any]) -> Schedules:
+    """Workloads with their schedules as a plan keeps them, in a fixed order."""
+    pairs = sorted(chosen.items(), key=lambda pair: pair[0].key())
+    return tuple((workload.to_json(), schedule.to_json()) for workload, schedule in pairs)
 
 
 def _target_json(target: tvm.target.Target) -> dict[str, Any]:
