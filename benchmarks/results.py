@@ -20,6 +20,7 @@ from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.data import Samples, input_shape
 from tvm_lowrank.deploy import load
 from tvm_lowrank.frontend import load_model
+from tvm_lowrank.metrics import resolution
 from tvm_lowrank.planner import Options, search
 from tvm_lowrank.target import host_target, parse_target, target_key
 from tvm_lowrank.threads import set_threads
@@ -45,7 +46,7 @@ def main() -> int:
             print(f"{network.name}: skipped, {network.missing}")
             continue
         row = _measure(network, args, threads)
-        rows[network.name] = {"machine": machine, "max_drop": args.max_drop, **row}
+        rows[network.name] = {"machine": machine, **row}
         ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         DOCS.write_text(_page(list(rows.values())), encoding="utf-8")
     return 0
@@ -55,6 +56,8 @@ def _measure(network: Network, args: argparse.Namespace, threads: int) -> dict[s
     print(f"== {network.name}", flush=True)
     mod = load_model(network.model)
     data, final = network.data()
+    judged = len(final[0]) if final is not None else len(data[0]) // 3
+    max_drop = max(args.max_drop, resolution("top1", judged))
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path, dense = Path(folder) / "model.so", Path(folder) / "lossless.so"
@@ -62,7 +65,7 @@ def _measure(network: Network, args: argparse.Namespace, threads: int) -> dict[s
             mod,
             data=Samples(*data),
             final=None if final is None else Samples(*final),
-            options=Options(max_drop=args.max_drop, seed=args.seed),
+            options=Options(max_drop=max_drop, seed=args.seed),
             records=Path(folder) / "records.jsonl",
             directory=Path(folder),
         )
@@ -83,6 +86,7 @@ def _measure(network: Network, args: argparse.Namespace, threads: int) -> dict[s
     print(plan.result, latency, f"dense error {error:.1e}, {seconds:.0f} s", flush=True)
     return {
         "name": network.name,
+        "max_drop": max_drop,
         "latency": latency,
         "error": error,
         "seconds": seconds,
@@ -132,7 +136,7 @@ def _page(rows: list[dict[str, Any]]) -> str:
             _ms(latency["openvino"]),
             f"{result['accuracy_before']:.2f} %",
             f"{result['accuracy_after']:.2f} %",
-            f"{row['max_drop']:g}",
+            f"{row['max_drop']:.3g}",
             str(result["samples"]),
             f"{result['agreement']:.1f} %",
             f"{result['weight_bytes_before'] / 1e6:.2f} -> "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -10,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvm_lowrank.data import Samples, split
+from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.metrics import divergence, judge, paired_interval, wilson_interval
+from tvm_lowrank.metrics import (
+    check_resolution,
+    divergence,
+    judge,
+    paired_interval,
+    resolution,
+    wilson_interval,
+)
 from tvm_lowrank.planner.allocate import choose, for_time, harm, microseconds
 from tvm_lowrank.planner.candidates import Candidate
 
@@ -59,7 +68,29 @@ def test_judging_counts_what_it_says():
     assert judge(outputs, original, None, "disagreement").drop == 25.0
     error = judge(outputs, original, None, "output_error")
     assert error.drop == pytest.approx(100 * np.sqrt(5) / 2) and error.standard_error == 0
-    assert found.standard_error == pytest.approx(25.0)  # one sample of four changed
+    low, high = paired_interval(1, 0, 4)
+    assert found.standard_error == pytest.approx((high - low) / 2 / 1.96, rel=1e-3)
+    assert found.cautious_drop == pytest.approx(25.0 + found.standard_error / 2)
+
+
+@pytest.mark.parametrize("metric", ["top1", "disagreement"])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(samples=st.integers(4, 20000), share=st.floats(0.01, 0.99))
+def test_a_refused_budget_is_accepted_with_what_the_message_asks_for(metric, samples, share):
+    least = resolution(metric, samples)
+    check_resolution(metric, least, samples)
+    with pytest.raises(LowRankError) as refusal:
+        check_resolution(metric, share * least, samples)
+    enough = int(re.search(r"(\d+) evaluation samples, or", str(refusal.value)).group(1))
+    check_resolution(metric, share * least, enough)
+
+
+def test_the_resolution_of_a_thousand_samples():
+    assert resolution("top1", 1000) == pytest.approx(0.277, abs=5e-4)
+    assert resolution("disagreement", 1000) == pytest.approx(0.383, abs=5e-4)
+    check_resolution("output_error", 0.0, 4)
+    with pytest.raises(LowRankError, match=r"give max_drop of 0\.28 or more, or lossless"):
+        check_resolution("top1", 0.0, 1000)
 
 
 def test_intervals_cover_the_true_drop_as_often_as_they_say():

@@ -55,6 +55,14 @@ def test_tune_writes_library_plan_and_records(files, tmp_path, capsys):
     assert built.shape == (1, 10)
 
 
+def test_a_budget_that_the_samples_cannot_resolve_is_refused(files, tmp_path, capsys):
+    assert run(files, "-o", str(tmp_path), "--max-drop", "1") == 2
+    error = capsys.readouterr().err
+    assert "max_drop is 1 points of top1, but 20 evaluation samples" in error
+    assert "below 12.60 points" in error and "12.60 or more" in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lossless_equals_onnx_runtime(files, small, tmp_path):
     assert run(files, "-o", str(tmp_path), "--lossless", "--batch", "2") == 0
     x = np.load(files / "data.npz")["inputs"][:2]
@@ -76,6 +84,7 @@ def stop_after(command, records, count, number):
 def test_an_interrupted_and_then_killed_run_goes_on_from_its_records(files, tmp_path):
     command = [sys.executable, "-m", "tvm_lowrank.tune", str(files / "net.onnx")]
     command += ["--data", str(files / "data.npz"), "--trials", "2", "-o", str(tmp_path)]
+    command += ["--max-drop", "30"]
     records = tmp_path / "records.jsonl"
     assert stop_after(command, records, 2, signal.SIGINT) == 130
     assert list(tmp_path.iterdir()) == [records]

@@ -25,7 +25,7 @@ from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
-from tvm_lowrank.metrics import Quality, judge
+from tvm_lowrank.metrics import Quality, check_resolution, judge
 from tvm_lowrank.passes.lower_convolutions import survey
 from tvm_lowrank.passes.pipeline import factor, normalise
 from tvm_lowrank.plan import LayerPlan, Plan
@@ -135,6 +135,8 @@ class _Search:
         self.threads = set_threads(self.options.threads)
         self.shape = input_shape(self.mod)
         records = self._records()
+        if self.options.forms != ("dense",):
+            check_resolution(self.metric, self.options.max_drop, len(self.split.final))
         self.timer = self._timer(records, self.options.algorithms)
         # What "before" means everywhere: the network as it is, in tuned direct kernels.
         self.plain = self.timer
