@@ -17,7 +17,7 @@ import tvm
 from tvm_lowrank.decompose.form import Rank
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.passes.factor_convolutions import Chain
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 from tvm_lowrank.passes.pipeline import factor, normalise
@@ -139,20 +139,23 @@ class Plan:
     def factor(self, mod: tvm.IRModule) -> tvm.IRModule:
         """The network normalised and rewritten, in plain Relax, with no kernel of ours yet."""
         normalised = normalise(mod)
-        layers = collect_layers(normalised)
-        mine, theirs = [p.geometry for p in self.layers], [layer.geometry for layer in layers]
-        if len(mine) != len(theirs):
-            raise LowRankError(
-                f"the plan is for a network of {len(mine)} convolutions, this one has "
-                f"{len(theirs)}; make a plan for this network"
-            )
-        for plan, geometry in zip(self.layers, theirs, strict=True):
-            if plan.geometry != geometry:
-                raise LowRankError(
-                    f"{plan.name} is {geometry} in this network but {plan.geometry} in the plan; "
-                    "make a plan for this network"
-                )
+        self.check(collect_layers(normalised))
         return factor(normalised, self.chains())
+
+    def check(self, layers: Sequence[ConvLayer]) -> None:
+        """LowRankError unless the convolutions are those of the plan, in order and geometry."""
+        mine, theirs = len(self.layers), len(layers)
+        if mine != theirs:
+            raise LowRankError(
+                f"the plan is for a network of {mine} convolutions, this one has "
+                f"{theirs}; make a plan for this network"
+            )
+        for plan, layer in zip(self.layers, layers, strict=True):
+            if plan.geometry != layer.geometry:
+                raise LowRankError(
+                    f"{plan.name} is {layer.geometry} in this network but {plan.geometry} in the "
+                    "plan; make a plan for this network"
+                )
 
     def chains(self) -> dict[str, Chain]:
         """The rewritten layers as chains for `FactorConvolutions`."""
