@@ -80,7 +80,15 @@ def factorize(
     shape = _shape(plan) if input_shape is None else tuple(input_shape)
     chains = plan.chains()
     found = match(model, export(model, shape))
-    plan.check([item.layer for item in found])
+    try:
+        plan.check([item.layer for item in found])
+    except LowRankError as error:
+        if input_shape is not None:
+            raise
+        raise LowRankError(
+            f"{error}; or name the shape of the input with input_shape=, if that of the first "
+            "convolution is another"
+        ) from error
     uses = Counter(item.name for item in found)
     made = copy.deepcopy(model)
     for item, layer in zip(found, plan.layers, strict=True):
