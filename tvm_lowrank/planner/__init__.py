@@ -5,7 +5,8 @@ tries weights without compiling, `allocate` picks one candidate a layer, `refit`
 sequence, `curve` walks from slow and exact to fast and approximate, `verify` judges libraries.
 """
 
-from tvm_lowrank.planner.search import Options, search
+from tvm_lowrank.planner.options import Options
+from tvm_lowrank.planner.search import search
 from tvm_lowrank.schedules.x86.kernels import ALGORITHMS
 
 __all__ = ["ALGORITHMS", "Options", "search"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_lowrank.data import DataSplit
@@ -12,10 +12,8 @@ from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.calibrate import sensitivities
 from tvm_lowrank.planner.candidates import Candidate
 from tvm_lowrank.planner.refit import refit
+from tvm_lowrank.planner.survey import Report
 from tvm_lowrank.planner.trial import TrialNetwork
-
-# Told the stage, how many of its steps are done, and how many there are.
-Report = Callable[[str, int, int], None]
 
 # Samples on which sensitivities are taken, and points of the curve that are tried with factors as
 # they were fitted layer by layer and with factors refitted in sequence.

@@ -1,0 +1,176 @@
+"""Building plans as libraries and judging those on the evaluation samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.cost import metaschedule
+from tvm_lowrank.data import DataSplit
+from tvm_lowrank.metrics import Quality, judge
+from tvm_lowrank.passes.pipeline import factor
+from tvm_lowrank.plan import Plan
+from tvm_lowrank.planner import verify
+from tvm_lowrank.planner.assemble import Assembler
+from tvm_lowrank.planner.curve import Curve
+from tvm_lowrank.planner.survey import Report
+
+# Built networks that may miss the budget before the original is returned.
+_BUILDS = 4
+# A network that is not faster by this much is not worth its error.
+_WORTHWHILE = 0.98
+
+
+@dataclass
+class Judge:
+    """Builds libraries, races them, and returns the plan whose library wins within the budget.
+
+    Parameters
+    ----------
+    assembler : Assembler
+    split : DataSplit
+    shape : tuple of int
+        Of the network's input.
+    directory : Path
+        Receives the libraries; the winner's becomes ``model.so``.
+    metaschedule_folder : Path
+        Where MetaSchedule keeps its database.
+    report : callable
+    """
+
+    assembler: Assembler
+    split: DataSplit
+    shape: tuple[int, ...]
+    directory: Path
+    metaschedule_folder: Path
+    report: Report
+    complaints: list[str] = field(default_factory=list)
+
+    def conclude(self, make_curve: Callable[[], Curve] | None) -> Plan:
+        """Build the fastest choice that promises to keep the budget, and judge the library.
+
+        A library that misses the budget on the evaluation samples is followed by one with three
+        quarters of its gain, a few times; then, or when it is not faster, the network is returned
+        with no form changed, in the algorithms that are fastest. The same without a curve.
+        """
+        options, survey = self.assembler.survey.options, self.assembler.survey
+        metric, limit = self.assembler.metric, options.max_drop
+        slow_plan = self.assembler.plan({}, survey.plain)
+        dense_plan = slow_plan if survey.plain is survey.timer else self.assembler.plan({})
+        original_path = self._build(slow_plan, self.directory / "original.so")
+        dense_path = original_path
+        if dense_plan.schedules != slow_plan.schedules:
+            dense_path = self._build(dense_plan, self.directory / "dense.so")
+        original, labels = self._outputs(original_path), self.split.final.labels
+        before = judge(original, original, labels, metric)
+        reason = "no layer has a faster candidate"
+        if options.lossless:
+            reason = "only the dense form is allowed"
+        if make_curve is not None:
+            curve = make_curve()
+            point = curve.search()
+            reason = f"no choice keeps {metric} within {limit} on the selection samples"
+            for attempt in range(_BUILDS):
+                if point is None:
+                    break
+                self.report("building and judging", attempt, _BUILDS)
+                plan = self.assembler.plan(point.choice)
+                built = self._build(plan, self.directory / f"attempt{attempt}.so")
+                after = judge(self._outputs(built), original, labels, metric)
+                if after.drop > limit:
+                    reason = (
+                        f"{metric} falls by {after.drop:.2f}, more than {limit}, "
+                        "on the evaluation samples"
+                    )
+                    point = curve.step_back(point)
+                    continue
+                slow, dense, fast = self._race(original_path, dense_path, built)
+                if fast.median_ms > _WORTHWHILE * dense.median_ms:
+                    reason = (
+                        f"the transformed network takes {fast.median_ms:.3f} ms, with no form "
+                        f"changed it takes {dense.median_ms:.3f} ms"
+                    )
+                    break
+                self.report("building and judging", _BUILDS, _BUILDS)
+                return self._finish(plan, built, before, after, slow, fast)
+        slow, fast = self._race(original_path, dense_path)
+        after = judge(self._outputs(dense_path), original, labels, metric)
+        if fast.median_ms > slow.median_ms or after.drop > limit:
+            dense_plan, dense_path, after, fast = slow_plan, original_path, before, slow
+        plan = replace(dense_plan, transformed=False, reason=reason)
+        return self._finish(plan, dense_path, before, after, slow, fast)
+
+    def _build(self, plan: Plan, path: Path) -> Path:
+        target, options = self.assembler.survey.timer.target, self.assembler.survey.options
+        mod = plan.lower(factor(self.assembler.normalised, plan.chains()))
+        if options.metaschedule_trials:
+            folder = self.metaschedule_folder
+            mod = metaschedule.prepare(mod, target)
+            tuned = metaschedule.tune(
+                mod, target, folder, options.metaschedule_trials, options.seed
+            )
+            self.complaints.append(tuned.complaint())
+            mod = metaschedule.apply(mod, target, folder)
+        return export(compile_module(mod, target), path)
+
+    def _outputs(self, path: Path) -> np.ndarray:
+        network = verify.load(path, self.assembler.threads)
+        return verify.run_all(network, self.split.final.inputs, self.shape[0])
+
+    def _race(self, *paths: Path) -> list[verify.Latency]:
+        """Latency of each library, in turns; of one that is listed twice, once."""
+        distinct = list(dict.fromkeys(paths))
+        latencies = verify.take_turns(distinct, self.shape, self.assembler.threads)
+        return [latencies[distinct.index(path)] for path in paths]
+
+    def _finish(
+        self,
+        plan: Plan,
+        built: Path,
+        before: Quality,
+        after: Quality,
+        slow: verify.Latency,
+        fast: verify.Latency,
+    ) -> Plan:
+        """The plan with its figures; its library becomes ``model.so``."""
+        built.rename(self.directory / "model.so")
+        return replace(plan, result=self._result(before, after, slow, fast, plan))
+
+    def _result(
+        self,
+        before: Quality,
+        after: Quality,
+        slow: verify.Latency,
+        fast: verify.Latency,
+        plan: Plan,
+    ) -> dict[str, Any]:
+        built, threads = self.directory / "model.so", self.assembler.threads
+        alone = verify.one_thread(built, self.shape) if threads > 1 else fast.median_ms
+        layers = self.assembler.survey.layers
+        weights = [layer.geometry.weight_count for layer in layers if layer.geometry]
+        kept = [sum(stage.weight_count for stage in layer.stages) for layer in plan.layers]
+        return {
+            "samples": after.samples,
+            "synthetic_data": self.split.synthetic,
+            "accuracy_before": before.accuracy,
+            "accuracy_after": after.accuracy,
+            "drop": after.drop,
+            "drop_interval": None if after.interval is None else list(after.interval),
+            "agreement": after.agreement,
+            "output_error": after.output_error,
+            "latency_before_ms": slow.median_ms,
+            "latency_after_ms": fast.median_ms,
+            "speedup": slow.median_ms / fast.median_ms,
+            "latency_one_thread_ms": alone,
+            "parallel_efficiency": alone / (threads * fast.median_ms) if alone else None,
+            "runs": fast.runs,
+            "batch": self.shape[0],
+            "weight_bytes_before": 4 * sum(weights),
+            "weight_bytes_after": 4 * sum(kept),
+            "kernel_weight_bytes": sum(layer.weight_bytes or 0 for layer in plan.layers),
+        }

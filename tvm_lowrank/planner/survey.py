@@ -1,0 +1,132 @@
+"""What each layer costs as it is, and what it could become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.decompose.moments import InputMoments
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.planner.candidates import Candidate, confirm, propose
+from tvm_lowrank.planner.options import Options
+
+# Told the stage, how many of its steps are done, and how many there are.
+Report = Callable[[str, int, int], None]
+
+
+@dataclass
+class Survey:
+    """Measures the layers of a network, and what could replace them.
+
+    Parameters
+    ----------
+    layers : list of ConvLayer
+    options : Options
+    timer, plain : KernelTimer
+        With all allowed algorithms, and with the direct one only: "before".
+    report : callable
+
+    Attributes
+    ----------
+    dense : dict
+        Layer name to its dense candidate, for layers that have kernels; set by `measure_dense`.
+    before : dict
+        Layer name to microseconds in direct kernels, where known.
+    reasons : dict
+        Layer name to why it stays as it is.
+    """
+
+    layers: list[ConvLayer]
+    options: Options
+    timer: KernelTimer
+    plain: KernelTimer
+    report: Report
+    dense: dict[str, Candidate] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def measure_dense(self) -> None:
+        """Time every layer as it is; without other forms, only what no record covers."""
+        if not self.options.lossless:
+            self.roofline = self.plain.roofline()
+        for done, layer in enumerate(self.layers):
+            reason, geometry = layer.reason, layer.geometry
+            if reason is None and geometry is not None:
+                reason = self.timer.refuse([geometry])
+            if reason:
+                self.reasons[layer.name] = reason
+            elif geometry is not None:
+                self.dense[layer.name] = self._dense(layer, geometry)
+            self.report("measuring dense layers", done + 1, len(self.layers))
+
+    def _dense(self, layer: ConvLayer, geometry: ConvGeometry) -> Candidate:
+        stages, lossless = (geometry,), self.options.lossless
+        # Nothing is to be compared, so what other machines found best needs no time here.
+        covered = lossless and self.options.max_weight_bytes is None
+        covered = covered and all(map(self.timer.known, self.timer.workloads(stages)))
+        measure = KernelTimer.recorded if covered else KernelTimer.chain
+        before, us = measure(self.plain, stages), measure(self.timer, stages)
+        if before is not None:
+            self.before[layer.name] = before
+        predicted = math.nan
+        if not lossless:
+            predicted = self.roofline.microseconds(stages, self.timer.isa.lanes)
+        if us == math.inf:
+            raise LowRankError(
+                f"no kernel for {layer.name} ({geometry}) runs on this machine; name a target that "
+                f"it can run with --target, not {self.timer.target}"
+            )
+        return Candidate(
+            "dense",
+            0,
+            stages,
+            (layer.weight,),
+            layer.bias,
+            0.0,
+            predicted,
+            math.nan if us is None else us,
+        )
+
+    def eligible(self) -> list[ConvLayer]:
+        """The layers that an allowed form can compute; the others get their reason."""
+        found = []
+        for layer in self.layers:
+            if layer.geometry is None:
+                continue
+            if any(fnmatchcase(layer.name, pattern) for pattern in self.options.exclude):
+                self.reasons[layer.name] = "excluded"
+                continue
+            refusals = {FORMS[name].refuse(layer.geometry) for name in self.options.lossy}
+            if None in refusals and layer.name in self.dense:
+                found.append(layer)
+            elif layer.name in self.dense or refusals - {None}:
+                texts = sorted(text for text in refusals if text)
+                self.reasons[layer.name] = "; ".join(texts) or "only the dense form is allowed"
+        return found
+
+    def candidates(
+        self, eligible: list[ConvLayer], moments: dict[str, InputMoments]
+    ) -> dict[str, list[Candidate]]:
+        """For each layer that could gain, what is measured faster, and the dense form last.
+
+        ``moments`` are emptied on the way: those of a large network take gigabytes.
+        """
+        options: dict[str, list[Candidate]] = {}
+        for done, layer in enumerate(eligible):
+            dense = self.dense[layer.name]
+            proposed, reason = propose(
+                layer, moments.pop(layer.name), self.options.lossy, self.roofline, self.timer
+            )
+            faster = confirm(proposed, dense, self.timer)
+            if faster:
+                options[layer.name] = [*faster, dense]
+            else:
+                self.reasons[layer.name] = reason or "no candidate measured faster"
+            self.report("fitting and measuring forms", done + 1, len(eligible))
+        return options
