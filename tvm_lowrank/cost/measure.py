@@ -16,7 +16,7 @@ from tvm_lowrank.cost.tuner import Tuner
 from tvm_lowrank.cost.worker import Worker, shared_worker
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.passes.lower_convolutions import PLAIN_CHANNELS
+from tvm_lowrank.passes.blocked_rewriter import PLAIN_CHANNELS
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.isa import isa_of

@@ -1,0 +1,208 @@
+"""A rewriter whose values wait in blocks, and that writes their kernels when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm_lowrank.passes.blocked import (
+    HWC,
+    NCHW,
+    NHWC,
+    BlockedTensor,
+    Elementwise,
+    Gather,
+    Pending,
+    of_map,
+    of_plain,
+)
+from tvm_lowrank.passes.graph import Rewriter, static_shape
+from tvm_lowrank.passes.kernel_calls import KernelCalls, Step, Weights
+from tvm_lowrank.schedules.x86 import kernels
+from tvm_lowrank.schedules.x86.chain import MOST_STAGES, ChainWorkload, FusedSchedule
+from tvm_lowrank.schedules.x86.isa import VectorISA
+from tvm_lowrank.schedules.x86.kernels import Schedule
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.geometry import ConvGeometry
+
+# Inputs of so few channels are read from NCHW as they are: blocking would mostly copy zeros.
+PLAIN_CHANNELS = 4
+
+Fuse = Callable[[ChainWorkload], "FusedSchedule | None"]
+
+
+class BlockedRewriter(Rewriter):
+    """A `Rewriter` whose values may be `BlockedTensor`s.
+
+    An operation stays pending until something else than an operator that joins it reads its
+    result; the methods here find it, open it for further steps, and write its kernel once its
+    blocks or its plain form are asked for.
+
+    Parameters
+    ----------
+    mod : IRModule
+        Its ``main`` is written anew.
+    isa, choose, fuse
+        See `LowerConvolutions`.
+    weights : Weights
+        What becomes of the weights.
+    """
+
+    def __init__(
+        self,
+        mod: tvm.IRModule,
+        isa: VectorISA,
+        choose: Callable[[ConvWorkload], Schedule],
+        weights: Weights,
+        fuse: Fuse | None,
+    ) -> None:
+        super().__init__(mod)
+        self.fuse = fuse
+        self.calls = KernelCalls(self, isa, choose, weights)
+
+    def in_block(self, geometry: ConvGeometry, data: BlockedTensor) -> int:
+        """1 if a convolution reads ``data`` plain, else the channels of a block."""
+        flat = len(data.shape) == 2
+        few = geometry.in_channels <= PLAIN_CHANNELS and geometry.groups == 1
+        return 1 if data.plain is not None and (few or flat) else self.calls.isa.lanes
+
+    def refuses(self, geometry: ConvGeometry, in_block: int) -> bool:
+        """Whether no kernel takes a convolution whose input has such blocks."""
+        try:
+            workload = ConvWorkload(geometry, in_block)
+        except ValueError:
+            return True
+        return bool(kernels.refuse(workload, self.calls.isa))
+
+    def tensor(self, expr: relax.Expr) -> BlockedTensor:
+        """The value of ``expr`` as a tensor with layouts; a new one is plain."""
+        value = self.values.get(expr) if isinstance(expr, relax.Var) else None
+        if isinstance(value, BlockedTensor):
+            return value
+        tensor = of_plain(static_shape(expr) or (), self.substitute(expr))
+        if isinstance(expr, relax.Var):
+            self.values[expr] = tensor
+        return tensor
+
+    def blocked_map(self, expr: relax.Expr) -> BlockedTensor | None:
+        """The value of ``expr`` if it is a map in blocks, seen as it is."""
+        value = self.values.get(expr) if isinstance(expr, relax.Var) else None
+        if isinstance(value, BlockedTensor) and value.is_blocked and value.view == NCHW:
+            return value
+        return None
+
+    def pending(self, expr: relax.Expr) -> Pending | None:
+        """The pending operation behind ``expr``, if nothing else reads its result."""
+        value = self.values.get(expr) if isinstance(expr, relax.Var) else None
+        if isinstance(value, BlockedTensor) and self.users[expr] == 1:
+            return value.pending
+        return None
+
+    def takes_steps(self, expr: relax.Expr) -> bool:
+        """Whether ``expr`` is made by a pending kernel that an epilogue step may join."""
+        pending = self.pending(expr)
+        return pending is not None and not isinstance(pending.operation, Gather)
+
+    def opened(self, expr: relax.Expr) -> BlockedTensor:
+        """A tensor like ``expr``'s whose pending operation takes further steps."""
+        tensor = self.values[expr]
+        pending = self.pending(expr)
+        if pending is None or not self.takes_steps(expr):
+            pending = Pending([of_map(tensor.map, blocked=self.blocked(tensor))], Elementwise())
+        return BlockedTensor(tensor.shape, tensor.map, tensor.view, pending=pending)
+
+    def blocked(self, tensor: BlockedTensor) -> relax.Expr:
+        """The blocks of ``tensor``: its pending kernel is written, or its plain form converted."""
+        if tensor.pending is not None:
+            tensor.blocked = self._write(tensor.pending)
+            tensor.pending = None
+        if tensor.blocked is None:
+            plain = tensor.plain
+            if self._is_one_layout(tensor):
+                lanes = self.calls.isa.lanes
+                shape = (tensor.map[0], tensor.channels // lanes, 1, 1, lanes)
+                tensor.blocked = self.emit(relax.op.reshape(plain, shape))
+            else:
+                if tensor.shape != tensor.map:
+                    plain = self.emit(relax.op.reshape(plain, tensor.map))
+                tensor.blocked = self.calls.block(plain, tensor.map)
+        return tensor.blocked
+
+    def _is_one_layout(self, tensor: BlockedTensor) -> bool:
+        """Whether plain and blocked form have the same bytes: whole blocks of a single pixel."""
+        return tensor.map[2:] == (1, 1) and tensor.channels % self.calls.isa.lanes == 0
+
+    def resolve(self, value: Any) -> relax.Expr:
+        """The plain form of a value, converted from its blocks where it has none."""
+        if not isinstance(value, BlockedTensor):
+            return value
+        if value.plain is None and self._is_one_layout(value):
+            value.plain = self.emit(relax.op.reshape(self.blocked(value), value.shape))
+        if value.plain is None:
+            plain = self.calls.unblock(self.blocked(value), value.map)
+            if value.view == NHWC or (value.view == HWC and value.map[2:] != (1, 1)):
+                plain = self.emit(relax.op.permute_dims(plain, [0, 2, 3, 1]))
+            if static_shape(plain) != value.shape:
+                plain = self.emit(relax.op.reshape(plain, value.shape))
+            value.plain = plain
+        return value.plain
+
+    def _write(self, pending: Pending) -> relax.Expr:
+        operation, sources = pending.operation, pending.sources
+        if isinstance(operation, Gather):
+            return self.calls.gather([self.blocked(s) for s in sources], operation.workload)
+        (data,) = sources
+        if isinstance(operation, Elementwise):
+            return self.calls.elementwise(self.blocked(data), data.map, operation.steps)
+        in_block = self.in_block(operation.geometry, data)
+        if in_block > 1:
+            fused = self._write_chain(pending)
+            if fused is not None:
+                return fused
+            return self.calls.convolve(self.blocked(data), in_block, operation)
+        plain = data.plain
+        if data.shape != data.map:
+            plain = self.emit(relax.op.reshape(plain, data.map))
+        return self.calls.convolve(plain, 1, operation)
+
+    def _write_chain(self, pending: Pending) -> relax.Expr | None:
+        """One kernel for a convolution and those before it, if ``fuse`` wants one."""
+        if self.fuse is None:
+            return None
+        run = [pending]
+        while len(run) < MOST_STAGES and run[0].before is not None:
+            if self.in_block(run[0].before.operation.geometry, run[0].before.sources[0]) == 1:
+                break
+            run.insert(0, run[0].before)
+        for start in range(len(run) - 1):
+            links = run[start:]
+            try:
+                workload = ChainWorkload(
+                    tuple(link.operation.workload(self.calls.isa.lanes) for link in links)
+                )
+            except ValueError:
+                continue  # a residual is added in the middle
+            if not workload.is_promising():
+                continue
+            schedule = self.fuse(workload)
+            if schedule is None:
+                return None
+            links = links[-len(schedule.stages) :]
+            source = self.blocked(links[0].sources[0])
+            workload = workload.last(len(links))
+            convs = [link.operation for link in links]
+            return self.calls.convolve_chain(source, convs, workload, schedule)
+        return None
+
+    def extra_params(self) -> Sequence[relax.Var]:
+        """The weights that are parameters."""
+        return self.calls.variables
+
+
+def steps_of(tensor: BlockedTensor) -> list[Step]:
+    """The epilogue steps of a tensor whose pending kernel takes some."""
+    assert tensor.pending is not None and not isinstance(tensor.pending.operation, Gather)
+    return tensor.pending.operation.steps

@@ -1,0 +1,160 @@
+"""Operators that only move values: other views of a map's blocks, or one copy of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tvm import relax
+from tvm_lowrank.passes.blocked import (
+    NCHW,
+    NHWC,
+    BlockedTensor,
+    Gather,
+    Pending,
+    of_map,
+    view_of,
+)
+from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter
+from tvm_lowrank.passes.graph import is_constant
+from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
+
+
+def lower_view(
+    rewriter: BlockedRewriter, name: str, value: relax.Call, shape: tuple[int, ...] | None
+) -> BlockedTensor | None:
+    """A reshape or transposition that leaves the blocks as they are; None for others."""
+    source = rewriter.values.get(value.args[0])
+    if not isinstance(source, BlockedTensor) or not source.is_blocked or shape is None:
+        return None
+    order = None
+    if name == "permute_dims":
+        rank = len(source.shape)
+        order = [int(axis) % rank for axis in value.attrs.axes or range(rank)[::-1]]
+    view = view_of(source, shape, order)
+    if view is None:
+        return None
+    if rewriter.pending(value.args[0]) is None:
+        return BlockedTensor(shape, source.map, view, blocked=rewriter.blocked(source))
+    return BlockedTensor(shape, source.map, view, pending=source.pending)
+
+
+def lower_concat(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
+    """A concatenation along the channels as a pending copy; None along other axes."""
+    fields = value.args[0]
+    if not isinstance(fields, relax.Tuple) or any(is_constant(field) for field in fields.fields):
+        return None
+    sources = [rewriter.tensor(field) for field in fields.fields]
+    views = {source.view for source in sources}
+    axis = value.attrs.axis
+    if len(views) != 1 or axis is None or not any(source.is_blocked for source in sources):
+        return None
+    rank = len(sources[0].shape)
+    (view,) = views
+    channel_axis = {NCHW: 1, NHWC: 3}.get(view)
+    if int(axis) % rank != channel_axis:
+        return None
+    if view == NHWC and not all(source.channels_at_end for source in sources):
+        return None
+    n, _, h, w = sources[0].map
+    workload = GatherWorkload.concatenation(n, tuple(s.channels for s in sources), h, w)
+    pending = Pending(sources, Gather(workload))
+    shape = (n, workload.out_channels, h, w)
+    if view == NHWC:
+        return BlockedTensor((n, h, w, shape[1]), shape, view, pending=pending)
+    return of_map(shape, pending=pending)
+
+
+def lower_window(
+    rewriter: BlockedRewriter, name: str, value: relax.Call, shape: tuple[int, ...] | None
+) -> BlockedTensor | None:
+    """A slice or pad as a pending copy, merged with the one before it; None for others."""
+    source = rewriter.blocked_map(value.args[0])
+    if source is None or shape is None:
+        return None
+    n, c, h, w = source.map
+    pending = rewriter.pending(value.args[0])
+    workload = GatherWorkload.concatenation(n, (c,), h, w)
+    sources = [source]
+    if pending is not None and isinstance(pending.operation, Gather):
+        workload, sources = pending.operation.workload, pending.sources
+    cut = _pad(value, workload) if name == "nn.pad" else _slice(value, workload)
+    if cut is None or (n, cut.out_channels, *cut.out_size) != shape:
+        return None
+    return of_map((n, cut.out_channels, *cut.out_size), pending=Pending(sources, Gather(cut)))
+
+
+def _slice(value: relax.Call, workload: GatherWorkload) -> GatherWorkload | None:
+    """``workload`` with a strided slice after it, or None."""
+    if any(not isinstance(arg, relax.Tuple) for arg in value.args[1:]):
+        return None
+    try:
+        axes, begins, ends, *more = (
+            [int(field.value) for field in arg.fields] for arg in value.args[1:]
+        )
+    except AttributeError:
+        return None
+    strides = more[0] if more else [1] * len(axes)
+    size = [workload.batch, workload.out_channels, *workload.out_size]
+    begin, end, stride = [0] * 4, list(size), [1] * 4
+    for axis, first, last, step in zip(axes, begins, ends, strides, strict=True):
+        if step < 1:
+            return None
+        extent = size[axis % 4]
+        begin[axis % 4] = min(max(first + extent if first < 0 else first, 0), extent)
+        end[axis % 4] = min(max(last + extent if last < 0 else last, 0), extent)
+        stride[axis % 4] = step
+    count = [-(-(e - b) // s) for b, e, s in zip(begin, end, stride, strict=True)]
+    if min(count) < 1 or count[0] != size[0] or stride[1] != 1:
+        return None
+    old = workload.stride
+    return replace(
+        workload,
+        runs=_cut(workload.runs, begin[1], end[1]),
+        out_size=(count[2], count[3]),
+        origin=(
+            workload.origin[0] + begin[2] * old[0],
+            workload.origin[1] + begin[3] * old[1],
+        ),
+        stride=(old[0] * stride[2], old[1] * stride[3]),
+    )
+
+
+def _cut(runs: Sequence[ChannelRun], begin: int, end: int) -> tuple[ChannelRun, ...]:
+    """The channels from ``begin`` to before ``end``."""
+    kept, at = [], 0
+    for run in runs:
+        low, high = max(begin - at, 0), min(end - at, run.count)
+        if low < high:
+            kept.append(ChannelRun(run.source, run.first + low, high - low))
+        at += run.count
+    return tuple(kept)
+
+
+def _pad(value: relax.Call, workload: GatherWorkload) -> GatherWorkload | None:
+    """``workload`` with a constant pad after it, or None."""
+    widths, fill = [int(w) for w in value.attrs.pad_width], float(value.attrs.pad_value)
+    if str(value.attrs.pad_mode) != "constant" or len(widths) != 8 or any(widths[:2]):
+        return None
+    front, back, top, bottom, left, right = widths[2:]
+    given = GatherWorkload.concatenation(
+        workload.batch, workload.channels, workload.height, workload.width
+    )
+    cut = (workload.out_size, workload.origin, workload.stride)
+    moved = cut != (given.out_size, given.origin, given.stride)
+    filled = moved or any(run.source < 0 for run in workload.runs)
+    if min(widths) < 0 or (filled and workload.fill != fill) or (moved and any(widths[4:])):
+        return None
+    runs = list(workload.runs)
+    if front:
+        runs.insert(0, ChannelRun(-1, 0, front))
+    if back:
+        runs.append(ChannelRun(-1, 0, back))
+    rows, columns = workload.out_size
+    return replace(
+        workload,
+        runs=tuple(runs),
+        out_size=(rows + top + bottom, columns + left + right),
+        origin=(workload.origin[0] - top, workload.origin[1] - left),
+        fill=fill,
+    )
