@@ -1,6 +1,7 @@
 """Kernels of transformed convolutions (Winograd and others) against the direct kernel.
 
-``python benchmarks/transformed.py [LAYER ...]`` with layers written ``C-F@SIZEkX`` or ``kXxY``.
+``python benchmarks/transformed.py [LAYER ...]`` with layers written ``C-F@SIZEkX``, where sizes of
+map and kernel may be oblong (``512x1``), and ``s2`` or ``g64`` behind add a stride or groups.
 Warm figures repeat a call; cold ones find their weights outside of the second-level cache, as calls
 inside a network do. Both are minima of single calls that take turns.
 """
@@ -10,14 +11,16 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tvm
+from cases import names
 from tvm_lowrank.schedules.x86 import kernels
 from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
-from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank import host_target
 from tvm_lowrank.geometry import ConvGeometry
@@ -40,6 +43,8 @@ LAYERS = (
 # Copies of the weights that calls go through in turn hold at least this much.
 _COLD_BYTES = 64 << 20
 _MOST_COPIES = 64
+_SIZE = r"(\d+)(?:x(\d+))?"
+_LAYER = re.compile(rf"(\d+)-(\d+)@{_SIZE}k{_SIZE}(?:s(\d+))?(?:g(\d+))?")
 
 
 @dataclass
@@ -90,30 +95,45 @@ def prepare(
 
 
 def geometry_of(layer: str) -> ConvGeometry:
-    """The stride-1 convolution with "same" padding that a layer's text names."""
-    match = re.fullmatch(r"(\d+)-(\d+)@(\d+)k(\d+)(?:x(\d+))?", layer)
+    """The convolution with "same" padding that a layer's text names."""
+    match = _LAYER.fullmatch(layer)
     if match is None:
-        raise ValueError(f"layer must be written C-F@SIZEkX or C-F@SIZEkXxY, not {layer!r}")
-    channels, outputs, size, rows = map(int, match.groups()[:4])
-    columns = int(match[5] or rows)
-    padding = (rows // 2, columns // 2, (rows - 1) // 2, (columns - 1) // 2)
-    return ConvGeometry(channels, outputs, size, size, (rows, columns), padding=padding)
+        raise ValueError(f"layer must be written C-F@SIZEkX, with s or g behind, not {layer!r}")
+    channels, outputs, height, width, rows, columns, stride, groups = match.groups()
+    kernel = (int(rows), int(columns or rows))
+    padding = (kernel[0] // 2, kernel[1] // 2, (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
+    return ConvGeometry(
+        int(channels),
+        int(outputs),
+        int(height),
+        int(width or height),
+        kernel,
+        stride=(int(stride or 1),) * 2,
+        padding=padding,
+        groups=int(groups or 1),
+    )
 
 
-def compare(layer: str, target: tvm.target.Target, schedules: int, rounds: int) -> None:
+def compare(
+    layer: str,
+    target: tvm.target.Target,
+    algorithms: Sequence[str],
+    schedules: int,
+    rounds: int,
+) -> None:
     """Print the ratios of a layer's transformed kernels to the best direct one."""
     isa = isa_of(target)
     workload = ConvWorkload(geometry_of(layer), isa.lanes)
     chosen = [
         schedule
-        for name, found in kernels.spaces(workload, isa).items()
-        for schedule in found[: 2 if name == ConvSchedule.kernel else schedules]
+        for name, found in kernels.spaces(workload, isa, ("direct", *algorithms)).items()
+        for schedule in found[: 2 if kernels.FAMILIES[name].algorithm == "direct" else schedules]
     ]
     timed = [prepare(workload, schedule, isa, target) for schedule in chosen]
     for _ in range(rounds):
         for kernel in timed:
             kernel.take_turn(4)
-    direct = [k for k in timed if isinstance(k.schedule, ConvSchedule)]
+    direct = [k for k in timed if kernels.algorithm_of(k.schedule) == "direct"]
     warm, cold = (min(getattr(k, name) for k in direct) for name in ("warm", "cold"))
     expected = direct[0].y.numpy()
     rate = 2e-9 * workload.geometry.multiplications / warm
@@ -129,15 +149,17 @@ def compare(layer: str, target: tvm.target.Target, schedules: int, rounds: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layers", nargs="*", default=LAYERS)
+    parser.add_argument("--algorithms", default="winograd,fft", help="beside the direct one")
     parser.add_argument("--schedules", type=int, default=4, help="of each family, best first")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    algorithms = names("--algorithms", args.algorithms, kernels.ALGORITHMS)
     set_threads(args.threads)
     target = host_target()
     print(f"{args.threads} threads, {processor()}, compiled for {target.attrs['mcpu']}")
     for layer in args.layers:
-        compare(layer, target, args.schedules, args.rounds)
+        compare(layer, target, algorithms, args.schedules, args.rounds)
 
 
 if __name__ == "__main__":

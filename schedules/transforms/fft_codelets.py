@@ -232,3 +232,32 @@ def shortened(code: LinearCode, outputs: Sequence[int]) -> LinearCode:
             )
     renamed = tuple(None if symbol is None else number[symbol] for symbol in chosen)
     return LinearCode(code.inputs, tuple(operations), renamed)
+
+
+def restricted(code: LinearCode, inputs: Sequence[int]) -> LinearCode:
+    """``code`` for vectors that are zero but in the places ``inputs``, which alone it reads."""
+    algebra = _Algebra(len(inputs))
+    values = [_ZERO] * code.inputs
+    for number, place in enumerate(inputs):
+        values[place] = _Term(1, number)
+
+    def combine(left_factor: Number, left: _Term, right_factor: Number, right: _Term | None) -> _Term:
+        scaled = algebra.times(left_factor, left)
+        return scaled if right is None else algebra.add(scaled, algebra.times(right_factor, right))
+
+    outputs = code.apply(values, combine)
+    return algebra.code([_ZERO if term is None else term for term in outputs])
+
+
+@functools.cache
+def odd_dft(size: int) -> LinearCode:
+    """The odd frequencies of ``size`` real values and as many zeros behind them.
+
+    Outputs are real and imaginary part of the frequencies 1, 3 ... size - 1 of ``2 * size``.
+
+    Raises ValueError unless ``size`` is a power of two up to half of ``LARGEST``.
+    """
+    _check(2 * size)
+    ends = 2  # the real frequencies, which come first
+    odd = [ends + 2 * (k - 1) + part for k in range(1, size, 2) for part in range(2)]
+    return shortened(restricted(real_dft(2 * size), range(size)), odd)

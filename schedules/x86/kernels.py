@@ -11,9 +11,20 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from tvm import tirx
 
-from . import convolution, depthwise, packing, winograd, winograd_schedule, winograd_space
+from . import (
+    convolution,
+    depthwise,
+    fft,
+    fft_schedule,
+    fft_space,
+    packing,
+    winograd,
+    winograd_schedule,
+    winograd_space,
+)
 from .accuracy import stated_error
 from .depthwise import DepthwiseSchedule
+from .fft_schedule import FFTSchedule
 from .isa import VectorISA
 from .winograd_schedule import WinogradSchedule
 from .workload import ConvSchedule, ConvWorkload
@@ -91,6 +102,15 @@ FAMILIES: dict[str, KernelFamily] = {
         winograd.pack,
         WinogradSchedule.from_json,
         winograd_schedule.error_bound,
+    ),
+    FFTSchedule.kernel: KernelFamily(
+        "fft",
+        fft_schedule.refuse,
+        fft_space.space,
+        fft.emit,
+        fft.pack,
+        FFTSchedule.from_json,
+        fft_schedule.error_bound,
     ),
 }
 ALGORITHMS = tuple(dict.fromkeys(family.algorithm for family in FAMILIES.values()))
