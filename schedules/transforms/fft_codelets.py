@@ -241,7 +241,9 @@ def restricted(code: LinearCode, inputs: Sequence[int]) -> LinearCode:
     for number, place in enumerate(inputs):
         values[place] = _Term(1, number)
 
-    def combine(left_factor: Number, left: _Term, right_factor: Number, right: _Term | None) -> _Term:
+    def combine(
+        left_factor: Number, left: _Term, right_factor: Number, right: _Term | None
+    ) -> _Term:
         scaled = algebra.times(left_factor, left)
         return scaled if right is None else algebra.add(scaled, algebra.times(right_factor, right))
 

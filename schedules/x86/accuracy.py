@@ -10,7 +10,7 @@ _ROUNDING = 2.0**-24
 _FURTHER_ROUNDINGS = 4
 
 
-def stated_error(terms: int, amplification: float = 1.0) -> float:
+def stated_error(terms: float, amplification: float = 1.0) -> float:
     """A bound of max|error| / max|result| for sums of ``terms`` products one after the other.
 
     For independent standard-normal data and maps of a hundred values or more, where it leaves a

@@ -111,9 +111,7 @@ def pack(
     return packed.reshape(-1)
 
 
-def _packed_shape(
-    workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA
-) -> tuple[int, ...]:
+def _packed_shape(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> tuple[int, ...]:
     geometry, grid = fft_geometry(workload, isa), grid_of(workload, schedule, isa)
     if is_depthwise(geometry):
         return -(-geometry.out_channels // isa.lanes), grid.terms, grid.slots, isa.lanes

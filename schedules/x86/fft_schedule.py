@@ -129,7 +129,8 @@ class Axis:
     @property
     def tiles(self) -> int:
         """Tiles of a class; those at the end may overhang the map."""
-        return -(--(-self.outputs // self.classes) // self.tile_outputs)
+        of_class = -(-self.outputs // self.classes)
+        return -(-of_class // self.tile_outputs)
 
     def taps_of(self, term: int) -> range:
         """The taps of the kernel that a term uses, maybe fewer than `reach`."""
@@ -203,22 +204,32 @@ def fft_geometry(workload: ConvWorkload, isa: VectorISA) -> ConvGeometry:
     return canonical_geometry(geometry)
 
 
+def axes_of(geometry: ConvGeometry, tile: tuple[int, int]) -> tuple[Axis, Axis]:
+    """Rows and columns of a canonical geometry in tiles."""
+    extents, outputs = (
+        (geometry.height, geometry.width),
+        (geometry.out_height, geometry.out_width),
+    )
+    rows, columns = (
+        Axis(
+            tile[i],
+            taps,
+            geometry.stride[i],
+            geometry.dilation[i] if taps > 1 else 1,
+            extents[i],
+            outputs[i],
+            geometry.padding[i],
+        )
+        for i, taps in enumerate(geometry.kernel)
+    )
+    return rows, columns
+
+
 def grid_of(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> FFTGrid:
     """The tiles of a schedule."""
     geometry = fft_geometry(workload, isa)
-    axes = tuple(
-        Axis(
-            schedule.tile[i],
-            geometry.kernel[i],
-            geometry.stride[i],
-            geometry.dilation[i] if geometry.kernel[i] > 1 else 1,
-            (geometry.height, geometry.width)[i],
-            (geometry.out_height, geometry.out_width)[i],
-            geometry.padding[i],
-        )
-        for i in range(2)
-    )
-    return FFTGrid(geometry, (axes[0], axes[1]), schedule.rows, schedule.gauss)
+    axes = axes_of(geometry, schedule.tile)
+    return FFTGrid(geometry, axes, schedule.rows, schedule.gauss)
 
 
 def refuse(workload: ConvWorkload, isa: VectorISA) -> str | None:
@@ -260,9 +271,7 @@ def is_legal(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> s
     return None
 
 
-def register_block(
-    workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA
-) -> RegisterBlock:
+def register_block(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> RegisterBlock:
     """The product at a complex frequency, or one of Gauss's three."""
     grid = grid_of(workload, schedule, isa)
     channels = grid.geometry.in_channels // grid.geometry.groups
@@ -273,10 +282,11 @@ def register_block(
 def error_bound(workload: ConvWorkload, schedule: FFTSchedule) -> float:
     """The stated max|error| / max|result|, as `accuracy.stated_error` defines it.
 
-    Transforms lose no digits: they are orthogonal but for their scale.
+    Transforms amplify nothing, as they are orthogonal but for their scale; each of their stages, of
+    both directions, rounds once more.
     """
-    geometry = workload.geometry
-    terms = math.prod(
-        -(-taps // max(1, points)) for taps, points in zip(geometry.kernel, schedule.tile, strict=True)
-    )
-    return stated_error(geometry.in_channels // geometry.groups * terms)
+    geometry = canonical_geometry(workload.geometry)
+    rows, columns = axes_of(geometry, schedule.tile)
+    terms = geometry.in_channels // geometry.groups * rows.terms * columns.terms
+    stages = 2 * math.log2(rows.points * columns.points)
+    return stated_error(terms + stages)

@@ -209,9 +209,7 @@ class Stages:
                 at = target + (part * strides[1] + (vector * rows + row) * lanes)
                 em.store(products, value, at)
 
-        product = RegisterBlock(
-            rows, vectors, self.product.channels, self.product.segments, parts
-        )
+        product = RegisterBlock(rows, vectors, self.product.channels, self.product.segments, parts)
         lefts = tuple(left + part * strides[0] for part in range(parts))
         product.emit_parts(em, (data, lefts), (self.buffers[1], right), store)
 
@@ -227,9 +225,7 @@ class _Threefold(Packed):
     def complex(self, number: Index) -> tuple[ir.Expr, ir.Expr]:
         """Real and imaginary part of a product."""
         at = self.base + (number * 3 + self.reals) * self.step
-        first, second, third = (
-            self.em.load(self.buffer, at + i * self.step) for i in range(3)
-        )
+        first, second, third = (self.em.load(self.buffer, at + i * self.step) for i in range(3))
         return self.em.bind(first - third), self.em.bind(first + second)
 
     def put_complex(self, number: Index, real: ir.Expr, imaginary: ir.Expr) -> None:
@@ -287,9 +283,7 @@ def emit_depthwise(
         with em.loop(grid.terms, prefix="term") as term:
             source = em.bind_index(plane * (geometry.height * geometry.width * lanes), "x")
             first = em.bind_index((block * grid.terms + term) * size, "w")
-            sink = _Multiplied(
-                em, spectrum, 0, lanes, grid.reals, weights, first, grid.terms > 1
-            )
+            sink = _Multiplied(em, spectrum, 0, lanes, grid.reals, weights, first, grid.terms > 1)
             tile.forward(place, (x, source), term, sink, scratch)
         target = em.bind_index(plane * (geometry.out_height * geometry.out_width * lanes), "y")
         values = Packed(em, spectrum, 0, lanes, grid.reals)

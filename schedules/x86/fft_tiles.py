@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import ir, tirx
 
@@ -97,7 +98,10 @@ class TileTransform:
     ) -> None:
         """Transform a tile of the map that starts at (buffer, offset), as a term reads it."""
         em, grid, lanes = self.em, self.grid, self.lanes
-        axes, terms = grid.axes, (quotient(term, grid.axes[1].terms), remainder(term, grid.axes[1].terms))
+        axes, terms = (
+            grid.axes,
+            (quotient(term, grid.axes[1].terms), remainder(term, grid.axes[1].terms)),
+        )
         origins = []
         for index, axis in enumerate(axes):
             phase, part = quotient(terms[index], axis.parts), remainder(terms[index], axis.parts)
@@ -155,11 +159,13 @@ class TileTransform:
         low = em.bind_index(low, "low")
         count = em.bind_index(clamp_high(high, line.points) - low, "count")
         step = line.step * self._unit(self.line, self.grid.geometry.width)
-        with nullcontext() if on_map is None else em.when(on_map):
-            with em.loop(count, start=low, prefix="i") as i:
-                em.store(scratch, em.load(x, at + i * step), i * em.lanes + target)
+        whole = nullcontext() if on_map is None else em.when(on_map)
+        with whole, em.loop(count, start=low, prefix="i") as i:
+            em.store(scratch, em.load(x, at + i * step), i * em.lanes + target)
 
-    def _forward_across(self, sink: Sink, scratch: tirx.Buffer, temporary: tuple[tirx.Buffer, int]) -> None:
+    def _forward_across(
+        self, sink: Sink, scratch: tirx.Buffer, temporary: tuple[tirx.Buffer, int]
+    ) -> None:
         """Transform the lines in ``scratch`` along the cross axis."""
         em, lanes, points = self.em, self.lanes, self._points(self.cross)
         with em.loop(2, prefix="column") as column:
@@ -251,7 +257,7 @@ class TileTransform:
 class _Shifted:
     """A part of a spectrum, from given numbers of its real and complex values on."""
 
-    def __init__(self, whole: object, reals: Index, pairs: Index) -> None:
+    def __init__(self, whole: Any, reals: Index, pairs: Index) -> None:
         self._whole, self._reals, self._pairs = whole, reals, pairs
 
     def real(self, number: Index) -> ir.Expr:

@@ -177,7 +177,11 @@ class RealTransform(_Transform):
         _put(sink, run(em, odd_dft(second), [em.load(*at) for at in rows[1]]), second // 2 - 1)
         with em.loop(first // 2 - 1, prefix="j") as j:
             pairs = [em.load(*at) for n in range(second) for at in self._pair(scratch, j, n)]
-            _put(sink, run(em, complex_dft(second), pairs), em.bind_index(j * second, "k") + second - 1)
+            _put(
+                sink,
+                run(em, complex_dft(second), pairs),
+                em.bind_index(j * second, "k") + second - 1,
+            )
 
     def inverse(
         self, source: Source, store: Store, scratch: tuple[tirx.Buffer, int], outputs: int
@@ -215,7 +219,9 @@ class RealTransform(_Transform):
             for m, value in enumerate(run(em, code, values)):
                 store(n + m * second, value)
 
-    def _at(self, scratch: tuple[tirx.Buffer, int], row: Index, n: int) -> tuple[tirx.Buffer, Index]:
+    def _at(
+        self, scratch: tuple[tirx.Buffer, int], row: Index, n: int
+    ) -> tuple[tirx.Buffer, Index]:
         return scratch[0], (row * self.second + n) * self.em.lanes + scratch[1]
 
     def _pair(

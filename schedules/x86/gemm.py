@@ -88,9 +88,7 @@ class RegisterBlock:
                 store(i, j, tuple(em.value_of(of_part[i][j]) for of_part in sums))
 
 
-def _multiply_add(
-    em: Emitter, sums: list[tirx.Buffer], a: list[ir.Expr], b: list[ir.Expr]
-) -> None:
+def _multiply_add(em: Emitter, sums: list[tirx.Buffer], a: list[ir.Expr], b: list[ir.Expr]) -> None:
     """``sums += a * b``, of real or of complex numbers."""
     em.multiply_add(sums[0], a[0], b[0])
     if len(sums) == 2:
