@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from conftest import small_network
 from helpers import reference, relative, run
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
 from tvm_lowrank.passes.pipeline import normalise
 
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import FORMS, InputMoments
+from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.layer import collect_layers
-from tvm_lowrank.planner.calibrate import input_moments, sensitivities
+from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate
 from tvm_lowrank.planner.refit import refit
+from tvm_lowrank.planner.segments import Segments
+from tvm_lowrank.planner.sensitivity import remembered, sensitivities
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import host_target
@@ -77,35 +84,129 @@ def test_moments_are_those_of_the_exposed_inputs(bench):
     assert np.allclose(found["conv5"].covariance, np.cov(pixels.T, bias=True), atol=1e-4)
 
 
-def test_sensitivity_of_a_layer_is_the_outputs_move_over_its_error(bench):
+@pytest.fixture(scope="module")
+def segments(bench):
+    timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
+    return Segments(bench.mod, bench.layers, timer)
+
+
+def test_pieces_in_a_row_equal_the_network(bench, segments):
+    expected = bench.trial.run(bench.inputs[:4])
+    state = segments.start(bench.inputs[:4])
+    assert relative(segments.finish(0, state), expected) < 1e-5
+    for index in range(3):
+        state = segments.step(index, state)
+    assert relative(segments.finish(3, state), expected) < 1e-5
+    replaced = (np.zeros_like(bench.layers[5].weight), bench.layers[5].bias)
+    state = segments.step(4, segments.step(3, state))
+    expected = bench.trial.run(bench.inputs[:4], {"conv5": replaced})
+    assert relative(segments.finish(5, state, replaced), expected) < 1e-5
+
+
+def test_the_addition_behind_a_convolution_is_found(bench, segments):
+    # conv2 is added to what conv1 reads; nothing is added to the others.
+    assert segments.piece(2).shortcut == segments.piece(1).source
+    others = [segments.piece(index).shortcut for index in (0, 1, 3, 4, 5)]
+    assert others == [None] * 5
+
+
+def test_sensitivity_of_a_layer_is_the_outputs_move_over_its_error(bench, segments):
     layer = bench.layers[1]
     lossy = made(layer, "separable", 16, InputMoments.identity(layer.geometry))
     original = bench.trial.run(bench.inputs)
-    found = sensitivities(bench.trial, {"conv1": [lossy]}, bench.inputs, original, False)
+    found = sensitivities(segments, {"conv1": [lossy]}, bench.inputs, False)
     moved = bench.trial.run(bench.inputs, {"conv1": (lossy.weight, lossy.bias)})
     expected = ((moved - original) ** 2).sum() / (original**2).sum() / 0.1
     assert found["conv1"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_refitting_brings_the_output_nearer(bench):
-    names = {"conv1": ("separable", 16), "conv2": ("tucker2", (16, 24)), "conv5": (
-        "linear_combination", 16)}  # fmt: skip
+def test_sensitivities_are_measured_once_for_a_network_and_its_data(bench, tmp_path):
+    path, calls = tmp_path / "sensitivity.json", []
+
+    def measure():
+        calls.append(1)
+        return {"conv0": 0.1 + len(calls), "conv1": 1 / 3}
+
+    def ask(mod=bench.mod, inputs=bench.inputs, wanted=("conv0", "conv1")):
+        return remembered(path, mod, inputs, True, wanted, measure)
+
+    first = ask()
+    assert ask() == first and ask(wanted=("conv1",)) == {"conv1": 1 / 3} and len(calls) == 1
+    assert ask(inputs=bench.inputs[:9]) != first and len(calls) == 2
+    other = normalise(load_model(small_network(seed=5)))
+    ask(mod=other), ask(mod=other)
+    assert len(calls) == 3
+    ask(mod=other, wanted=("conv0", "conv1", "conv4"))
+    assert len(calls) == 4
+    path.write_text("[]")
+    with pytest.raises(LowRankError, match="delete the file"):
+        ask()
+
+
+NAMES = {"conv1": ("separable", 16), "conv2": ("tucker2", (16, 24)), "conv5": (
+    "linear_combination", 16)}  # fmt: skip
+
+
+def chosen(bench, names=NAMES):
     by_name = {layer.name: layer for layer in bench.layers}
-    fit, held = bench.inputs[:30], bench.inputs[30:]
-    moments = input_moments(bench.observer, [by_name[n] for n in names], fit, seed=0)
-    choice = {n: made(by_name[n], *names[n], moments[n]) for n in names}
+    moments = input_moments(bench.observer, [by_name[n] for n in names], bench.inputs[:30], seed=0)
+    return {n: made(by_name[n], *names[n], moments[n]) for n in names}
+
+
+def error(bench, choice, seen=slice(30, None)):
+    held = bench.inputs[seen]
     original = bench.trial.run(held)
+    outputs = bench.trial.run(held, {n: (c.weight, c.bias) for n, c in choice.items()})
+    return np.linalg.norm(outputs - original)
 
-    def error(chosen):
-        outputs = bench.trial.run(held, {n: (c.weight, c.bias) for n, c in chosen.items()})
-        return np.linalg.norm(outputs - original)
 
-    better = refit(bench.observer, choice, fit, seed=0)
-    assert error(better) < 0.9 * error(choice)
-    again = refit(bench.observer, choice, fit, seed=0)
-    for name in names:
+def dense(layer):
+    return Candidate("dense", 0, (layer.geometry,), (layer.weight,), layer.bias, 0.0, 1.0, 1.0)
+
+
+def test_refitting_brings_the_output_nearer(bench, segments):
+    choice, fit = chosen(bench), bench.inputs[:30]
+    better = refit(segments, choice, fit, seed=0)
+    assert error(bench, better) < 0.9 * error(bench, choice)
+    again = refit(segments, choice, fit, seed=0)
+    for name in NAMES:
         assert all(
             np.array_equal(a, b)
             for a, b in zip(better[name].factors, again[name].factors, strict=True)
         )
         assert better[name].stages == choice[name].stages
+
+
+def test_dense_layers_make_up_for_the_layers_before_them(bench, segments):
+    fit = bench.inputs[:30]
+    choice = chosen(bench, {"conv1": ("separable", 16)})
+    alone = refit(segments, choice, fit, seed=0)
+    spare = {layer.name: dense(layer) for layer in bench.layers if layer.geometry.groups == 1}
+    helped = refit(segments, {**spare, **choice}, fit, seed=0)
+    assert error(bench, helped) < 0.9 * error(bench, alone)
+    # Nothing before the first factored layer has anything to make up for.
+    assert helped["conv0"].factors[0] is bench.layers[0].weight
+    assert helped["conv5"].factors[0] is not bench.layers[5].weight
+
+
+def test_a_layer_makes_up_for_the_error_of_what_is_added_to_its_output(bench, segments):
+    # conv0's output is both conv1's input and the shortcut around conv1 and conv2.
+    fit, choice = bench.inputs[:30], chosen(bench, {"conv0": ("linear_combination", 16)})
+    spare = {"conv2": dense(bench.layers[2])}
+
+    def sum_error(weights):
+        exact = rough = segments.start(bench.inputs[30:])
+        for index in range(3):
+            exact = segments.step(index, exact)
+            rough = segments.step(index, rough, weights.get(f"conv{index}"))
+        name = segments.piece(3).source
+        return np.linalg.norm(segments.values(exact, name) - segments.values(rough, name))
+
+    found = refit(segments, {**spare, **choice}, fit, seed=0)
+    weights = {name: (c.weight, c.bias) for name, c in found.items()}
+    # A regression of conv2's own output, the shortcut's error left out.
+    blind = copy.copy(segments)
+    blind.piece = lambda index: replace(segments.piece(index), shortcut=None)
+    own = refit(blind, {**spare, **choice}, fit, seed=0)
+    unaware = {name: (c.weight, c.bias) for name, c in own.items()}
+    assert sum_error(weights) < 0.95 * sum_error(unaware)

@@ -37,7 +37,8 @@ class LayerPlan:
     ``dense_us`` and ``measured_us`` are the measured times of the layer's kernels before and after,
     ``error`` the share of its output variance lost on the data; ``reason`` says why a layer is left
     as it is. ``algorithms`` has one entry a stage; ``weight_bytes`` are those of all
-    stages' weights as their kernels keep them, padded and transformed.
+    stages' weights as their kernels keep them, padded and transformed. ``refitted`` marks a dense
+    layer whose weights make up for errors of the layers before it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LayerPlan:
     measured_us: float | None = None
     weight_bytes: int | None = None
     reason: str | None = None
+    refitted: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -91,6 +93,10 @@ class Plan:
         The same for chains of convolutions of which all, or the last few, are one kernel.
     factors : dict
         Layer name to (stage weights, bias); what `save` writes beside the JSON.
+    curve : tuple of dict
+        Every choice that was tried on the selection samples, slowest first: ``microseconds`` of its
+        convolutions (``dense_us`` with no form changed), ``drop``, its ``interval``, ``agreement``,
+        how many layers are ``rewritten``, and whether it was ``refitted`` or ``recovered``.
     result : dict
         Accuracy, latency and size before and after, measured on built libraries.
     transformed : bool
@@ -109,6 +115,7 @@ class Plan:
         default_factory=dict, compare=False, repr=False
     )
     result: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[dict[str, Any], ...] = ()
     transformed: bool = True
     reason: str | None = None
 
@@ -120,8 +127,8 @@ class Plan:
         Parameters
         ----------
         mod : tvm.IRModule
-            The network the plan was made for (also with other weights of the layers it leaves
-            dense).
+            The network the plan was made for (also with other weights of the layers it neither
+            factors nor refits).
 
         Returns
         -------
@@ -161,7 +168,7 @@ class Plan:
         """The rewritten layers as chains for `FactorConvolutions`."""
         chains = {}
         for layer in self.layers:
-            if layer.form == "dense" or not self.transformed:
+            if (layer.form == "dense" and not layer.refitted) or not self.transformed:
                 continue
             if layer.name not in self.factors:
                 raise LowRankError(
@@ -223,13 +230,21 @@ class Plan:
                 for layer in self.layers
             ),
             result={},
+            curve=(),
         )
 
     def dense(self) -> Plan:
         """The plan that leaves every layer dense, with the same kernels: the baseline."""
         layers = tuple(
             replace(
-                layer, form="dense", rank=0, stages=(), algorithms=(), error=0.0, weight_bytes=None
+                layer,
+                form="dense",
+                rank=0,
+                stages=(),
+                algorithms=(),
+                error=0.0,
+                weight_bytes=None,
+                refitted=False,
             )
             for layer in self.layers
         )
@@ -249,6 +264,7 @@ class Plan:
             "transformed": self.transformed,
             "reason": self.reason,
             "result": self.result,
+            "curve": list(self.curve),
             "layers": [layer.to_json() for layer in self.layers],
             "schedules": [list(pair) for pair in self.schedules],
             "fused": [list(pair) for pair in self.fused],
@@ -273,7 +289,8 @@ class Plan:
                 tuple((pair[0], pair[1]) for pair in data.pop(name))
                 for name in ("schedules", "fused")
             )
-            return cls(layers=layers, schedules=schedules, fused=fused, **data)
+            curve = tuple(data.pop("curve", ()))
+            return cls(layers=layers, schedules=schedules, fused=fused, curve=curve, **data)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise LowRankError(
                 f"the plan is damaged or of another version ({error!r}); make it again with tune"

@@ -197,10 +197,14 @@ def _put(model: Any, name: str, module: Any) -> Any:
 
 def _gathers(layer: LayerPlan) -> frozenset[int]:
     assert layer.geometry is not None
+    if layer.form == "dense":
+        return frozenset()
     return FORMS[layer.form].gathers(layer.geometry, layer.rank)
 
 
 def _product(layer: LayerPlan, factors: Sequence[np.ndarray]) -> np.ndarray:
+    if layer.form == "dense":
+        return factors[0]
     whole = FORMS[layer.form].reconstruct([f.astype(np.float64) for f in factors])
     return np.asarray(whole, np.float32)
 

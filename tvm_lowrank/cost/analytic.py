@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tvm_lowrank.geometry import ConvGeometry
 
+# Outputs of a tile along one axis that Winograd kernels are predicted with, and additions of a
+# transform for each point and axis.
+_TILES = (2, 4, 6)
+_ADDITIONS = 3
 # Starting a parallel kernel and calling it from the VM, in microseconds.
 _LAUNCH = 2.0
 
@@ -22,20 +27,57 @@ class Roofline:
     gflops: float
     gigabytes: float
 
-    def microseconds(self, stages: Sequence[ConvGeometry], lanes: int) -> float:
-        """Predicted time of a chain of convolutions by the direct algorithm.
+    def microseconds(
+        self,
+        stages: Sequence[ConvGeometry],
+        lanes: int,
+        algorithms: Collection[str] = ("direct",),
+    ) -> float:
+        """Predicted time of a chain of convolutions, each by the fastest of the algorithms.
 
         Output channels are counted in whole vectors of ``lanes``, as the kernels compute them. Good
         enough to rank candidates; what is chosen is measured.
         """
-        return sum(self._one(stage, lanes) for stage in stages)
+        return sum(self._one(stage, lanes, algorithms) for stage in stages)
 
-    def _one(self, stage: ConvGeometry, lanes: int) -> float:
+    def _one(self, stage: ConvGeometry, lanes: int, algorithms: Collection[str]) -> float:
         padded = -(-stage.out_channels // lanes) * lanes / stage.out_channels
-        compute = 2 * stage.multiplications * padded / (self.gflops * 1e3)
-        floats = (
-            stage.weight_count
-            + stage.batch * stage.in_channels * stage.height * stage.width
+        maps = (
+            stage.batch * stage.in_channels * stage.height * stage.width
             + stage.batch * stage.out_channels * stage.out_height * stage.out_width
         )
-        return max(compute, 4 * floats / (self.gigabytes * 1e3)) + _LAUNCH
+        ways = [self._time(2 * stage.multiplications * padded, stage.weight_count + maps)]
+        if "winograd" in algorithms and _has_winograd(stage):
+            for tile in _TILES:
+                operations, weights = _winograd(stage, tile, padded)
+                ways.append(self._time(operations, weights + maps))
+        return min(ways) + _LAUNCH
+
+    def _time(self, operations: float, floats: float) -> float:
+        return max(operations / (self.gflops * 1e3), 4 * floats / (self.gigabytes * 1e3))
+
+
+def _has_winograd(stage: ConvGeometry) -> bool:
+    plain = stage.stride == stage.dilation == (1, 1) and stage.groups == 1
+    return plain and 1 < max(stage.kernel) <= 7
+
+
+def _winograd(stage: ConvGeometry, tile: int, padded: float) -> tuple[float, float]:
+    """Operations and transformed weights of F(tile, taps), per axis that has taps.
+
+    The products, and the additions of the transforms: about three for each point of a tile along
+    each axis, for each input channel before and each output channel after.
+    """
+    points, outputs, steps = [], [], 0
+    for taps in stage.kernel:
+        size = tile if taps > 1 else 1
+        points.append(size + taps - 1)
+        outputs.append(size)
+        steps += taps > 1
+    tiles = math.ceil(stage.out_height / outputs[0]) * math.ceil(stage.out_width / outputs[1])
+    all_points, all_outputs = math.prod(points), math.prod(outputs)
+    products = all_points * stage.in_channels * stage.out_channels * padded
+    before = _ADDITIONS * steps * all_points * stage.in_channels
+    after = _ADDITIONS * steps * math.sqrt(all_points * all_outputs) * stage.out_channels
+    weights = all_points * stage.in_channels * stage.out_channels
+    return 2 * stage.batch * tiles * (products + before + after), weights

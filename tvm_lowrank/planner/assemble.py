@@ -60,8 +60,11 @@ class Assembler:
         layers, factors = [], {}
         for layer in self.survey.layers:
             taken = choice.get(layer.name)
-            if taken is None or taken.form == "dense" or layer.name not in self.survey.dense:
-                layers.append(self._dense(layer, timer, bool(choice)))
+            if taken is None or taken.form == "dense":
+                refitted = taken is not None and taken.factors[0] is not layer.weight
+                layers.append(self._dense(layer, timer, bool(choice), refitted))
+                if taken is not None and refitted:
+                    factors[layer.name] = (taken.factors, taken.bias.astype("float32"))
                 continue
             factors[layer.name] = (taken.factors, taken.bias.astype("float32"))
             layers.append(
@@ -92,7 +95,9 @@ class Assembler:
         plan = replace(plan, fused=_as_json(found))
         return replace(plan, layers=tuple(self._describe(layer, plan, timer) for layer in layers))
 
-    def _dense(self, layer: ConvLayer, timer: KernelTimer, among_others: bool) -> LayerPlan:
+    def _dense(
+        self, layer: ConvLayer, timer: KernelTimer, among_others: bool, refitted: bool
+    ) -> LayerPlan:
         dense, before = self.survey.dense.get(layer.name), self.survey.before.get(layer.name)
         reason = self.survey.reasons.get(layer.name)
         if reason is None and among_others:
@@ -106,6 +111,7 @@ class Assembler:
             predicted_us=_known(dense.predicted_us if dense else None),
             measured_us=us,
             reason=reason,
+            refitted=refitted,
         )
 
     def _describe(self, layer: LayerPlan, plan: Plan, timer: KernelTimer) -> LayerPlan:

@@ -1,24 +1,20 @@
-"""What the data says about each layer: input moments, and how much the output minds its errors."""
+"""What the data says about each layer: the second moments of its inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from tvm_lowrank.decompose.moments import InputMoments, MomentAccumulator
 from tvm_lowrank.layer import ConvLayer
-from tvm_lowrank.metrics import divergence
-from tvm_lowrank.planner.candidates import Candidate
-from tvm_lowrank.planner.trial import TrialNetwork, Weights
+from tvm_lowrank.planner.trial import TrialNetwork
 
 # Output positions sampled of each image.
 POSITIONS = 64
 # Activations gathered before they enter the moments: one product of many rows is far cheaper than
 # many products of few.
 _HELD_BYTES = 256 << 20
-# The error at which sensitivities are taken: small enough to be local, large enough to be seen.
-_PROBE_ERROR = 0.08
 
 
 def input_moments(
@@ -56,12 +52,11 @@ def gathered(
     observer: TrialNetwork,
     inputs: np.ndarray,
     names: Sequence[str],
-    weights: Weights | None = None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Inputs of the named layers, many samples at a time, with the number of samples so far."""
     held: dict[str, list[np.ndarray]] = {name: [] for name in names}
     size = done = 0
-    for outputs in observer.stream(inputs, weights, names):
+    for outputs in observer.stream(inputs, None, names):
         for name, value in zip(names, outputs[1:], strict=True):
             held[name].append(value)
             size += value.nbytes
@@ -71,26 +66,3 @@ def gathered(
             for values in held.values():
                 values.clear()
             size = 0
-
-
-def sensitivities(
-    trial: TrialNetwork,
-    options: Mapping[str, Sequence[Candidate]],
-    inputs: np.ndarray,
-    original: np.ndarray,
-    classifier: bool,
-    report: Callable[[int], None] = lambda done: None,
-) -> dict[str, float]:
-    """How much the network's output moves for each unit of a layer's error, layer by layer.
-
-    Each layer in turn is replaced by its candidate with an error near 0.08 and the network is run;
-    the sensitivity is the divergence of the outputs over that error.
-    """
-    found = {}
-    for done, (name, candidates) in enumerate(options.items()):
-        lossy = [candidate for candidate in candidates if candidate.error > 0]
-        probe = min(lossy, key=lambda c: abs(np.log(c.error / _PROBE_ERROR)))
-        outputs = trial.run(inputs, {name: (probe.weight, probe.bias)})
-        found[name] = divergence(outputs, original, classifier) / probe.error
-        report(done + 1)
-    return found

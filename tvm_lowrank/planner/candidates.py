@@ -77,7 +77,7 @@ def propose(
     geometry, weight = layer.geometry, layer.weight
     assert geometry is not None
     exact = weight.astype(np.float64)
-    dense_us = roofline.microseconds([geometry], timer.isa.lanes)
+    dense_us = roofline.microseconds([geometry], timer.isa.lanes, timer.algorithms)
     refusals: list[str] = []
     plausible: dict[str, list[_Priced]] = {}
     for name in forms:
@@ -88,7 +88,7 @@ def propose(
         priced = []
         for rank in form.ranks(geometry, timer.isa.lanes):
             stages = tuple(form.stages(geometry, rank))
-            predicted = roofline.microseconds(stages, timer.isa.lanes)
+            predicted = roofline.microseconds(stages, timer.isa.lanes, timer.algorithms)
             if predicted < _PREDICTED_GAIN * dense_us:
                 priced.append(_Priced(rank, stages, predicted))
         if priced:

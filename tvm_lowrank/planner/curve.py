@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tvm_lowrank.data import DataSplit
 from tvm_lowrank.metrics import Quality, judge
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.allocate import Choice
-from tvm_lowrank.planner.calibrate import sensitivities
 from tvm_lowrank.planner.candidates import Candidate
 from tvm_lowrank.planner.refit import refit
+from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Report
 from tvm_lowrank.planner.trial import TrialNetwork
 
-# Samples on which sensitivities are taken, and points of the curve that are tried with factors as
-# they were fitted layer by layer and with factors refitted in sequence.
-_PROBE_SAMPLES = 64
-_POINTS = 8
-_REFIT_POINTS = 4
+# Points tried by bisection, and the ratio of two times that are not worth telling apart.
+_POINTS = 7
+_SAME = 1.02
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Point:
     choice: Choice
     microseconds: float
     quality: Quality
+    recovered: bool = False
 
 
 class Curve:
@@ -36,10 +37,16 @@ class Curve:
 
     Parameters
     ----------
-    trial, observer : TrialNetwork
-        The network, the second with exposed convolution inputs.
+    trial : TrialNetwork
+        Judges points.
+    segments : Segments
+        Refits them.
     candidates : mapping
         For each layer what it may become, fastest first, the dense form last.
+    dense : mapping
+        The dense candidates of layers that may be refitted though no form changes them.
+    sensitivity : mapping
+        See `tvm_lowrank.planner.sensitivity`.
     split : DataSplit
         Factors are refitted on its ``fit`` samples, choices tried on its ``select`` samples.
     metric, max_drop
@@ -49,75 +56,104 @@ class Curve:
     def __init__(
         self,
         trial: TrialNetwork,
-        observer: TrialNetwork,
+        segments: Segments,
         candidates: Mapping[str, Sequence[Candidate]],
+        dense: Mapping[str, Candidate],
+        sensitivity: Mapping[str, float],
         split: DataSplit,
         metric: str,
         max_drop: float,
         seed: int,
         report: Report,
     ) -> None:
-        self.trial, self.observer = trial, observer
-        self.candidates, self.split = candidates, split
-        self.metric, self.max_drop, self.seed, self.report = metric, max_drop, seed, report
+        self.trial, self.segments = trial, segments
+        self.candidates, self.dense, self.sensitivity = candidates, dense, sensitivity
+        self.split, self.metric, self.max_drop = split, metric, max_drop
+        self.seed, self.report = seed, report
         self.points: list[Point] = []
         self.original = trial.run(split.select.inputs)
-        self.sensitivity = sensitivities(
-            trial,
-            candidates,
-            split.select.inputs[:_PROBE_SAMPLES],
-            self.original[:_PROBE_SAMPLES],
-            metric != "output_error",
-            lambda done: report("sensitivity of layers", done, len(candidates)),
-        )
         self.fastest = sum(options[0].measured_us for options in candidates.values())
         self.slowest = sum(options[-1].measured_us for options in candidates.values())
 
     def search(self) -> Point | None:
         """The fastest point found that keeps the budget, or None.
 
-        First with factors as they were fitted, which costs one run of the network a point; then
-        from the fastest of those towards faster ones with factors refitted in sequence.
+        By bisection of the time that the convolutions may take, each choice refitted in sequence.
         """
-        within = self._bisect(self.slowest, _POINTS, refitted=False)
-        self._bisect(within, _REFIT_POINTS, refitted=True)
-        kept = [p for p in self.points if self._keeps(p) and p.microseconds < self.slowest]
-        return min(kept, key=lambda point: point.microseconds, default=None)
+        low, high = self.fastest, self.slowest
+        for _ in range(_POINTS):
+            if high < _SAME * low:
+                break
+            middle = math.sqrt(low * high)
+            choice = self._choice(middle)
+            spent = allocate.microseconds(choice)
+            point = next((p for p in self.points if p.microseconds == spent), None)
+            if point is None and spent < self.slowest:
+                point = self._try(choice)
+            if point is None or self.keeps(point):
+                high = middle
+            else:
+                low = middle
+        return min(self._kept(), key=lambda point: point.microseconds, default=None)
 
     def step_back(self, point: Point) -> Point | None:
-        """A refitted point that saves three quarters of the time, or less; None if none does."""
+        """A slower point that keeps the budget: one that was tried, else with less of the gain."""
+        slower = [kept for kept in self._kept() if kept.microseconds > point.microseconds]
+        if slower:
+            return min(slower, key=lambda kept: kept.microseconds)
         for share in (0.75, 0.5, 0.25):
-            budget = self.slowest - share * (self.slowest - point.microseconds)
-            choice = allocate.for_time(self.candidates, self.sensitivity, budget)
+            choice = self._choice(self.slowest - share * (self.slowest - point.microseconds))
             if point.microseconds < allocate.microseconds(choice) < self.slowest:
-                return self._try(budget, refitted=True)
+                return self._try(choice)
         return None
 
-    def _bisect(self, high: float, steps: int, refitted: bool) -> float:
-        """The least time in [fastest, high] found to keep the budget, or ``high``."""
-        low = time = self.fastest
-        for _ in range(steps):
-            if self._keeps(self._try(time, refitted)):
-                high = time
-            else:
-                low = time
-            if high <= low:
-                break
-            time = (low + high) / 2
-        return high
-
-    def _keeps(self, point: Point) -> bool:
+    def keeps(self, point: Point) -> bool:
+        """Whether the point promises to keep the budget."""
         return point.quality.cautious_drop <= self.max_drop
 
-    def _try(self, microseconds: float, refitted: bool) -> Point:
-        choice = allocate.for_time(self.candidates, self.sensitivity, microseconds)
-        inputs = self.split.select.inputs
-        if refitted:
-            choice = refit(self.observer, choice, self.split.fit.inputs, self.seed)
-        weights = {n: (c.weight, c.bias) for n, c in choice.items() if c.form != "dense"}
-        outputs = self.trial.run(inputs, weights)
+    def judge(self, choice: Choice, microseconds: float, recovered: bool = False) -> Point:
+        """A choice with its quality on the selection samples, kept as a point of the curve."""
+        outputs = self.trial.run(self.split.select.inputs, weights_of(choice))
         quality = judge(outputs, self.original, self.split.select.labels, self.metric)
-        point = Point(choice, allocate.microseconds(choice), quality)
+        point = Point(choice, microseconds, quality, recovered)
         self.points.append(point)
-        self.report("choosing", len(self.points), max(_POINTS + _REFIT_POINTS, len(self.points)))
         return point
+
+    def to_json(self) -> tuple[dict[str, Any], ...]:
+        """Every point, slowest first, as a plan keeps them."""
+        return tuple(
+            {
+                "microseconds": point.microseconds,
+                "dense_us": self.slowest,
+                "drop": point.quality.drop,
+                "interval": None if (i := point.quality.interval) is None else list(i),
+                "agreement": point.quality.agreement,
+                "samples": point.quality.samples,
+                "rewritten": sum(c.form != "dense" for c in point.choice.values()),
+                "keeps": self.keeps(point),
+                "recovered": point.recovered,
+            }
+            for point in sorted(self.points, key=lambda point: -point.microseconds)
+        )
+
+    def _kept(self) -> list[Point]:
+        return [p for p in self.points if self.keeps(p) and p.microseconds < self.slowest]
+
+    def _choice(self, microseconds: float) -> Choice:
+        return allocate.for_time(self.candidates, self.sensitivity, microseconds)
+
+    def _try(self, choice: Choice) -> Point:
+        stage = f"refitting, point {len(self.points) + 1}"
+        fitted = refit(
+            self.segments,
+            {**self.dense, **choice},
+            self.split.fit.inputs,
+            self.seed,
+            report=lambda done, total: self.report(stage, done, total),
+        )
+        return self.judge(fitted, allocate.microseconds(choice))
+
+
+def weights_of(choice: Choice) -> dict[str, tuple[Any, Any]]:
+    """What a `TrialNetwork` takes to compute what the choice computes."""
+    return {name: (candidate.weight, candidate.bias) for name, candidate in choice.items()}

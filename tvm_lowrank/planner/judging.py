@@ -54,8 +54,8 @@ class Judge:
     def conclude(self, make_curve: Callable[[], Curve] | None) -> Plan:
         """Build the fastest choice that promises to keep the budget, and judge the library.
 
-        A library that misses the budget on the evaluation samples is followed by one with three
-        quarters of its gain, a few times; then, or when it is not faster, the network is returned
+        A library that misses the budget on the evaluation samples is followed by the next slower
+        one, a few times; then, or when it is not faster, the network is returned
         with no form changed, in the algorithms that are fastest. The same without a curve.
         """
         options, survey = self.assembler.survey.options, self.assembler.survey
@@ -68,7 +68,7 @@ class Judge:
             dense_path = self._build(dense_plan, self.directory / "dense.so")
         original, labels = self._outputs(original_path), self.split.final.labels
         before = judge(original, original, labels, metric)
-        reason = "no layer has a faster candidate"
+        reason, tried = "no layer has a faster candidate", ()
         if options.lossless:
             reason = "only the dense form is allowed"
         if make_curve is not None:
@@ -97,12 +97,14 @@ class Judge:
                     )
                     break
                 self.report("building and judging", _BUILDS, _BUILDS)
+                plan = replace(plan, curve=curve.to_json())
                 return self._finish(plan, built, before, after, slow, fast)
+            tried = curve.to_json()
         slow, fast = self._race(original_path, dense_path)
         after = judge(self._outputs(dense_path), original, labels, metric)
         if fast.median_ms > slow.median_ms or after.drop > limit:
             dense_plan, dense_path, after, fast = slow_plan, original_path, before, slow
-        plan = replace(dense_plan, transformed=False, reason=reason)
+        plan = replace(dense_plan, transformed=False, reason=reason, curve=tried)
         return self._finish(plan, dense_path, before, after, slow, fast)
 
     def _build(self, plan: Plan, path: Path) -> Path:

@@ -1,134 +1,203 @@
-"""Fit the chosen factors once more, in order, to the original outputs given approximated inputs."""
+"""Fit the layers of a choice in order, to the original outputs given approximated inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from tvm_lowrank.decompose import FORMS, InputMoments, PatchSampler, relative_error
+from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.allocate import Choice
-from tvm_lowrank.planner.calibrate import POSITIONS, gathered
+from tvm_lowrank.planner.calibrate import POSITIONS
 from tvm_lowrank.planner.candidates import Candidate
-from tvm_lowrank.planner.trial import TrialNetwork
+from tvm_lowrank.planner.segments import Segments, State
 
-# Multiplications spent on running the network once, the least samples, and the most such runs.
-_WORK = 1e11
+# Multiplications and bytes of activations spent on running the network once, and the least samples.
+_WORK = 2e12
+_BYTES = 2 << 30
 _FEWEST = 64
-_PASSES = 12
+# Ridge of the regression, as a share of the mean variance of the inputs: unknowns over equations
+# within these bounds.
+_PULL = (0.01, 0.1)
+# A layer that stays dense is refitted too, unless its patches are so large that the regression
+# takes longer than it is worth.
+_DENSE_PATCH = 1200
 
 
 def refit(
-    observer: TrialNetwork,
+    segments: Segments,
     choice: Choice,
     inputs: np.ndarray,
     seed: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Choice:
-    """Refit every factored layer of a choice, first to last.
+    """Refit every layer of a choice from the first factored one on, dense ones included.
 
-    The layer's inputs are those of the network with all layers before it already approximated; its
-    target is what the original layer gives for the original input. So a layer makes up for errors
-    of those before it, as far as a linear map can. The target weight is the ridge regression
-    ``B = (S + l I)^-1 (S_xy + l W)``, S the moments of the approximated inputs, pulled towards the
-    original W; its factors are fitted under S, and the bias makes the mean output exact.
+    The original and the approximated network run side by side, a layer at a time. What a layer is
+    to give is the original layer's output for the original input; its input is that of the
+    approximated network. So a layer makes up for errors of those before it, as far as a linear map
+    can. Where its output is added to another value that is known by then, the error of that value
+    is added to the target: the sum comes out right.
 
-    Deep networks are refitted a group of neighbouring layers at a time, so that the network is run
-    a bounded number of times; within a group the layers before are those not refitted yet.
+    The target weight is the ridge regression ``B = (S + l I)^-1 (S_xy + l W)``, S the moments of
+    the approximated inputs, pulled towards the original W; the factors are fitted to B under S, and
+    the bias makes the mean output exact.
 
     Parameters
     ----------
-    observer : TrialNetwork
-        Made with ``expose=True``.
+    segments : Segments
+    choice : dict
+        Layer name to candidate; the dense one of a layer that may be refitted without another form.
+        Layers left out keep their weights.
     inputs : np.ndarray
-        Samples (n, ...); fewer are used for networks of many multiplications.
+        Samples (n, ...); fewer are used for networks of many multiplications or large activations.
+    seed : int
+        Of the output positions that are drawn.
+    report : callable
+        Told how many layers of how many are done.
 
     Returns
     -------
     Choice
         With new factors, biases and errors (on the approximated inputs); times are unchanged.
     """
-    layers = observer.layers
-    work = sum(layer.geometry.multiplications for layer in layers.values() if layer.geometry)
-    inputs = inputs[: max(_FEWEST, int(_WORK * observer.batch / max(work, 1)))]
-    order = [name for name in layers if name in choice and choice[name].form != "dense"]
-    targets = {name: _Targets(layers[name], seed) for name in order}
-    for _, activations in gathered(observer, inputs, order):
-        for name, target in targets.items():
-            target.add(activations[name])
+    layers = segments.layers
+    inputs = inputs[: affordable(segments, len(inputs))]
     done = dict(choice)
-    size = max(1, -(-len(order) // _PASSES))
-    for group in (order[start : start + size] for start in range(0, len(order), size)):
-        weights = {name: (done[name].weight, done[name].bias) for name in order}
-        pairs = {name: _Pairs(layers[name], targets.pop(name), seed) for name in group}
-        for _, activations in gathered(observer, inputs, group, weights):
-            for name, pair in pairs.items():
-                pair.add(activations[name])
-        for name, pair in pairs.items():
-            done[name] = pair.refit(done[name])
+    wanted = _wanted(layers, choice)
+    exact = rough = segments.start(inputs)
+    for index in range(wanted[-1] + 1 if wanted else 0):
+        name = layers[index].name
+        if index in wanted:
+            done[name] = _fit(segments, index, exact, rough, done[name], seed)
+        following = segments.step(index, exact)
+        if index < wanted[0]:
+            rough = following
+        else:
+            found = done.get(name)
+            weight = None if found is None else (found.weight, found.bias)
+            rough = segments.step(index, rough, weight)
+        exact = following
+        report(index + 1, wanted[-1] + 1)
     return done
 
 
-class _Targets:
-    """Outputs (samples * positions, F) of an original layer at sampled positions."""
-
-    def __init__(self, layer: ConvLayer, seed: int) -> None:
-        assert layer.geometry is not None
-        self.layer = layer
-        self.sampler = PatchSampler(layer.geometry, POSITIONS, seed)
-        self.parts: list[np.ndarray] = []
-
-    def add(self, activations: np.ndarray) -> None:
-        flat = self.layer.weight.reshape(len(self.layer.weight), -1)
-        self.parts.append(self.sampler.sample(activations) @ flat.T + self.layer.bias)
+def affordable(segments: Segments, samples: int) -> int:
+    """How many samples a refit uses of so many."""
+    work = sum(layer.geometry.multiplications for layer in segments.layers if layer.geometry)
+    by_work = int(_WORK * segments.batch / max(work, 1))
+    # Two networks, before and after a layer.
+    by_bytes = _BYTES // max(1, 4 * segments.bytes_alive(segments.batch) // segments.batch)
+    return min(samples, max(_FEWEST, min(by_work, by_bytes)))
 
 
-class _Pairs:
-    """Moments of approximated inputs, and theirs with the original outputs."""
+def _wanted(layers: Sequence[ConvLayer], choice: Choice) -> list[int]:
+    """Which layers are refitted: from the first factored one on, what the choice holds."""
+    found: list[int] = []
+    for index, layer in enumerate(layers):
+        candidate = choice.get(layer.name)
+        if candidate is None:
+            continue
+        if candidate.form != "dense" or (found and _patch(layer) <= _DENSE_PATCH):
+            found.append(index)
+    return found
 
-    def __init__(self, layer: ConvLayer, targets: _Targets, seed: int) -> None:
-        geometry = layer.geometry
-        assert geometry is not None
-        self.layer, self.geometry = layer, geometry
-        self.sampler = PatchSampler(geometry, POSITIONS, seed)
-        self.target = np.concatenate(targets.parts)
-        self.mean_target = self.target.mean(axis=0, dtype=np.float64)
-        self.size = int(np.prod(geometry.weight_shape[1:]))
-        self.products = np.zeros((self.size, self.size))
-        self.cross = np.zeros((self.size, geometry.out_channels))
-        self.sums = np.zeros(self.size)
-        self.shift: np.ndarray | None = None
-        self.rows = 0
 
-    def add(self, activations: np.ndarray) -> None:
-        patches = self.sampler.sample(activations)
-        if self.shift is None:
-            self.shift = patches.mean(axis=0)
-        patches -= self.shift
-        wanted = self.target[self.rows : self.rows + len(patches)] - self.mean_target
-        self.products += patches.T @ patches
-        self.cross += patches.T @ wanted.astype(np.float32)
-        self.sums += patches.sum(axis=0, dtype=np.float64)
-        self.rows += len(patches)
+def _patch(layer: ConvLayer) -> int:
+    assert layer.geometry is not None
+    return int(np.prod(layer.geometry.weight_shape[1:]))
+
+
+def _fit(
+    segments: Segments, index: int, exact: State, rough: State, candidate: Candidate, seed: int
+) -> Candidate:
+    layer, piece = segments.layers[index], segments.piece(index)
+    assert layer.geometry is not None and piece.source is not None
+    pair = _Pair(layer, layer.geometry, seed)
+    size = max(1, (64 << 20) // max(1, 4 * _patch(layer) * pair.patches.per_image))
+    calls = max(1, size // segments.batch)
+    for begin in range(0, len(exact), calls):
+        one, other = exact[begin : begin + calls], rough[begin : begin + calls]
+        original = segments.values(one, piece.source)
+        given = original if exact is rough else segments.values(other, piece.source)
+        owed = None
+        if piece.shortcut is not None and exact is not rough:
+            shortcut = piece.shortcut
+            owed = segments.values(one, shortcut) - segments.values(other, shortcut)
+        pair.add(original, given, owed)
+    return pair.refit(candidate)
+
+
+class _Pair:
+    """Moments of a layer's approximated inputs, and theirs with what it is to give."""
+
+    def __init__(self, layer: ConvLayer, geometry: ConvGeometry, seed: int) -> None:
+        self.geometry = geometry
+        self.weight = layer.weight.astype(np.float64).reshape(len(layer.weight), -1)
+        self.bias = layer.bias
+        self.patches = PatchSampler(geometry, POSITIONS, seed)
+        self._originals = PatchSampler(geometry, POSITIONS, seed)
+        # Of the same seed and as many positions: it draws where the patches are drawn.
+        out = ConvGeometry(
+            geometry.out_channels,
+            geometry.out_channels,
+            geometry.out_height,
+            geometry.out_width,
+            (1, 1),
+        )
+        self._outputs = PatchSampler(out, POSITIONS, seed)
+        size = self.weight.shape[1]
+        self._products = np.zeros((size, size))
+        self._cross = np.zeros((size, geometry.out_channels))
+        self._sums, self._sums_out = np.zeros(size), np.zeros(geometry.out_channels)
+        self._shift: np.ndarray | None = None
+        self._shift_out: np.ndarray | None = None
+        self._rows = 0
+
+    def add(self, original: np.ndarray, given: np.ndarray, owed: np.ndarray | None) -> None:
+        """Inputs (n, C, H, W) of both networks, and what the shortcut lacks (n, F, OH, OW)."""
+        patches = self.patches.sample(given)
+        source = patches if given is original else self._originals.sample(original)
+        wanted = source @ self.weight.T.astype(np.float32) + self.bias
+        if owed is not None:
+            wanted += self._outputs.sample(owed)
+        if self._shift is None:
+            # Near the means, so that single precision loses little of the variance.
+            self._shift, self._shift_out = patches.mean(axis=0), wanted.mean(axis=0)
+        patches = patches - self._shift
+        wanted = wanted - self._shift_out
+        self._products += patches.T @ patches
+        self._cross += patches.T @ wanted
+        self._sums += patches.sum(axis=0, dtype=np.float64)
+        self._sums_out += wanted.sum(axis=0, dtype=np.float64)
+        self._rows += len(patches)
 
     def refit(self, candidate: Candidate) -> Candidate:
-        assert self.shift is not None
-        offset = self.sums / self.rows
-        covariance = self.products / self.rows - np.outer(offset, offset)
-        moments = InputMoments(covariance, self.shift + offset, self.rows)
-        weight = self.layer.weight.astype(np.float64)
-        exact = weight.reshape(len(weight), -1)
+        assert self._shift is not None and self._shift_out is not None
+        offset, offset_out = self._sums / self._rows, self._sums_out / self._rows
+        covariance = self._products / self._rows - np.outer(offset, offset)
+        covariance = (covariance + covariance.T) / 2
+        cross = self._cross / self._rows - np.outer(offset, offset_out)
+        moments = InputMoments(covariance, self._shift + offset, self._rows)
+        size = len(offset)
         variance = max(float(covariance.diagonal().mean()), 1e-12)
-        pull = float(np.clip(self.size / self.rows, 0.01, 0.1)) * variance
-        damped = covariance + pull * np.eye(self.size)
-        best = np.linalg.solve(damped, self.cross / self.rows + pull * exact.T)
+        pull = float(np.clip(size / self._rows, *_PULL)) * variance
+        damped = covariance + pull * np.eye(size)
+        best = np.linalg.solve(damped, cross + pull * self.weight.T)
         target = np.ascontiguousarray(best.T).reshape(self.geometry.weight_shape)
-        form = FORMS[candidate.form]
-        factors = form.fitter(target, self.geometry, moments).fit(candidate.rank)
-        whole = form.reconstruct(factors)
+        if candidate.form == "dense":
+            whole, factors = target, [target]
+        else:
+            form = FORMS[candidate.form]
+            factors = form.fitter(target, self.geometry, moments).fit(candidate.rank)
+            whole = form.reconstruct(factors)
+        mean_output = self._shift_out.astype(np.float64) + offset_out
         return replace(
             candidate,
             factors=tuple(np.asarray(factor, np.float32) for factor in factors),
-            bias=self.mean_target - whole.reshape(len(weight), -1) @ moments.mean,
+            bias=mean_output - whole.reshape(len(self.weight), -1) @ moments.mean,
             error=relative_error(target, whole, moments),
         )

@@ -20,12 +20,17 @@ from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.curve import Curve
 from tvm_lowrank.planner.judging import Judge
 from tvm_lowrank.planner.options import Options
+from tvm_lowrank.planner.segments import Segments
+from tvm_lowrank.planner.sensitivity import remembered, sensitivities
 from tvm_lowrank.planner.survey import Report, Survey
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords, shipped_records
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.target import parse_target, require_runnable
 from tvm_lowrank.threads import set_threads
+
+# Kept beside the records.
+SENSITIVITY = "sensitivity.json"
 
 
 def _silent(_stage: str, _done: int, _total: int) -> None:
@@ -94,12 +99,39 @@ def _search(
             options.seed,
             lambda done: report("calibrating", done, len(parts.fit)),
         )
+        del observer
         if candidates := survey.candidates(eligible, moments):
+            sensitivity_path = None if records_path is None else records_path.parent / SENSITIVITY
 
             def make_curve() -> Curve:
-                trial = TrialNetwork(normalised, layers, timer)
-                budget = (metric, options.max_drop, options.seed)
-                return Curve(trial, observer, candidates, parts, *budget, report)
+                segments = Segments(normalised, layers, timer)
+                classifier = metric != "output_error"
+                sensitivity = remembered(
+                    sensitivity_path,
+                    normalised,
+                    parts.select.inputs,
+                    classifier,
+                    list(candidates),
+                    lambda: sensitivities(
+                        segments,
+                        candidates,
+                        parts.select.inputs,
+                        classifier,
+                        lambda done: report("sensitivity of layers", done, len(candidates)),
+                    ),
+                )
+                return Curve(
+                    TrialNetwork(normalised, layers, timer),
+                    segments,
+                    candidates,
+                    {layer.name: survey.dense[layer.name] for layer in eligible},
+                    sensitivity,
+                    parts,
+                    metric,
+                    options.max_drop,
+                    options.seed,
+                    report,
+                )
 
     judge = Judge(
         Assembler(normalised, survey, threads, metric),

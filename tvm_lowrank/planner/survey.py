@@ -76,7 +76,9 @@ class Survey:
             self.before[layer.name] = before
         predicted = math.nan
         if not lossless:
-            predicted = self.roofline.microseconds(stages, self.timer.isa.lanes)
+            predicted = self.roofline.microseconds(
+                stages, self.timer.isa.lanes, self.timer.algorithms
+            )
         if us == math.inf:
             raise LowRankError(
                 f"no kernel for {layer.name} ({geometry}) runs on this machine; name a target that "
