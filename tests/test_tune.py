@@ -40,7 +40,7 @@ def test_tune_writes_library_plan_and_records(files, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(files, "-o", str(out), "--max-drop", "30") == 0
     assert sorted(p.name for p in out.iterdir()) == [
-        "model.so", "plan.json", "plan.npz", "records.jsonl",
+        "model.so", "plan.json", "plan.npz", "records.jsonl", "sensitivity.json",
     ]  # fmt: skip
     plan = tvm_lowrank.Plan.load(out / "plan.json")
     assert plan.metric == "top1" and plan.result["samples"] == 20
@@ -100,7 +100,7 @@ def test_an_interrupted_and_then_killed_run_goes_on_from_its_records(files, tmp_
     measured = [(line["workload"], json.dumps(line["schedule"])) for line in lines]
     assert len(measured) == len(set(measured)), "something was measured twice"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "model.so", "plan.json", "plan.npz", "records.jsonl",
+        "model.so", "plan.json", "plan.npz", "records.jsonl", "sensitivity.json",
     ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import tvm
 from tvm_lowrank.data import Samples
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.frontend import load_model
+from tvm_lowrank.metrics import Scorer
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import ALGORITHMS, Options, search
 
@@ -37,6 +38,8 @@ def plan(
     shipped_records: bool = True,
     exact: bool = False,
     max_weight_bytes: int | None = None,
+    metric: str | Scorer | None = None,
+    recover: float = 0.0,
 ) -> Plan:
     """Find the fastest network within the accuracy budget, and measure that it is.
 
@@ -52,8 +55,8 @@ def plan(
         judging. Without them noise stands in, the budget is the relative output error, and a
         warning says that accuracy was not measured.
     labels : np.ndarray, optional
-        Class indices (samples,). With labels ``max_drop`` is points of top-1 accuracy, without
-        it is points of disagreement with the original network.
+        Class indices (samples,), or what ``metric`` takes. With labels ``max_drop`` is points of
+        top-1 accuracy, without it is points of disagreement with the original network.
     max_drop : float
         The budget: points (or per cent of output error without data). What the samples that state
         the accuracy cannot tell from no drop is refused: with 1,000 of them less than 0.28 points.
@@ -84,6 +87,14 @@ def plan(
     max_weight_bytes : int, optional
         Bound of the weights of all convolutions as their kernels keep them; transformed weights
         are up to several times the size of the network's own.
+    metric : str or callable, optional
+        What ``max_drop`` counts where it is not classes: ``pitch``, ``psnr``, ``output_error``
+        (`tvm_lowrank.metrics.Metric`), ``"module:function"``, or a function of outputs (samples,
+        ...) and labels that gives each sample a score, higher is better.
+    recover : float
+        Minutes of training of factored networks on ``data`` without its labels, so that faster ones
+        keep the budget; needs the ``torch`` extra. Half of the data that would judge is used for
+        it, unless ``evaluation`` is given.
 
     Returns
     -------
@@ -113,6 +124,8 @@ def plan(
         shipped_records=shipped_records,
         exact=exact,
         max_weight_bytes=max_weight_bytes,
+        metric=metric,
+        recover=recover,
     )
     return search(
         load_model(mod, batch),

@@ -35,13 +35,22 @@ class Samples:
 class DataSplit:
     """Disjoint samples for fitting factors, choosing a plan and stating its accuracy.
 
-    ``synthetic`` marks noise that stands for data the user did not give.
+    ``spare`` are more inputs for recovery, which needs many and no labels. ``synthetic`` marks noise
+    that stands for data the user did not give.
     """
 
     fit: Samples
     select: Samples
     final: Samples
     synthetic: bool = False
+    spare: np.ndarray | None = None
+
+    @property
+    def unlabelled(self) -> np.ndarray:
+        """Inputs (n, ...) that neither choose nor judge: those of ``fit`` and the spare ones."""
+        if self.spare is None:
+            return self.fit.inputs
+        return np.concatenate([self.fit.inputs, self.spare])
 
 
 def read_npz(path: str | Path) -> Samples:
@@ -86,8 +95,12 @@ def input_shape(mod: tvm.IRModule) -> tuple[int, ...]:
     return shape
 
 
-def check_samples(samples: Samples, mod: tvm.IRModule, where: str = "data") -> Samples:
+def check_samples(
+    samples: Samples, mod: tvm.IRModule, where: str = "data", class_labels: bool = True
+) -> Samples:
     """The samples as float32, after checking them against the network.
+
+    Without ``class_labels`` labels may be any numbers, one for each sample.
 
     Raises
     ------
@@ -115,19 +128,27 @@ def check_samples(samples: Samples, mod: tvm.IRModule, where: str = "data") -> S
                 f"{where} 'labels' has shape {labels.shape} for {len(inputs)} inputs; "
                 f"give one class index a sample, shape ({len(inputs)},)"
             )
-        if labels.dtype.kind not in "iu":
+        if not class_labels and labels.dtype.kind not in "fiu":
+            raise LowRankError(f"{where} 'labels' has dtype {labels.dtype}; give numbers")
+        if class_labels and labels.dtype.kind not in "iu":
             raise LowRankError(f"{where} 'labels' has dtype {labels.dtype}; give class indices")
     return Samples(inputs, labels)
 
 
 def split(
-    mod: tvm.IRModule, data: Samples | None, final: Samples | None = None, seed: int = 0
+    mod: tvm.IRModule,
+    data: Samples | None,
+    final: Samples | None = None,
+    seed: int = 0,
+    class_labels: bool = True,
+    spare: bool = False,
 ) -> DataSplit:
     """Checked data, shuffled under the seed and split into three disjoint parts.
 
     A third of ``data``, at most 512 samples, fits factors; a third, at most 1,536, chooses among
     plans; the rest states the accuracy. With ``final`` given, that states it and ``data`` is halved
-    between the other two. Without data the parts are synthetic noise.
+    between the other two. Without data the parts are synthetic noise. With ``spare``, half of what
+    is left after fitting and choosing is kept for recovery (all of it, with ``final``).
     """
     rng = np.random.default_rng(seed)
     if data is None:
@@ -135,12 +156,18 @@ def split(
         inputs = rng.standard_normal(shape, np.float32)
         parts = (Samples(inputs[:48]), Samples(inputs[48:72]), Samples(inputs[72:]))
         return DataSplit(*parts, synthetic=True)
-    data = check_samples(data, mod)
+    data = check_samples(data, mod, class_labels=class_labels)
     order = rng.permutation(len(data))
     share = len(data) // (3 if final is None else 2)
     fit, select = min(FIT_SAMPLES, share), min(SELECT_SAMPLES, share)
+    rest, more = order[fit + select :], None
+    if spare:
+        kept = len(rest) // 2 if final is None else len(rest)
+        more, rest = data.inputs[rest[:kept]], rest[kept:]
     if final is None:
-        final = data.take(np.sort(order[fit + select :]))
+        final = data.take(np.sort(rest))
     else:
-        final = check_samples(final, mod, "evaluation data")
-    return DataSplit(data.take(order[:fit]), data.take(order[fit : fit + select]), final)
+        final = check_samples(final, mod, "evaluation data", class_labels)
+    return DataSplit(
+        data.take(order[:fit]), data.take(order[fit : fit + select]), final, spare=more
+    )

@@ -22,6 +22,7 @@ from tvm_lowrank.data import Samples, read_npz
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
+from tvm_lowrank.metrics import BUILT_IN
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import ALGORITHMS, Options, search
 from tvm_lowrank.report import render
@@ -55,6 +56,20 @@ def parser() -> argparse.ArgumentParser:
     add("--target", default="llvm", help="llvm (this machine), llvm:<mcpu>, or JSON")
     add("--data", type=Path, metavar="X.npz", help="inputs and labels to fit, choose and judge by")
     add("--max-drop", type=float, default=1.0, metavar="POINTS", help="budget (default: 1.0)")
+    add(
+        "--metric",
+        metavar="NAME",
+        help=f"what the budget counts: {', '.join(BUILT_IN)} or module:function (default: top1, "
+        "without labels disagreement)",
+    )
+    add(
+        "--recover",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="train factored networks without labels so that faster ones keep the budget (needs "
+        "the torch extra; default: 0, off)",
+    )
     add("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
     add(
         "--trials",
@@ -158,6 +173,8 @@ def _tune(args: argparse.Namespace, console: Console, check: Callable[[], None])
         metaschedule_trials=args.metaschedule_trials,
         exact=args.exact,
         max_weight_bytes=args.max_weight_bytes,
+        metric=args.metric,
+        recover=args.recover,
     )
     mod = load_model(args.model or demo.model_path(), args.batch)
     data, final = _samples(args)

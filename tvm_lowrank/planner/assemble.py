@@ -15,6 +15,7 @@ from tvm_lowrank.cost.chains import choose_chains
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.metrics import Metric
 from tvm_lowrank.passes.lower_convolutions import survey
 from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import LayerPlan, Plan
@@ -38,13 +39,13 @@ class Assembler:
     survey : Survey
         Of its layers, with the dense ones measured.
     threads : int
-    metric : str
+    metric : Metric
     """
 
     normalised: tvm.IRModule
     survey: Survey
     threads: int
-    metric: str
+    metric: Metric
 
     def plan(self, choice: Choice, timer: KernelTimer | None = None) -> Plan:
         """The plan of a choice, with schedules by ``timer`` for every kernel of the network.
@@ -85,7 +86,7 @@ class Assembler:
             threads=self.threads,
             seed=options.seed,
             max_drop=options.max_drop,
-            metric=self.metric,
+            metric=self.metric.name,
             layers=tuple(layers),
             factors=factors,
         )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tvm_lowrank.data import DataSplit
-from tvm_lowrank.metrics import Quality, judge
+from tvm_lowrank.metrics import Metric, Quality, judge
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.candidates import Candidate
@@ -17,6 +17,13 @@ from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Report
 from tvm_lowrank.planner.trial import TrialNetwork
 
+# Makes a choice whose factors are trained for a share of the time allowed.
+Trainer = Callable[[Choice, float], Choice]
+
+# Shares of the time for recovery that two choices get, and the drop over the budget up to which a
+# choice is worth it.
+_SHARES = (0.6, 0.4)
+_HOPEFUL = 5.0
 # Points tried by bisection, and the ratio of two times that are not worth telling apart.
 _POINTS = 7
 _SAME = 1.02
@@ -51,6 +58,8 @@ class Curve:
         Factors are refitted on its ``fit`` samples, choices tried on its ``select`` samples.
     metric, max_drop
         The budget.
+    train : callable, optional
+        Recovers a choice.
     """
 
     def __init__(
@@ -61,15 +70,16 @@ class Curve:
         dense: Mapping[str, Candidate],
         sensitivity: Mapping[str, float],
         split: DataSplit,
-        metric: str,
+        metric: Metric,
         max_drop: float,
         seed: int,
         report: Report,
+        train: Trainer | None = None,
     ) -> None:
         self.trial, self.segments = trial, segments
         self.candidates, self.dense, self.sensitivity = candidates, dense, sensitivity
         self.split, self.metric, self.max_drop = split, metric, max_drop
-        self.seed, self.report = seed, report
+        self.seed, self.report, self.train = seed, report, train
         self.points: list[Point] = []
         self.original = trial.run(split.select.inputs)
         self.fastest = sum(options[0].measured_us for options in candidates.values())
@@ -94,7 +104,30 @@ class Curve:
                 high = middle
             else:
                 low = middle
+        if self.train is not None:
+            self._recover(self.train)
         return min(self._kept(), key=lambda point: point.microseconds, default=None)
+
+    def _recover(self, train: Trainer) -> None:
+        """Train the fastest choice that is not hopelessly over the budget, then another.
+
+        Which other the first tells: where it keeps the budget a faster one, else a slower one.
+        """
+        tried: list[Point] = []
+        for share in _SHARES:
+            best = min(self._kept(), key=lambda p: p.microseconds, default=None)
+            limit = math.inf if best is None else best.microseconds
+            untrained = [p for p in self.points if not p.recovered and p.microseconds < limit]
+            left = sorted(
+                (p for p in untrained if p not in tried), key=lambda point: point.microseconds
+            )
+            if tried and self.points[-1].recovered and not self.keeps(self.points[-1]):
+                left = [p for p in left if p.microseconds > tried[-1].microseconds]
+            hopeful = [p for p in left if p.quality.drop <= _HOPEFUL * self.max_drop] or left[-1:]
+            if not hopeful:
+                return
+            tried.append(hopeful[0])
+            self.judge(train(hopeful[0].choice, share), hopeful[0].microseconds, recovered=True)
 
     def step_back(self, point: Point) -> Point | None:
         """A slower point that keeps the budget: one that was tried, else with less of the gain."""

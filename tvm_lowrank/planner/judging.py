@@ -68,13 +68,14 @@ class Judge:
             dense_path = self._build(dense_plan, self.directory / "dense.so")
         original, labels = self._outputs(original_path), self.split.final.labels
         before = judge(original, original, labels, metric)
-        reason, tried = "no layer has a faster candidate", ()
+        reason = "no layer has a faster candidate"
+        tried: tuple[dict[str, Any], ...] = ()
         if options.lossless:
             reason = "only the dense form is allowed"
         if make_curve is not None:
             curve = make_curve()
             point = curve.search()
-            reason = f"no choice keeps {metric} within {limit} on the selection samples"
+            reason = f"no choice keeps {metric.name} within {limit} on the selection samples"
             for attempt in range(_BUILDS):
                 if point is None:
                     break
@@ -84,7 +85,7 @@ class Judge:
                 after = judge(self._outputs(built), original, labels, metric)
                 if after.drop > limit:
                     reason = (
-                        f"{metric} falls by {after.drop:.2f}, more than {limit}, "
+                        f"{metric.name} falls by {after.drop:.2f}, more than {limit}, "
                         "on the evaluation samples"
                     )
                     point = curve.step_back(point)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.metrics import Scorer
 from tvm_lowrank.schedules.x86.kernels import ALGORITHMS
 
 
@@ -30,6 +32,8 @@ class Options:
     metaschedule_trials: int = 0
     exact: bool = False
     max_weight_bytes: int | None = None
+    metric: str | Scorer | None = None
+    recover: float = 0.0
 
     def __post_init__(self) -> None:
         for kind, given, known in (
@@ -45,6 +49,8 @@ class Options:
             raise LowRankError(f"trials is {self.trials}; give 1 or more")
         if self.max_weight_bytes is not None and self.max_weight_bytes < 1:
             raise LowRankError(f"max_weight_bytes is {self.max_weight_bytes}; give 1 or more")
+        if not 0 <= self.recover < math.inf:
+            raise LowRankError(f"recover is {self.recover}; give minutes, 0 or more")
         if self.metaschedule_trials < 0:
             raise LowRankError(f"metaschedule_trials is {self.metaschedule_trials}; give 0 or more")
 

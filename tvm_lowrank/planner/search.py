@@ -7,17 +7,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tvm
 
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.data import Samples, input_shape, split
-from tvm_lowrank.layer import collect_layers
-from tvm_lowrank.metrics import check_resolution
+from tvm_lowrank.extras import require_torch
+from tvm_lowrank.layer import ConvLayer, collect_layers
+from tvm_lowrank.metrics import Metric, check_resolution, metric_of
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.plan import Plan
+from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.assemble import Assembler
 from tvm_lowrank.planner.calibrate import input_moments
-from tvm_lowrank.planner.curve import Curve
+from tvm_lowrank.planner.curve import Curve, Trainer
 from tvm_lowrank.planner.judging import Judge
 from tvm_lowrank.planner.options import Options
 from tvm_lowrank.planner.segments import Segments
@@ -70,14 +73,14 @@ def _search(
 ) -> Plan:
     target = parse_target(target_spec)
     require_runnable(target)
-    parts = split(mod, data, final, options.seed)
-    metric = "output_error" if parts.synthetic else "disagreement"
-    if parts.final.labels is not None and parts.select.labels is not None:
-        metric = "top1"
+    classes = options.metric is None or options.metric in ("top1", "disagreement")
+    parts = split(mod, data, final, options.seed, class_labels=classes, spare=options.recover > 0)
+    labelled = parts.final.labels is not None and parts.select.labels is not None
+    metric = metric_of(options.metric, labelled, parts.synthetic)
     threads = set_threads(options.threads)
     records = _records(records_path, target, threads, options)
     if not options.lossless:
-        check_resolution(metric, options.max_drop, len(parts.final))
+        check_resolution(metric, options.max_drop, len(parts.final), labelled)
 
     timer = _timer(target, records, options, options.algorithms)
     # What "before" means everywhere: the network as it is, in tuned direct kernels.
@@ -86,6 +89,7 @@ def _search(
         plain = _timer(target, records, options, ("direct",))
     normalised = normalise(mod)
     layers = collect_layers(normalised)
+    trainer = _trainer(normalised, layers, options, parts.unlabelled, metric, report)
     survey = Survey(layers, options, timer, plain, report)
     survey.measure_dense()
 
@@ -105,18 +109,17 @@ def _search(
 
             def make_curve() -> Curve:
                 segments = Segments(normalised, layers, timer)
-                classifier = metric != "output_error"
                 sensitivity = remembered(
                     sensitivity_path,
                     normalised,
                     parts.select.inputs,
-                    classifier,
+                    metric.of_classes,
                     list(candidates),
                     lambda: sensitivities(
                         segments,
                         candidates,
                         parts.select.inputs,
-                        classifier,
+                        metric.of_classes,
                         lambda done: report("sensitivity of layers", done, len(candidates)),
                     ),
                 )
@@ -131,6 +134,7 @@ def _search(
                     options.max_drop,
                     options.seed,
                     report,
+                    trainer,
                 )
 
     judge = Judge(
@@ -146,6 +150,44 @@ def _search(
     for complaint in filter(None, complaints):
         warnings.warn(complaint, stacklevel=3)
     return plan
+
+
+def _trainer(
+    mod: tvm.IRModule,
+    layers: list[ConvLayer],
+    options: Options,
+    inputs: np.ndarray,
+    metric: Metric,
+    report: Report,
+) -> Trainer | None:
+    """What recovers a choice; None where no recovery is asked for.
+
+    Raises
+    ------
+    LowRankError
+        PyTorch is missing, or the network cannot be trained: said before anything is measured.
+    """
+    if not options.recover or options.lossless:
+        return None
+    require_torch()
+    from tvm_lowrank.planner.recover import recover
+    from tvm_lowrank.torch_module import RelaxModule
+
+    RelaxModule(mod, layers)
+
+    def train(choice: Choice, share: float) -> Choice:
+        return recover(
+            mod,
+            layers,
+            choice,
+            inputs,
+            share * options.recover,
+            metric.of_classes,
+            options.seed,
+            lambda done, total: report("recovering", done, total),
+        )
+
+    return train
 
 
 def _records(

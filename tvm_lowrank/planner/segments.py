@@ -13,6 +13,7 @@ from tvm_lowrank.build import compile_module, network_of
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.deploy import Network
 from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.metrics import joined
 from tvm_lowrank.passes.cut_at_convolutions import Piece, cut_at_convolutions
 from tvm_lowrank.passes.kernel_calls import WeightParameter
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
@@ -96,7 +97,7 @@ class Segments:
         state = self.step(index, state, weight)
         for later in range(index + 1, len(self.layers)):
             state = self.step(later, state)
-        return np.concatenate([values["output"].numpy() for values in state])
+        return np.concatenate([values["output"] for values in state])
 
     def values(self, state: State, name: str) -> np.ndarray:
         """One of the values that are alive, of all samples."""
@@ -122,5 +123,6 @@ class Segments:
             if piece.gives:
                 found.append(dict(zip(piece.gives, outputs, strict=True)))
             else:
-                found.append({"output": outputs if hasattr(outputs, "numpy") else outputs[0]})
+                several = [outputs] if hasattr(outputs, "numpy") else list(outputs)
+                found.append({"output": joined([y.numpy() for y in several])})
         return found

@@ -124,11 +124,11 @@ def remembered(
 def _digest(mod: tvm.IRModule, inputs: np.ndarray, classifier: bool) -> str:
     """Of the network's operators and constants, and of the data."""
     digest = hashlib.sha256(f"{classifier} {inputs.shape}".encode())
-    digest.update(np.ascontiguousarray(inputs))
+    digest.update(np.ascontiguousarray(inputs).data)
 
     def visit(expr: relax.Expr) -> None:
         if is_constant(expr):
-            digest.update(np.ascontiguousarray(constant_array(expr)))
+            digest.update(np.ascontiguousarray(constant_array(expr)).data)
 
     for binding in dataflow_bindings(mod["main"]) or []:
         digest.update(f"{op_name(binding.value)} {binding.var.ty}".encode())

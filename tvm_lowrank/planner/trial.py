@@ -11,6 +11,7 @@ import tvm
 from tvm_lowrank.build import compile_module, network_of
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.metrics import joined
 from tvm_lowrank.passes.expose_inputs import ExposeInputs
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 
@@ -52,8 +53,11 @@ class TrialNetwork:
         self._original = self._pack({})
 
     def run(self, inputs: np.ndarray, weights: Weights | None = None) -> np.ndarray:
-        """Outputs (samples, ...) for inputs (samples, ...), with some layers' weights replaced."""
-        return np.concatenate([outputs[0] for outputs in self.stream(inputs, weights)])
+        """Outputs (samples, ...) for inputs (samples, ...), with some layers' weights replaced.
+
+        Several outputs are put in a row (see `tvm_lowrank.metrics.joined`).
+        """
+        return np.concatenate([joined(outputs) for outputs in self.stream(inputs, weights)])
 
     def stream(
         self,

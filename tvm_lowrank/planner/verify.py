@@ -13,6 +13,7 @@ import numpy as np
 
 from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.deploy import Network, load
+from tvm_lowrank.metrics import joined
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,14 @@ class Latency:
 
 
 def run_all(network: Network, inputs: np.ndarray, batch: int) -> np.ndarray:
-    """Outputs (samples, ...) of a library built for ``batch`` samples a call."""
+    """Outputs (samples, ...) of a library built for ``batch`` samples a call; several in a row."""
     parts = []
     for start in range(0, len(inputs), batch):
         chunk = inputs[start : start + batch]
         missing = batch - len(chunk)
         if missing:
             chunk = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
-        outputs = network(chunk)
-        parts.append(outputs[0] if isinstance(outputs, tuple) else outputs)
+        parts.append(joined(network(chunk)))
     return np.concatenate(parts)[: len(inputs)]
 
 

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tvm_lowrank.metrics import BUILT_IN
 from tvm_lowrank.plan import LayerPlan, Plan
 
 
@@ -71,10 +72,7 @@ def summary(plan: Plan) -> str:
             f"(efficiency {100 * result['parallel_efficiency']:.0f} %)"
         )
     if result["accuracy_before"] is not None:
-        lines.append(
-            f"top-1     {result['accuracy_before']:.2f} % -> {result['accuracy_after']:.2f} % "
-            f"(drop {result['drop']:.2f} points{_interval(result)})"
-        )
+        lines.append(_accuracy(plan))
     data = "of noise: accuracy was NOT measured" if result["synthetic_data"] else ""
     lines.append(
         f"agreement {result['agreement']:.2f} %, relative output error "
@@ -86,6 +84,18 @@ def summary(plan: Plan) -> str:
         f"{result['kernel_weight_bytes'] / 1e6:.2f} MB as the kernels keep them"
     )
     return "\n".join(lines)
+
+
+def _accuracy(plan: Plan) -> str:
+    result = plan.result
+    if plan.metric == "psnr":
+        return f"PSNR      {result['accuracy_after']:.1f} dB against the original's output"
+    percent = " %" if plan.metric in BUILT_IN else ""
+    name = {"pitch": "pitch"}.get(plan.metric, "top-1" if percent else "score")
+    return (
+        f"{name:9} {result['accuracy_before']:.2f}{percent} -> {result['accuracy_after']:.2f}"
+        f"{percent} (drop {result['drop']:.2f} points{_interval(result)})"
+    )
 
 
 def _interval(result: dict[str, Any]) -> str:

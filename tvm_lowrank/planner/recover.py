@@ -1,0 +1,173 @@
+"""Recovery: the factored network is trained to give the original's outputs, without labels.
+
+Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015). Needs the ``torch``
+extra.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.extras import require_torch
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.planner.allocate import Choice
+from tvm_lowrank.planner.candidates import Candidate
+from tvm_lowrank.torch_layers import FactoredConv2d
+from tvm_lowrank.torch_module import RelaxModule
+
+torch: Any = require_torch()
+F: Any = torch.nn.functional
+
+_BATCH = 64
+# Adam's step at the start of each phase; it falls to 0 along a cosine.
+_STEP = 8e-4
+_LARGEST_GRADIENT = 1.0
+# Share of the time in which every block learns from its own output, before all learn from the
+# network's.
+_BLOCKS = 0.25
+# Chance that a sample is mixed with another: no labels are needed, so any input will do.
+_MIXED = 0.5
+# Images move by at most this share of their side.
+_SHIFT = 1 / 8
+
+
+def recover(
+    mod: tvm.IRModule,
+    layers: list[ConvLayer],
+    choice: Choice,
+    inputs: np.ndarray,
+    minutes: float,
+    classifier: bool,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Choice:
+    """Train a choice's layers, factored and dense, for a time.
+
+    First block by block (blocks lie between places where a single value is alive), each to give the
+    original's value at its end, given the trained network's at its start; then end to end, to give
+    the original's class probabilities, or outputs where those are no classes. Samples are mixed in
+    pairs, and images moved and mirrored, since few are given.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Normalised.
+    layers : list of ConvLayer
+        Of the same module, all of its convolutions.
+    choice : dict
+        Layer name to candidate. Layers left out are not trained.
+    inputs : np.ndarray
+        Samples (n, ...), without labels.
+    minutes : float
+        Of both phases together.
+    classifier : bool
+        Whether outputs are class scores.
+
+    Returns
+    -------
+    Choice
+        With trained factors and biases. The time decides how many steps there are, so two runs
+        differ.
+
+    Raises
+    ------
+    LowRankError
+        The network has an operator that is not known to `RelaxModule`.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    teacher = RelaxModule(mod, layers).eval().requires_grad_(False)
+    geometries = {layer.name: layer.geometry for layer in layers}
+    chains = {name: _chain(found, name, geometries[name]) for name, found in choice.items()}
+    student = RelaxModule(mod, layers, chains).eval().requires_grad_(False)
+    for chain in chains.values():
+        chain.requires_grad_(True)
+    if torch.cuda.is_available():
+        teacher.cuda(), student.cuda()
+    begin = time.monotonic()
+    share = _BLOCKS if student.borders else 0.0
+    for low, high, blocks in ((0.0, share, True), (share, 1.0, False)):
+        span = 60.0 * minutes * (high - low)
+        trained = [p for chain in chains.values() for p in chain.parameters()]
+        optimiser = torch.optim.Adam(trained, lr=_STEP)
+        start = time.monotonic()
+        while (spent := time.monotonic() - start) < span:
+            for group in optimiser.param_groups:
+                group["lr"] = _STEP * 0.5 * (1 + np.cos(np.pi * spent / span))
+            x = torch.from_numpy(_batch(inputs, rng)).to(trained[0].device)
+            with torch.no_grad():
+                wanted, ends = teacher.run(x)
+            given, own = student.run(x, detach=blocks)
+            loss = sum(_difference(own[i], ends[i]) for i in own) if blocks else 0.0
+            optimiser.zero_grad()
+            (loss + _output_loss(given, wanted, classifier)).backward()
+            torch.nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
+            optimiser.step()
+            report(int(time.monotonic() - begin), round(60 * minutes))
+    return {
+        name: replace(
+            choice[name], factors=chain.factors(), bias=chain.output_bias().astype(np.float64)
+        )
+        for name, chain in chains.items()
+    }
+
+
+def _chain(candidate: Candidate, name: str, geometry: ConvGeometry | None) -> FactoredConv2d:
+    """The candidate as modules, its factors of equal norm so that one step suits all."""
+    gathers: frozenset[int] = frozenset()
+    if candidate.form != "dense" and geometry is not None:
+        gathers = FORMS[candidate.form].gathers(geometry, candidate.rank)
+    trained = [index for index in range(len(candidate.factors)) if index not in gathers]
+    norms = {i: float(np.linalg.norm(candidate.factors[i])) for i in trained}
+    mean = float(np.exp(np.mean(np.log(np.maximum(list(norms.values()), 1e-30)))))
+    factors = [
+        factor * np.float32(mean / max(norms[i], 1e-30)) if i in norms else factor
+        for i, factor in enumerate(candidate.factors)
+    ]
+    return FactoredConv2d(candidate.stages, factors, candidate.bias, gathers, name)
+
+
+def _batch(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Samples drawn at random, changed in ways that need no label."""
+    picked = inputs[rng.integers(0, len(inputs), min(_BATCH, 2 * len(inputs)))]
+    if picked.ndim == 4 and picked.shape[1] == 3 and min(picked.shape[2:]) > 8:
+        picked = np.stack([_moved(image, rng) for image in picked])
+    others = picked[rng.permutation(len(picked))]
+    share = np.where(rng.random(len(picked)) < _MIXED, rng.random(len(picked)), 1.0)
+    share = share.reshape(-1, *[1] * (picked.ndim - 1)).astype(np.float32)
+    return np.ascontiguousarray(share * picked + (1 - share) * others, np.float32)
+
+
+def _moved(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    if rng.random() < 0.5:
+        image = image[:, :, ::-1]
+    reach = [int(side * _SHIFT) for side in image.shape[1:]]
+    rows, columns = (int(rng.integers(-r, r + 1)) for r in reach)
+    padded = np.pad(image, ((0, 0), (reach[0],) * 2, (reach[1],) * 2), mode="edge")
+    top, left = reach[0] + rows, reach[1] + columns
+    return padded[:, top : top + image.shape[1], left : left + image.shape[2]]
+
+
+def _difference(given: Any, wanted: Any) -> Any:
+    """Mean squared difference over the variance of what is wanted."""
+    return F.mse_loss(given, wanted) / wanted.var().clamp_min(1e-12)
+
+
+def _output_loss(given: Any, wanted: Any, classifier: bool) -> Any:
+    if not classifier:
+        return _difference(given, wanted)
+    scores, logits = wanted.flatten(1), given.flatten(1)
+    probabilities = bool((scores >= 0).all()) and bool((scores.sum(1) - 1).abs().max() < 1e-3)
+    if probabilities:
+        return F.kl_div(logits.clamp_min(1e-12).log(), scores, reduction="batchmean")
+    return F.kl_div(
+        logits.log_softmax(1), scores.log_softmax(1), log_target=True, reduction="batchmean"
+    )
