@@ -35,7 +35,7 @@ class Samples:
 class DataSplit:
     """Disjoint samples for fitting factors, choosing a plan and stating its accuracy.
 
-    ``spare`` are more inputs for recovery, which needs many and no labels. ``synthetic`` marks noise
+    ``spare`` are more inputs, for recovery, which needs no labels. ``synthetic`` marks noise
     that stands for data the user did not give.
     """
 

@@ -105,7 +105,7 @@ class RelaxModule(nn.Module):
     def _value(self, expr: Any, values: Mapping[Any, Any]) -> Any:
         if isinstance(expr, relax.Tuple):
             return tuple(self._value(field, values) for field in expr.fields)
-        return values[expr] if expr in values else expr
+        return values.get(expr, expr)
 
     def _step(self, binding: Any) -> Callable[[dict[Any, Any], int], Any]:
         """What computes one binding from the values before it and the number of samples."""
