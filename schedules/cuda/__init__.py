@@ -1,0 +1,1 @@
+"""CUDA kernels and their tunable spaces (see README.md in this folder)."""

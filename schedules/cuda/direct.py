@@ -1,0 +1,261 @@
+"""Convolution as one matrix product whose columns are gathered as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from tvm import ir, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.geometry import ConvGeometry
+
+from .arch import CudaArch
+from .epilogue import Epilogue, map_shape, operand_shapes
+from .gemm import Gemm, GemmSchedule, Index, Operands, emit as emit_gemm, is_legal, round_up
+from .program import WEIGHTS, X, Y, Program, Stage
+from .threads import ThreadSchedule
+
+# Threads of the kernel that adds up the parts of a split sum.
+_SUM_THREADS = 256
+
+
+@dataclass(frozen=True)
+class DirectSchedule(GemmSchedule):
+    """The tiles of a convolution's product: F output channels by N * OH * OW pixels."""
+
+    kernel: ClassVar[str] = "cuda_direct"
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return {"kernel": self.kernel, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> DirectSchedule:
+        """Rebuild a schedule from `to_json`'s dictionary."""
+        return cls(**{name: value for name, value in data.items() if name != "kernel"})
+
+
+def refuse(workload: ConvWorkload, arch: CudaArch) -> str | None:
+    """Why the kernel cannot compute ``workload``, or None if it can."""
+    if workload.in_block != arch.block:
+        return f"in_block is {workload.in_block}, expected {arch.block}"
+    g = workload.geometry
+    if g.groups > 1 and g.groups == g.in_channels:
+        return f"{g} is depthwise, which has a kernel of its own"
+    return None
+
+
+def channels_of(geometry: ConvGeometry, schedule: GemmSchedule) -> int:
+    """Channels of a tap in the sum: whole pieces of it, unless the taps are too small for that."""
+    channels = geometry.in_channels // geometry.groups
+    padded = round_up(channels, schedule.block_k)
+    return padded if 2 * channels >= padded else channels
+
+
+def gemm_of(geometry: ConvGeometry, schedule: GemmSchedule) -> Gemm:
+    """The product that a convolution is; its sum runs over taps, then channels."""
+    taps = geometry.kernel[0] * geometry.kernel[1]
+    return Gemm(
+        geometry.groups,
+        geometry.out_channels // geometry.groups,
+        geometry.batch * geometry.out_height * geometry.out_width,
+        taps * channels_of(geometry, schedule),
+    )
+
+
+def emit(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> Program:
+    """The kernel, or two if the sum is split; ValueError if the schedule is not legal."""
+    geometry = workload.geometry
+    problem = refuse(workload, arch)
+    gemm = gemm_of(geometry, schedule)
+    problem = problem or is_legal(gemm, schedule, arch)
+    if problem:
+        raise ValueError(f"{schedule} for {geometry}: {problem}")
+    whole = gemm.padded(schedule)
+    operands = operand_shapes(geometry, workload.epilogue)
+    g = geometry
+    shapes = {
+        X: (g.batch, g.in_channels, g.height, g.width),
+        WEIGHTS: (g.groups, whole.k * schedule.split_k, whole.m),
+        **operands,
+        Y: map_shape(g),
+    }
+    split = schedule.split_k > 1
+    product = _Convolution(workload, schedule, () if split else workload.epilogue)
+    func = emit_gemm(gemm, schedule, product, arch)
+    names = tuple(operands)
+    if not split:
+        return Program((Stage(func, (X, WEIGHTS, *names), Y),), shapes, names)
+    shapes["parts"] = (schedule.split_k, g.groups, gemm.m, gemm.n)
+    stages = (
+        Stage(func, (X, WEIGHTS), "parts"),
+        Stage(_add_parts(workload, shapes["parts"], arch), ("parts", *names), Y),
+    )
+    return Program(stages, shapes, names)
+
+
+def pack(
+    weight: np.ndarray, workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch
+) -> np.ndarray:
+    """OIHW to [groups][taps x channels][output channels of a group], padded with zeros."""
+    geometry = workload.geometry
+    gemm = gemm_of(geometry, schedule)
+    whole = gemm.padded(schedule)
+    channels = channels_of(geometry, schedule)
+    split = weight.reshape(geometry.groups, gemm.m, -1, *geometry.kernel)
+    packed = np.zeros((geometry.groups, *geometry.kernel, channels, whole.m), np.float32)
+    packed[:, :, :, : split.shape[2], : gemm.m] = split.transpose(0, 3, 4, 2, 1)
+    packed = packed.reshape(geometry.groups, gemm.k, whole.m)
+    missing = whole.k * schedule.split_k - gemm.k
+    return np.pad(packed, ((0, 0), (0, missing), (0, 0)))
+
+
+class _Convolution(Operands):
+    """The product's operands: rows are packed weights, columns the pixels of the output map."""
+
+    def __init__(
+        self, workload: ConvWorkload, schedule: DirectSchedule, steps: Sequence[str]
+    ) -> None:
+        self.geometry = g = workload.geometry
+        self.split = schedule.split_k
+        self.steps = steps
+        self.gemm = gemm_of(g, schedule)
+        self.whole = self.gemm.padded(schedule)
+        self.channels = channels_of(g, schedule)
+        self.pixels = g.out_height * g.out_width
+        pointwise = g.kernel == (1, 1) and g.stride == (1, 1) and not any(g.padding)
+        if pointwise and self.pixels % 4 == 0:
+            self.vector = 4
+
+    def declare(self) -> None:
+        g, gemm = self.geometry, self.gemm
+        shape = (g.groups, self.whole.k * self.split, self.whole.m)
+        self.x = T.arg(X, T.buffer((g.batch, g.in_channels, g.height, g.width), "float32"))
+        self.w = T.arg(WEIGHTS, T.buffer(shape, "float32"))
+        if self.split > 1:
+            parts = (self.split, g.groups, gemm.m, gemm.n)
+            self.y = T.arg("parts", T.buffer(parts, "float32"))
+            return
+        self.epilogue = Epilogue(g, self.steps)
+        self.y = T.arg(Y, T.buffer(map_shape(g), "float32"))
+
+    def _part(self, batch: Index) -> tuple[Index, Index]:
+        """The part of the sum and the group of a product."""
+        if self.split == 1:
+            return tirx.const(0, "int32"), batch
+        return batch // self.geometry.groups, batch % self.geometry.groups
+
+    def weight(self, batch: Index, k: Index, i: Index) -> ir.Expr:
+        part, group = self._part(batch)
+        return self.w[group, part * self.whole.k + k, i]
+
+    def read(self, batch: Index, k: Index, j: Index) -> ir.Expr:
+        g = self.geometry
+        part, group = self._part(batch)
+        at = part * self.whole.k + k
+        tap, channel = at // self.channels, at % self.channels
+        per_group = g.in_channels // g.groups
+        pixel = j % self.pixels
+        row = pixel // g.out_width * g.stride[0] + tap // g.kernel[1] * g.dilation[0] - g.padding[0]
+        column = pixel % g.out_width * g.stride[1] + tap % g.kernel[1] * g.dilation[1] - g.padding[1]
+        inside = []
+        if self.whole.n > self.gemm.n:
+            inside.append(self._first(j) < self.gemm.n)
+        if self.channels > per_group:
+            inside.append(channel < per_group)
+        if self.whole.k * self.split > self.gemm.k:
+            inside.append(at < self.gemm.k)
+        inside += _within(row, g.height, g.padding[0], g.padding[2])
+        inside += _within(column, g.width, g.padding[1], g.padding[3])
+        value = self.x[j // self.pixels, group * per_group + channel, row, column]
+        if not inside:
+            return value
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "float32"))
+
+    def write(self, batch: Index, i: Index, j: Index, value: ir.Expr) -> None:
+        g, gemm = self.geometry, self.gemm
+        part, group = self._part(batch)
+        inside = []
+        if self.whole.m > gemm.m:
+            inside.append(i < gemm.m)
+        if self.whole.n > gemm.n:
+            inside.append(self._first(j) < gemm.n)
+
+        def store() -> None:
+            if self.split > 1:
+                T.buffer_store(self.y, value, [part, group, i, j])
+                return
+            pixel = j % self.pixels
+            place = [
+                j // self.pixels, group * gemm.m + i, pixel // g.out_width, pixel % g.out_width
+            ]
+            T.buffer_store(self.y, self.epilogue.apply(value, place), place)
+
+        if not inside:
+            store()
+            return
+        with T.If(tirx.all(*inside)):
+            with T.Then():
+                store()
+
+    def _first(self, j: Index) -> Index:
+        """The first of the neighbouring columns that are read at once."""
+        return j if self.vector == 1 else j // self.vector * self.vector
+
+
+def _within(at: Index, extent: int, before: int, after: int) -> list[ir.Expr]:
+    """The conditions for an index that padding may put outside of its axis."""
+    return [at >= 0, at < extent] if before or after else []
+
+
+def _add_parts(
+    workload: ConvWorkload, parts: tuple[int, ...], arch: CudaArch
+) -> tirx.PrimFunc:
+    """The kernel that adds up the parts of a split sum and applies the epilogue."""
+    g = workload.geometry
+    count, groups, channels, pixels = parts
+    values = groups * channels * pixels
+    per_image = g.out_height * g.out_width
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+            source = T.arg("parts", T.buffer(parts, "float32"))
+            epilogue = Epilogue(g, workload.epilogue)
+            y = T.arg(Y, T.buffer(map_shape(g), "float32"))
+            with T.sblock("root"):
+                sums = T.sblock_alloc_buffer((values,), "float32")
+                with T.grid(values, count) as (i, p):
+                    with T.sblock("sum"):
+                        vi, vp = T.axis.remap("SR", [i, p])
+                        with T.init():
+                            T.buffer_store(sums, tirx.const(0, "float32"), [vi])
+                        channel = vi // pixels
+                        part = source[vp, channel // channels, channel % channels, vi % pixels]
+                        T.buffer_store(sums, sums[vi] + part, [vi])
+                with T.serial(values) as i:
+                    with T.sblock("write"):
+                        vi = T.axis.spatial(values, i)
+                        pixel = vi % pixels
+                        inner = pixel % per_image
+                        place = [
+                            pixel // per_image,
+                            vi // pixels,
+                            inner // g.out_width,
+                            inner % g.out_width,
+                        ]
+                        T.buffer_store(y, epilogue.apply(sums[vi], place), place)
+    sch = ThreadSchedule(builder.get(), arch)
+    tir = sch.tir
+    total, write = tir.get_sblock("sum"), tir.get_sblock("write")
+    (loop,) = tir.get_loops(write)
+    block, thread = tir.split(loop, [None, _SUM_THREADS])
+    sch.bind(block, "blockIdx.x")
+    sch.bind(thread, "threadIdx.x")
+    tir.compute_at(total, thread)
+    tir.set_scope(total, 0, sch.scope("local"))
+    return sch.finish()

@@ -1,0 +1,96 @@
+"""What follows a convolution on each output value: bias, residual, affine, activations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tvm import ir, tirx
+from tvm.tirx.script.builder import ir as T
+from tvm_lowrank.schedules.x86.workload import parse_step
+
+from tvm_lowrank.geometry import ConvGeometry
+
+from .program import Shape
+
+
+def operand_shapes(geometry: ConvGeometry, steps: Sequence[str]) -> dict[str, Shape]:
+    """Names and shapes of what the steps read, in their order."""
+    channels = (geometry.out_channels,)
+    found: dict[str, Shape] = {}
+    for index, step in enumerate(steps):
+        name, _ = parse_step(step)
+        if name == "bias":
+            found[f"bias{index}"] = channels
+        elif name == "residual":
+            found[f"residual{index}"] = map_shape(geometry)
+        elif name == "affine":
+            found[f"scale{index}"] = channels
+            found[f"shift{index}"] = channels
+    return found
+
+
+def map_shape(geometry: ConvGeometry) -> Shape:
+    """NCHW shape of a convolution's output."""
+    rows, columns = geometry.out_height, geometry.out_width
+    return (geometry.batch, geometry.out_channels, rows, columns)
+
+
+class Epilogue:
+    """The steps of an epilogue inside a kernel that is being built.
+
+    Creating one adds the parameters of `operand_shapes` to the function.
+    """
+
+    def __init__(self, geometry: ConvGeometry, steps: Sequence[str]) -> None:
+        """Add the parameters of ``steps``."""
+        self._steps = steps
+        self._buffers = {
+            name: T.arg(name, T.buffer(shape, "float32"))
+            for name, shape in operand_shapes(geometry, steps).items()
+        }
+
+    def apply(self, value: ir.Expr, place: Sequence[ir.Expr]) -> ir.Expr:
+        """The steps on the value at ``place``, its NCHW indices."""
+        channel = place[1]
+        for index, step in enumerate(self._steps):
+            name, numbers = parse_step(step)
+            if name == "bias":
+                value = value + self._buffers[f"bias{index}"][channel]
+            elif name == "residual":
+                value = value + self._buffers[f"residual{index}"][tuple(place)]
+            elif name == "affine":
+                scale, shift = self._buffers[f"scale{index}"], self._buffers[f"shift{index}"]
+                value = value * scale[channel] + shift[channel]
+            else:
+                value = activation(name, value, numbers)
+        return value
+
+
+def activation(name: str, value: ir.Expr, numbers: Sequence[float] = ()) -> ir.Expr:
+    """An activation of `workload.EPILOGUE_STEPS` on one float32 value."""
+
+    def number(x: float) -> ir.Expr:
+        return tirx.const(x, "float32")
+
+    def clip(x: ir.Expr, low: float, high: float) -> ir.Expr:
+        x = x if math.isinf(low) else tirx.max(x, number(low))
+        return x if math.isinf(high) else tirx.min(x, number(high))
+
+    zero, one = number(0), number(1)
+    if name == "relu":
+        return tirx.max(value, zero)
+    if name == "clip":
+        return clip(value, numbers[0], numbers[1])
+    if name == "leaky_relu":
+        return tirx.max(value, zero) + number(numbers[0]) * tirx.min(value, zero)
+    if name == "hard_sigmoid":
+        return clip(value * number(1 / 6) + number(0.5), 0.0, 1.0)
+    if name == "hard_swish":
+        return value * clip(value * number(1 / 6) + number(0.5), 0.0, 1.0)
+    if name == "tanh":
+        return tirx.tanh(value)
+    if name == "gelu":
+        return value * number(0.5) * (one + tirx.erf(value * number(math.sqrt(0.5))))
+    sigmoid = one / (one + tirx.exp(zero - value))
+    return {"sigmoid": sigmoid, "silu": value * sigmoid}[name]

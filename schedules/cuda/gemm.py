@@ -1,0 +1,238 @@
+"""Batched matrix products as tiles of blocks, threads and registers: the core of most kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import ir, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from .arch import MOST_BLOCKS_YZ, MOST_THREADS, STATIC_SHARED_BYTES, WARP, CudaArch
+from .threads import ThreadSchedule
+
+Index = ir.Expr
+# A thread's tile of more than four values along an axis is in pieces of four, a block's width apart,
+# so that neighbouring threads read neighbouring vectors of shared memory.
+_PIECE = 4
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """Tiles of a product of (m x k) by (k x n) matrices.
+
+    - ``block_m``, ``block_n``: rows and columns of the result that a block of threads computes;
+    - ``block_k``: how much of the sum goes through shared memory at once;
+    - ``thread_m``, ``thread_n``: rows and columns of a thread, which it keeps in registers;
+    - ``pipeline``: whether a block fetches the next piece of the sum while it adds this one up;
+    - ``split_k``: parts of the sum that different blocks take on, to be added up by a second kernel.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    thread_m: int
+    thread_n: int
+    pipeline: bool = True
+    split_k: int = 1
+
+    @property
+    def threads(self) -> tuple[int, int]:
+        """Threads of a block along m and along n."""
+        return self.block_m // self.thread_m, self.block_n // self.thread_n
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        return 4 * self.block_k * (self.block_m + self.block_n)
+
+    @property
+    def registers(self) -> int:
+        """Roughly the registers of a thread: its tile, what it multiplies, prefetched values."""
+        rows, columns = self.threads
+        fetched = self.shared_bytes // 4 // (rows * columns) if self.pipeline else 0
+        return self.thread_m * self.thread_n + self.thread_m + self.thread_n + fetched + 24
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """``batch`` products: C[b, i, j] is the sum over l of A[b, l, i] B[b, l, j]."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+
+    def padded(self, schedule: GemmSchedule) -> Gemm:
+        """The same in whole tiles, of which ``split_k`` parts have equal sums."""
+        return Gemm(
+            self.batch * schedule.split_k,
+            round_up(self.m, schedule.block_m),
+            round_up(self.n, schedule.block_n),
+            round_up(self.k, schedule.block_k * schedule.split_k) // schedule.split_k,
+        )
+
+    def blocks(self, schedule: GemmSchedule) -> int:
+        """Blocks of threads that are started."""
+        whole = self.padded(schedule)
+        return whole.batch * (whole.m // schedule.block_m) * (whole.n // schedule.block_n)
+
+
+def is_legal(gemm: Gemm, schedule: GemmSchedule, arch: CudaArch) -> str | None:
+    """Why ``schedule`` cannot be used, or None if it can."""
+    s = schedule
+    if min(s.block_m, s.block_n, s.block_k, s.thread_m, s.thread_n, s.split_k) < 1:
+        return "tiles and split_k must be positive"
+    if s.block_m % s.thread_m or s.block_n % s.thread_n:
+        return "a thread's tile must divide the block's"
+    if any(size > _PIECE and size % _PIECE for size in (s.thread_m, s.thread_n)):
+        return f"a thread's tile beyond {_PIECE} must be a multiple of it"
+    rows, columns = s.threads
+    if not WARP <= rows * columns <= MOST_THREADS or rows * columns % WARP:
+        return f"{rows * columns} threads are not whole warps up to {MOST_THREADS}"
+    if s.block_k * s.block_m % (rows * columns) or s.block_k * s.block_n % (rows * columns):
+        return "the threads of a block cannot share its copies evenly"
+    if s.shared_bytes > STATIC_SHARED_BYTES:
+        return f"it needs {s.shared_bytes} of {STATIC_SHARED_BYTES} bytes of shared memory"
+    if s.registers * rows * columns > arch.registers:
+        return f"it needs about {s.registers} registers for each of {rows * columns} threads"
+    whole = gemm.padded(s)
+    if whole.batch > MOST_BLOCKS_YZ or whole.m // s.block_m > MOST_BLOCKS_YZ:
+        return "it needs more blocks than a grid has"
+    if s.split_k > 1 and whole.k < 2 * s.block_k:
+        return f"the sum of {gemm.k} is too short for {s.split_k} parts"
+    return None
+
+
+class Operands:
+    """What a product reads and writes, given as code; one instance builds one kernel.
+
+    `declare` adds the function's parameters. Indices passed to the others may lie in the padding of
+    the tiles: rows of `weight` are padded in memory, `read` gives zero there, `write` does nothing.
+    """
+
+    #: Neighbouring columns that `read` finds next to each other in memory, and `write` leaves so.
+    vector = 1
+
+    def declare(self) -> None:
+        """Add the parameters of the function, in order."""
+        raise NotImplementedError
+
+    def weight(self, batch: Index, k: Index, i: Index) -> ir.Expr:
+        """A[batch, k, i]."""
+        raise NotImplementedError
+
+    def read(self, batch: Index, k: Index, j: Index) -> ir.Expr:
+        """B[batch, k, j], zero in the padding."""
+        raise NotImplementedError
+
+    def write(self, batch: Index, i: Index, j: Index, value: ir.Expr) -> None:
+        """Store C[batch, i, j], unless it lies in the padding."""
+        raise NotImplementedError
+
+
+def emit(gemm: Gemm, schedule: GemmSchedule, operands: Operands, arch: CudaArch) -> tirx.PrimFunc:
+    """The kernel of a product; ValueError if the schedule is not legal for it."""
+    problem = is_legal(gemm, schedule, arch)
+    if problem:
+        raise ValueError(f"{schedule} for {gemm}: {problem}")
+    return _schedule(_define(gemm.padded(schedule), operands), schedule, operands.vector, arch)
+
+
+def _define(whole: Gemm, operands: Operands) -> tirx.PrimFunc:
+    """The product in three steps without any order: gather columns, multiply, write."""
+    zero = tirx.const(0, "float32")
+    batch, m, n, k = whole.batch, whole.m, whole.n, whole.k
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+            operands.declare()
+            with T.sblock("root"):
+                rows = T.sblock_alloc_buffer((batch, k, m), "float32")
+                columns = T.sblock_alloc_buffer((batch, k, n), "float32")
+                sums = T.sblock_alloc_buffer((batch, m, n), "float32")
+                with T.grid(batch, k, m) as (b, l, i):
+                    with T.sblock("weights"):
+                        vb, vl, vi = T.axis.remap("SSS", [b, l, i])
+                        T.buffer_store(rows, operands.weight(vb, vl, vi), [vb, vl, vi])
+                with T.grid(batch, k, n) as (b, l, j):
+                    with T.sblock("columns"):
+                        vb, vl, vj = T.axis.remap("SSS", [b, l, j])
+                        T.buffer_store(columns, operands.read(vb, vl, vj), [vb, vl, vj])
+                with T.grid(batch, m, n, k) as (b, i, j, l):
+                    with T.sblock("product"):
+                        vb, vi, vj, vl = T.axis.remap("SSSR", [b, i, j, l])
+                        with T.init():
+                            T.buffer_store(sums, zero, [vb, vi, vj])
+                        term = rows[vb, vl, vi] * columns[vb, vl, vj]
+                        T.buffer_store(sums, sums[vb, vi, vj] + term, [vb, vi, vj])
+                with T.grid(batch, m, n) as (b, i, j):
+                    with T.sblock("write"):
+                        vb, vi, vj = T.axis.remap("SSS", [b, i, j])
+                        operands.write(vb, vi, vj, sums[vb, vi, vj])
+    return builder.get()
+
+
+def _schedule(
+    func: tirx.PrimFunc, schedule: GemmSchedule, vector: int, arch: CudaArch
+) -> tirx.PrimFunc:
+    """Tiles in the order blocks, threads, pieces of the sum, register tile."""
+    sch = ThreadSchedule(func, arch)
+    tir = sch.tir
+    weights, columns, product, write = map(
+        tir.get_sblock, ("weights", "columns", "product", "write")
+    )
+    rows, across = schedule.threads
+    b, i, j, k = tir.get_loops(product)
+    piece_m, piece_n = min(schedule.thread_m, _PIECE), min(schedule.thread_n, _PIECE)
+    block_i, piece_i, thread_i, inner_i = tir.split(
+        i, [None, schedule.thread_m // piece_m, rows, piece_m]
+    )
+    block_j, piece_j, thread_j, inner_j = tir.split(
+        j, [None, schedule.thread_n // piece_n, across, piece_n]
+    )
+    outer_k, inner_k = tir.split(k, [None, schedule.block_k])
+    tir.reorder(
+        b, block_i, block_j, piece_i, piece_j, thread_i, thread_j, outer_k, inner_k, inner_i, inner_j
+    )
+    sch.bind(block_j, "blockIdx.x")
+    sch.bind(block_i, "blockIdx.y")
+    sch.bind(b, "blockIdx.z")
+    sch.bind(piece_i, "vthread.y")
+    sch.bind(piece_j, "vthread.x")
+    sch.bind(thread_i, "threadIdx.y")
+    sch.bind(thread_j, "threadIdx.x")
+    tir.unroll(inner_k)
+    for copy, extent, lanes in (
+        (weights, schedule.block_m, _PIECE),
+        (columns, schedule.block_n, vector),
+    ):
+        tir.set_scope(copy, 0, sch.scope("shared"))
+        tir.compute_at(copy, outer_k)
+        each = schedule.block_k * extent // (rows * across)
+        while each % lanes or extent % lanes:
+            lanes //= 2
+        sch.spread(copy, tir.get_loops(copy)[-2:], (rows, across), lanes)
+    tir.set_scope(product, 0, sch.scope("local"))
+    tir.reverse_compute_at(write, thread_j)
+    for index in range(2):
+        registers = tir.cache_read(product, index, sch.scope("local"))
+        tir.compute_at(registers, inner_k)
+        tir.vectorize(tir.get_loops(registers)[-1])
+    start = tir.decompose_reduction(product, outer_k)
+    sch.unroll(start, 2)
+    if vector > 1 and piece_n % vector == 0:
+        tir.vectorize(tir.get_loops(write)[-1])
+        tir.unroll(tir.get_loops(write)[-2])
+    else:
+        sch.unroll(write, 2)
+    sch.unroll(product, 2)
+    if schedule.pipeline:
+        sch.pipeline(outer_k, [weights, columns])
+    return sch.finish()
+

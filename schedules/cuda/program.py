@@ -1,0 +1,51 @@
+"""What computes one convolution on a GPU: kernels in order, with the values between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tvm import tirx
+
+X, WEIGHTS, Y = "x", "weights", "y"
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kernel: the names of the values it reads, in order, and of the one it writes."""
+
+    func: tirx.PrimFunc
+    reads: tuple[str, ...]
+    writes: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """Kernels that run one after the other.
+
+    ``shapes`` holds the shape and ``dtypes`` the type (float32 where it is not listed) of every
+    value: ``x``, ``weights``, ``y``, the ``operands`` of the epilogue in the order of its steps,
+    and what the stages hand on to each other.
+    """
+
+    stages: tuple[Stage, ...]
+    shapes: Mapping[str, Shape]
+    operands: tuple[str, ...] = ()
+    dtypes: Mapping[str, str] | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what the caller gives, in order."""
+        return (X, WEIGHTS, *self.operands)
+
+    def dtype(self, name: str) -> str:
+        """Type of a value."""
+        return (self.dtypes or {}).get(name, "float32")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as the kernels read them."""
+        size = 2 if self.dtype(WEIGHTS) == "float16" else 4
+        return size * math.prod(self.shapes[WEIGHTS])

@@ -1,0 +1,75 @@
+"""What the tests of the CUDA kernels share: running them as loops, and what nvcc makes of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from tvm_lowrank.schedules.cuda.program import Program
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+
+
+def run_on_host(program: Program, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Run a program whose kernels are loops; what no kernel writes stays NaN."""
+    functions = {
+        f"stage{index}": stage.func.with_attr("global_symbol", f"stage{index}")
+        for index, stage in enumerate(program.stages)
+    }
+    library = tvm.compile(tvm.IRModule(functions), target="llvm")
+    library = library.mod if hasattr(library, "mod") else library
+    values = {name: tvm.runtime.tensor(array) for name, array in inputs.items()}
+    for index, stage in enumerate(program.stages):
+        shape, dtype = program.shapes[stage.writes], program.dtype(stage.writes)
+        values[stage.writes] = tvm.runtime.tensor(np.full(shape, np.nan, dtype))
+        library[f"stage{index}"](*(values[n] for n in stage.reads), values[stage.writes])
+    return values["y"].numpy()
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of a kernel."""
+
+    registers: int
+    shared: int
+    spills: int
+    stack: int
+
+
+def source_of(programs: list[Program], arch: str) -> str:
+    """CUDA source of all kernels."""
+    functions = {}
+    for program in programs:
+        for stage in program.stages:
+            name = f"kernel{len(functions)}"
+            functions[name] = stage.func.with_attr("global_symbol", name)
+    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="llvm")
+    library = tvm.compile(tvm.IRModule(functions), target=target)
+    library = library.mod if hasattr(library, "mod") else library
+    return library.imports[0].inspect_source()
+
+
+def resources_of(source: str, arch: str, folder: Path) -> dict[str, Resources]:
+    """Compile CUDA source to machine code, as TVM does; what the compiler reports of each kernel."""
+    (folder / "kernels.cu").write_text(source)
+    command = ["nvcc", "-cubin", "-O3", "--use_fast_math", f"-arch={arch}", "-Xptxas", "-v"]
+    command += ["-o", str(folder / "kernels.cubin"), str(folder / "kernels.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pattern = (
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    found = {}
+    for name, stack, stores, loads, registers, rest in re.findall(pattern, done.stderr, re.S):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        found[name] = Resources(
+            int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads), int(stack)
+        )
+    return found
