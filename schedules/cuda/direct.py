@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,14 +14,17 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
 
+from . import model
 from .arch import CudaArch
 from .epilogue import Epilogue, map_shape, operand_shapes
-from .gemm import Gemm, GemmSchedule, Index, Operands, emit as emit_gemm, is_legal, round_up
-from .program import WEIGHTS, X, Y, Program, Stage
+from .gemm import Gemm, GemmSchedule, Index, Operands, is_legal, round_up, tiles
+from .gemm import emit as emit_gemm
+from .program import WEIGHTS, X, Y, Program, Stage, moved_bytes
 from .threads import ThreadSchedule
 
 # Threads of the kernel that adds up the parts of a split sum.
 _SUM_THREADS = 256
+_MOST_SCHEDULES = 32
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,42 @@ def refuse(workload: ConvWorkload, arch: CudaArch) -> str | None:
     return None
 
 
+def is_schedule_legal(
+    workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch
+) -> str | None:
+    """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
+    problem = refuse(workload, arch)
+    return problem or is_legal(gemm_of(workload.geometry, schedule), schedule, arch)
+
+
+def space(workload: ConvWorkload, arch: CudaArch) -> list[DirectSchedule]:
+    """Legal schedules, the one predicted fastest first; never empty unless refused."""
+    rough = gemm_of(workload.geometry, DirectSchedule(16, 32, 8, 2, 4))
+    found = {DirectSchedule(**asdict(tile)) for tile in tiles(rough, arch)}
+    found |= {replace(schedule, pipeline=False) for schedule in found}
+    legal = [s for s in found if is_schedule_legal(workload, s, arch) is None]
+    legal.sort(key=lambda s: (predict(workload, s, arch), str(s)))
+    return legal[:_MOST_SCHEDULES]
+
+
+def predict(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> float:
+    """Predicted microseconds."""
+    g = workload.geometry
+    gemm = gemm_of(g, schedule)
+    memory = moved_bytes(workload, 4 * g.weight_count)
+    pointwise = g.kernel == (1, 1) and g.stride == (1, 1)
+    gather = 0.3 if pointwise else 1.0
+    if schedule.split_k == 1:
+        return model.of_gemm(gemm, schedule, memory, arch, gather)
+    values = gemm.batch * gemm.m * gemm.n
+    parts = 4.0 * schedule.split_k * values
+    product = model.of_gemm(gemm, schedule, memory + parts, arch, gather)
+    adding = model.of_streaming(
+        values, parts + 4 * values, 2 * schedule.split_k, arch, _SUM_THREADS
+    )
+    return product + adding
+
+
 def channels_of(geometry: ConvGeometry, schedule: GemmSchedule) -> int:
     """Channels of a tap in the sum: whole pieces of it, unless the taps are too small for that."""
     channels = geometry.in_channels // geometry.groups
@@ -71,9 +110,8 @@ def gemm_of(geometry: ConvGeometry, schedule: GemmSchedule) -> Gemm:
 def emit(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> Program:
     """The kernel, or two if the sum is split; ValueError if the schedule is not legal."""
     geometry = workload.geometry
-    problem = refuse(workload, arch)
+    problem = is_schedule_legal(workload, schedule, arch)
     gemm = gemm_of(geometry, schedule)
-    problem = problem or is_legal(gemm, schedule, arch)
     if problem:
         raise ValueError(f"{schedule} for {geometry}: {problem}")
     whole = gemm.padded(schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from tvm import ir, tirx
@@ -236,3 +237,23 @@ def _schedule(
         sch.pipeline(outer_k, [weights, columns])
     return sch.finish()
 
+
+def tiles(gemm: Gemm, arch: CudaArch) -> list[GemmSchedule]:
+    """Legal schedules worth considering for a product, without regard to what it reads."""
+    found = []
+    for block_m, block_n, block_k in itertools.product((16, 32, 64, 128), (32, 64, 128), (8, 16)):
+        if block_m > 2 * round_up(gemm.m, 16) or block_n > 2 * round_up(gemm.n, 32):
+            continue
+        for thread_m, thread_n in ((8, 8), (4, 8), (8, 4), (4, 4), (2, 4)):
+            for split_k in (1, 2, 4, 8):
+                schedule = GemmSchedule(
+                    block_m, block_n, block_k, thread_m, thread_n, split_k=split_k
+                )
+                whole = gemm.padded(schedule)
+                # Few parts of a sum are a kernel more; they pay where blocks are few.
+                few = whole.batch * (whole.m // block_m) * (whole.n // block_n)
+                if split_k > 1 and few > 4 * arch.multiprocessors:
+                    continue
+                if is_legal(gemm, schedule, arch) is None:
+                    found.append(schedule)
+    return found

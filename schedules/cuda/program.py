@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tvm import tirx
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 X, WEIGHTS, Y = "x", "weights", "y"
 Shape = tuple[int, ...]
@@ -49,3 +50,11 @@ class Program:
         """Bytes of the weights as the kernels read them."""
         size = 2 if self.dtype(WEIGHTS) == "float16" else 4
         return size * math.prod(self.shapes[WEIGHTS])
+
+
+def moved_bytes(workload: ConvWorkload, weight_bytes: int) -> int:
+    """Bytes that a convolution cannot avoid to move: its input, weights, residuals and output."""
+    g = workload.geometry
+    outputs = g.batch * g.out_channels * g.out_height * g.out_width
+    maps = 1 + sum(step == "residual" for step in workload.epilogue)
+    return 4 * (g.batch * g.in_channels * g.height * g.width + maps * outputs) + weight_bytes
