@@ -21,8 +21,8 @@ from lossless import Built, build_lossless
 from machine import cache_bytes, describe, disturbance
 from probes import compile_kernel, peak_gflops, read_gigabytes
 from tvm_lowrank.passes.lower_convolutions import survey
+from tvm_lowrank.schedules.kernels import Schedule, emit
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import Schedule, emit
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from zoo import NETWORKS, cache_folder
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tvm
 from cases import names
-from tvm_lowrank.schedules.x86 import kernels
+from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 

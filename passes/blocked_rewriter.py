@@ -20,10 +20,10 @@ from tvm_lowrank.passes.blocked import (
 )
 from tvm_lowrank.passes.graph import Rewriter, static_shape
 from tvm_lowrank.passes.kernel_calls import KernelCalls, Step, Weights
-from tvm_lowrank.schedules.x86 import kernels
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.chain import MOST_STAGES, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.kernels import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry

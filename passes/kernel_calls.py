@@ -11,11 +11,12 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm_lowrank.passes.graph import Rewriter, constant
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86 import (
     elementwise,
     fused,
     gather,
-    kernels,
     layout,
     normalisation,
     packing,
@@ -23,7 +24,6 @@ from tvm_lowrank.schedules.x86 import (
 )
 from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.kernels import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry

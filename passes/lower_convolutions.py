@@ -20,8 +20,8 @@ from tvm_lowrank.passes.kernel_calls import WeightParameter, Weights
 from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense
 from tvm_lowrank.passes.lower_reductions import lower_global_pool, lower_layer_norm, lower_pool
 from tvm_lowrank.passes.lower_views import lower_concat, lower_view, lower_window
+from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.kernels import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 _SKIPPED = object()

@@ -5,14 +5,23 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tvm
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.cuda.arch import ARCHITECTURES
 from tvm_lowrank.schedules.cuda.program import Program
+from tvm_lowrank.schedules.family import Schedule
+from tvm_lowrank.schedules.x86.isa import VectorISA
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from x86_support import apply_steps, reference_convolution
 
+SM80, SM90 = ARCHITECTURES["sm_80"], ARCHITECTURES["sm_90"]
+LOOPS = replace(SM80, loops=True)
+_PLAIN = VectorISA("plain", 1, 1)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
 
@@ -30,6 +39,24 @@ def run_on_host(program: Program, inputs: dict[str, np.ndarray]) -> np.ndarray:
         values[stage.writes] = tvm.runtime.tensor(np.full(shape, np.nan, dtype))
         library[f"stage{index}"](*(values[n] for n in stage.reads), values[stage.writes])
     return values["y"].numpy()
+
+
+class Case:
+    """Random data for a workload, a program of loops that computes it, and the float64 result."""
+
+    def __init__(self, workload: ConvWorkload, schedule: Schedule) -> None:
+        g = workload.geometry
+        self.workload = workload
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((g.batch, g.in_channels, g.height, g.width)).astype("float32")
+        weight = rng.standard_normal(g.weight_shape).astype("float32")
+        self.program = kernels.emit(workload, schedule, LOOPS)
+        y = reference_convolution(x, weight, g)
+        self.expected, operands = apply_steps(y, workload.epilogue, _PLAIN, rng)
+        packed = kernels.pack_weights(weight, workload, schedule, LOOPS)
+        self.inputs = {"x": x, "weights": packed}
+        for name, operand in zip(self.program.operands, operands, strict=True):
+            self.inputs[name] = operand.reshape(self.program.shapes[name])
 
 
 @dataclass(frozen=True)
@@ -56,7 +83,7 @@ def source_of(programs: list[Program], arch: str) -> str:
 
 
 def resources_of(source: str, arch: str, folder: Path) -> dict[str, Resources]:
-    """Compile CUDA source to machine code, as TVM does; what the compiler reports of each kernel."""
+    """Compile CUDA source to machine code, as TVM does; what ptxas reports of each kernel."""
     (folder / "kernels.cu").write_text(source)
     command = ["nvcc", "-cubin", "-O3", "--use_fast_math", f"-arch={arch}", "-Xptxas", "-v"]
     command += ["-o", str(folder / "kernels.cubin"), str(folder / "kernels.cu")]

@@ -9,8 +9,8 @@ from helpers import operators, relative, run
 from onnx import TensorProto, helper, numpy_helper
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions, survey
 from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.schedules.kernels import default_schedule
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import default_schedule
 
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.target import host_target

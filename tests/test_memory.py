@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tvm_lowrank.schedules.x86.isa import AVX512
-from tvm_lowrank.schedules.x86.kernels import (
+from tvm_lowrank.schedules.kernels import (
     EXACT,
     algorithm_of,
     emit,
@@ -19,6 +18,7 @@ from tvm_lowrank.schedules.x86.kernels import (
     spaces,
     weight_bytes,
 )
+from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 import tvm_lowrank

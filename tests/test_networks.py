@@ -9,8 +9,8 @@ from helpers import operators, reference, relative, shared
 from tvm import relax
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.schedules.kernels import default_schedule
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import default_schedule
 
 from tvm_lowrank import demo
 from tvm_lowrank.data import input_shape

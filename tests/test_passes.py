@@ -11,8 +11,8 @@ from tvm_lowrank.passes.expose_inputs import ExposeInputs
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions, survey
 from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.schedules.kernels import default_schedule
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import default_schedule
 
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.decompose.compose import channel_order

@@ -18,10 +18,10 @@ import tvm
 from helpers import reference, relative
 from tuner_support import Invented
 from tvm import relax
+from tvm_lowrank.schedules.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.x86 import fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 import tvm_lowrank

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm_lowrank.schedules.x86 import fused, fused_space, kernels
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.x86 import fused, fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.x86.isa import AVX512

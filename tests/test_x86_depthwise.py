@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm_lowrank.schedules.x86 import depthwise, kernels
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.x86 import depthwise
 from tvm_lowrank.schedules.x86.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_x86_convolution import innermost_loops
+from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.transforms.cook_toom import cook_toom
-from tvm_lowrank.schedules.x86 import kernels, winograd, winograd_space
+from tvm_lowrank.schedules.x86 import winograd, winograd_space
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.winograd_schedule import (
     WinogradSchedule,

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import tvm
-from tvm_lowrank.schedules.x86 import kernels
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
-from tvm_lowrank.schedules.x86.kernels import Schedule
 from tvm_lowrank.schedules.x86.packing import pack_channels
 from tvm_lowrank.schedules.x86.workload import ConvWorkload, parse_step
 

@@ -21,9 +21,9 @@ from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.passes.factor_convolutions import Chain
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 from tvm_lowrank.passes.pipeline import factor, normalise
+from tvm_lowrank.schedules.kernels import Schedule, default_schedule, schedule_from_json
 from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import Schedule, default_schedule, schedule_from_json
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target
 

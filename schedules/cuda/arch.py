@@ -25,9 +25,9 @@ class CudaArch:
 
     ``multiprocessors``, ``gflops`` (float32, a multiplication and an addition are two),
     ``tensor_gflops`` (float16 in, float32 sums) and ``gigabytes`` (of memory, a second) are the
-    published figures of the architecture's data-centre card, or of its largest one if it has none.
-    The rest are limits of one multiprocessor. With ``loops``, kernels come as loops that a processor
-    runs in one thread (see `threads`).
+    published figures of the architecture's usual data-centre card.
+    The rest are limits of one multiprocessor. With ``loops``, kernels come as loops that a
+    processor runs in one thread (see `threads`).
     """
 
     name: str

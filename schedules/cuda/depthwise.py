@@ -15,7 +15,7 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from . import model
 from .arch import MOST_THREADS, WARP, CudaArch
 from .epilogue import Epilogue, map_shape, operand_shapes
-from .program import WEIGHTS, X, Y, Program, Stage, moved_bytes
+from .program import WEIGHTS, Program, Stage, X, Y, moved_bytes
 from .threads import ThreadSchedule
 
 _MOST_TAPS = 31 * 31
@@ -128,51 +128,47 @@ def _define(
     strips = -(-g.out_width // schedule.pixels)
     count = g.batch * g.out_channels * g.out_height * strips
     zero = tirx.const(0, "float32")
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
-            x = T.arg(X, T.buffer(shapes[X], "float32"))
-            weights = T.arg(WEIGHTS, T.buffer(shapes[WEIGHTS], "float32"))
-            epilogue = Epilogue(g, workload.epilogue)
-            y = T.arg(Y, T.buffer(shapes[Y], "float32"))
-            with T.sblock("root"):
-                sums = T.sblock_alloc_buffer((count, schedule.pixels), "float32")
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+        x = T.arg(X, T.buffer(shapes[X], "float32"))
+        weights = T.arg(WEIGHTS, T.buffer(shapes[WEIGHTS], "float32"))
+        epilogue = Epilogue(g, workload.epilogue)
+        y = T.arg(Y, T.buffer(shapes[Y], "float32"))
+        with T.sblock("root"):
+            sums = T.sblock_alloc_buffer((count, schedule.pixels), "float32")
 
-                def place(strip: ir.Expr, pixel: ir.Expr) -> list[ir.Expr]:
-                    """NCHW indices of an output."""
-                    line = strip // strips
-                    plane, row = line // g.out_height, line % g.out_height
-                    column = strip % strips * schedule.pixels + pixel
-                    return [plane // g.out_channels, plane % g.out_channels, row, column]
+            def place(strip: ir.Expr, pixel: ir.Expr) -> list[ir.Expr]:
+                """NCHW indices of an output."""
+                line = strip // strips
+                plane, row = line // g.out_height, line % g.out_height
+                column = strip % strips * schedule.pixels + pixel
+                return [plane // g.out_channels, plane % g.out_channels, row, column]
 
-                with T.grid(count, *g.kernel, schedule.pixels) as (s, i, j, p):
-                    with T.sblock("sum"):
-                        vs, vi, vj, vp = T.axis.remap("SRRS", [s, i, j, p])
-                        with T.init():
-                            T.buffer_store(sums, zero, [vs, vp])
-                        image, channel, row, column = place(vs, vp)
-                        row = row * g.stride[0] + vi * g.dilation[0] - g.padding[0]
-                        column = column * g.stride[1] + vj * g.dilation[1] - g.padding[1]
-                        value = x[image, channel // per_group, row, column]
-                        inside = []
-                        if g.padding[0] or g.padding[2]:
-                            inside += [row >= 0, row < g.height]
-                        if g.padding[1] or g.padding[3] or g.out_width % schedule.pixels:
-                            inside += [column >= 0, column < g.width]
-                        if inside:
-                            value = tirx.if_then_else(tirx.all(*inside), value, zero)
-                        term = value * weights[channel, vi * g.kernel[1] + vj]
-                        T.buffer_store(sums, sums[vs, vp] + term, [vs, vp])
-                with T.grid(count, schedule.pixels) as (s, p):
-                    with T.sblock("write"):
-                        vs, vp = T.axis.remap("SS", [s, p])
-                        at = place(vs, vp)
-                        if g.out_width % schedule.pixels:
-                            with T.If(at[3] < g.out_width):
-                                with T.Then():
-                                    T.buffer_store(y, epilogue.apply(sums[vs, vp], at), at)
-                        else:
-                            T.buffer_store(y, epilogue.apply(sums[vs, vp], at), at)
+            with T.grid(count, *g.kernel, schedule.pixels) as (s, i, j, p), T.sblock("sum"):
+                vs, vi, vj, vp = T.axis.remap("SRRS", [s, i, j, p])
+                with T.init():
+                    T.buffer_store(sums, zero, [vs, vp])
+                image, channel, row, column = place(vs, vp)
+                row = row * g.stride[0] + vi * g.dilation[0] - g.padding[0]
+                column = column * g.stride[1] + vj * g.dilation[1] - g.padding[1]
+                value = x[image, channel // per_group, row, column]
+                inside = []
+                if g.padding[0] or g.padding[2]:
+                    inside += [row >= 0, row < g.height]
+                if g.padding[1] or g.padding[3] or g.out_width % schedule.pixels:
+                    inside += [column >= 0, column < g.width]
+                if inside:
+                    value = tirx.if_then_else(tirx.all(*inside), value, zero)
+                term = value * weights[channel, vi * g.kernel[1] + vj]
+                T.buffer_store(sums, sums[vs, vp] + term, [vs, vp])
+            with T.grid(count, schedule.pixels) as (s, p), T.sblock("write"):
+                vs, vp = T.axis.remap("SS", [s, p])
+                at = place(vs, vp)
+                if g.out_width % schedule.pixels:
+                    with T.If(at[3] < g.out_width), T.Then():
+                        T.buffer_store(y, epilogue.apply(sums[vs, vp], at), at)
+                else:
+                    T.buffer_store(y, epilogue.apply(sums[vs, vp], at), at)
     return builder.get()
 
 
@@ -186,9 +182,9 @@ def _schedule(
     block, thread = tir.split(strip, [None, schedule.threads])
     sch.bind(block, "blockIdx.x")
     sch.bind(thread, "threadIdx.x")
-    tir.compute_at(total, thread)
+    tir.compute_at(total, thread, preserve_unit_loops=True)
     tir.set_scope(total, 0, sch.scope("local"))
-    i, j, pixels = tir.get_loops(total)[2:]
+    i, j, pixels = tir.get_loops(total)[-3:]
     start = tir.decompose_reduction(total, i)
     if workload.geometry.kernel[0] * workload.geometry.kernel[1] <= _UNROLLED_TAPS:
         tir.unroll(i)

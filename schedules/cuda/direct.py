@@ -19,7 +19,7 @@ from .arch import CudaArch
 from .epilogue import Epilogue, map_shape, operand_shapes
 from .gemm import Gemm, GemmSchedule, Index, Operands, is_legal, round_up, tiles
 from .gemm import emit as emit_gemm
-from .program import WEIGHTS, X, Y, Program, Stage, moved_bytes
+from .program import WEIGHTS, Program, Stage, X, Y, moved_bytes
 from .threads import ThreadSchedule
 
 # Threads of the kernel that adds up the parts of a split sum.
@@ -199,8 +199,9 @@ class _Convolution(Operands):
         tap, channel = at // self.channels, at % self.channels
         per_group = g.in_channels // g.groups
         pixel = j % self.pixels
-        row = pixel // g.out_width * g.stride[0] + tap // g.kernel[1] * g.dilation[0] - g.padding[0]
-        column = pixel % g.out_width * g.stride[1] + tap % g.kernel[1] * g.dilation[1] - g.padding[1]
+        row = pixel // g.out_width * g.stride[0] + tap // g.kernel[1] * g.dilation[0]
+        column = pixel % g.out_width * g.stride[1] + tap % g.kernel[1] * g.dilation[1]
+        row, column = row - g.padding[0], column - g.padding[1]
         inside = []
         if self.whole.n > self.gemm.n:
             inside.append(self._first(j) < self.gemm.n)
@@ -230,16 +231,18 @@ class _Convolution(Operands):
                 return
             pixel = j % self.pixels
             place = [
-                j // self.pixels, group * gemm.m + i, pixel // g.out_width, pixel % g.out_width
+                j // self.pixels,
+                group * gemm.m + i,
+                pixel // g.out_width,
+                pixel % g.out_width,
             ]
             T.buffer_store(self.y, self.epilogue.apply(value, place), place)
 
         if not inside:
             store()
             return
-        with T.If(tirx.all(*inside)):
-            with T.Then():
-                store()
+        with T.If(tirx.all(*inside)), T.Then():
+            store()
 
     def _first(self, j: Index) -> Index:
         """The first of the neighbouring columns that are read at once."""
@@ -251,42 +254,37 @@ def _within(at: Index, extent: int, before: int, after: int) -> list[ir.Expr]:
     return [at >= 0, at < extent] if before or after else []
 
 
-def _add_parts(
-    workload: ConvWorkload, parts: tuple[int, ...], arch: CudaArch
-) -> tirx.PrimFunc:
+def _add_parts(workload: ConvWorkload, parts: tuple[int, ...], arch: CudaArch) -> tirx.PrimFunc:
     """The kernel that adds up the parts of a split sum and applies the epilogue."""
     g = workload.geometry
     count, groups, channels, pixels = parts
     values = groups * channels * pixels
     per_image = g.out_height * g.out_width
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
-            source = T.arg("parts", T.buffer(parts, "float32"))
-            epilogue = Epilogue(g, workload.epilogue)
-            y = T.arg(Y, T.buffer(map_shape(g), "float32"))
-            with T.sblock("root"):
-                sums = T.sblock_alloc_buffer((values,), "float32")
-                with T.grid(values, count) as (i, p):
-                    with T.sblock("sum"):
-                        vi, vp = T.axis.remap("SR", [i, p])
-                        with T.init():
-                            T.buffer_store(sums, tirx.const(0, "float32"), [vi])
-                        channel = vi // pixels
-                        part = source[vp, channel // channels, channel % channels, vi % pixels]
-                        T.buffer_store(sums, sums[vi] + part, [vi])
-                with T.serial(values) as i:
-                    with T.sblock("write"):
-                        vi = T.axis.spatial(values, i)
-                        pixel = vi % pixels
-                        inner = pixel % per_image
-                        place = [
-                            pixel // per_image,
-                            vi // pixels,
-                            inner // g.out_width,
-                            inner % g.out_width,
-                        ]
-                        T.buffer_store(y, epilogue.apply(sums[vi], place), place)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+        source = T.arg("parts", T.buffer(parts, "float32"))
+        epilogue = Epilogue(g, workload.epilogue)
+        y = T.arg(Y, T.buffer(map_shape(g), "float32"))
+        with T.sblock("root"):
+            sums = T.sblock_alloc_buffer((values,), "float32")
+            with T.grid(values, count) as (i, p), T.sblock("sum"):
+                vi, vp = T.axis.remap("SR", [i, p])
+                with T.init():
+                    T.buffer_store(sums, tirx.const(0, "float32"), [vi])
+                channel = vi // pixels
+                part = source[vp, channel // channels, channel % channels, vi % pixels]
+                T.buffer_store(sums, sums[vi] + part, [vi])
+            with T.serial(values) as i, T.sblock("write"):
+                vi = T.axis.spatial(values, i)
+                pixel = vi % pixels
+                inner = pixel % per_image
+                place = [
+                    pixel // per_image,
+                    vi // pixels,
+                    inner // g.out_width,
+                    inner % g.out_width,
+                ]
+                T.buffer_store(y, epilogue.apply(sums[vi], place), place)
     sch = ThreadSchedule(builder.get(), arch)
     tir = sch.tir
     total, write = tir.get_sblock("sum"), tir.get_sblock("write")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
@@ -12,9 +13,9 @@ from tvm.tirx.script.builder import ir as T
 from .arch import MOST_BLOCKS_YZ, MOST_THREADS, STATIC_SHARED_BYTES, WARP, CudaArch
 from .threads import ThreadSchedule
 
-Index = ir.Expr
-# A thread's tile of more than four values along an axis is in pieces of four, a block's width apart,
-# so that neighbouring threads read neighbouring vectors of shared memory.
+Index: TypeAlias = ir.Expr
+# A thread's tile of more than four values along an axis is in pieces of four, a block's width
+# apart, so that neighbouring threads read neighbouring vectors of shared memory.
 _PIECE = 4
 
 
@@ -31,7 +32,7 @@ class GemmSchedule:
     - ``block_k``: how much of the sum goes through shared memory at once;
     - ``thread_m``, ``thread_n``: rows and columns of a thread, which it keeps in registers;
     - ``pipeline``: whether a block fetches the next piece of the sum while it adds this one up;
-    - ``split_k``: parts of the sum that different blocks take on, to be added up by a second kernel.
+    - ``split_k``: parts of the sum that different blocks take on, for a second kernel to add up.
     """
 
     block_m: int
@@ -62,7 +63,7 @@ class GemmSchedule:
 
 @dataclass(frozen=True)
 class Gemm:
-    """``batch`` products: C[b, i, j] is the sum over l of A[b, l, i] B[b, l, j]."""
+    """``batch`` products: C[b, i, j] is the sum over l of A[b, r, i] B[b, r, j]."""
 
     batch: int
     m: int
@@ -149,33 +150,28 @@ def _define(whole: Gemm, operands: Operands) -> tirx.PrimFunc:
     """The product in three steps without any order: gather columns, multiply, write."""
     zero = tirx.const(0, "float32")
     batch, m, n, k = whole.batch, whole.m, whole.n, whole.k
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
-            operands.declare()
-            with T.sblock("root"):
-                rows = T.sblock_alloc_buffer((batch, k, m), "float32")
-                columns = T.sblock_alloc_buffer((batch, k, n), "float32")
-                sums = T.sblock_alloc_buffer((batch, m, n), "float32")
-                with T.grid(batch, k, m) as (b, l, i):
-                    with T.sblock("weights"):
-                        vb, vl, vi = T.axis.remap("SSS", [b, l, i])
-                        T.buffer_store(rows, operands.weight(vb, vl, vi), [vb, vl, vi])
-                with T.grid(batch, k, n) as (b, l, j):
-                    with T.sblock("columns"):
-                        vb, vl, vj = T.axis.remap("SSS", [b, l, j])
-                        T.buffer_store(columns, operands.read(vb, vl, vj), [vb, vl, vj])
-                with T.grid(batch, m, n, k) as (b, i, j, l):
-                    with T.sblock("product"):
-                        vb, vi, vj, vl = T.axis.remap("SSSR", [b, i, j, l])
-                        with T.init():
-                            T.buffer_store(sums, zero, [vb, vi, vj])
-                        term = rows[vb, vl, vi] * columns[vb, vl, vj]
-                        T.buffer_store(sums, sums[vb, vi, vj] + term, [vb, vi, vj])
-                with T.grid(batch, m, n) as (b, i, j):
-                    with T.sblock("write"):
-                        vb, vi, vj = T.axis.remap("SSS", [b, i, j])
-                        operands.write(vb, vi, vj, sums[vb, vi, vj])
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+        operands.declare()
+        with T.sblock("root"):
+            rows = T.sblock_alloc_buffer((batch, k, m), "float32")
+            columns = T.sblock_alloc_buffer((batch, k, n), "float32")
+            sums = T.sblock_alloc_buffer((batch, m, n), "float32")
+            with T.grid(batch, k, m) as (b, r, i), T.sblock("weights"):
+                vb, vr, vi = T.axis.remap("SSS", [b, r, i])
+                T.buffer_store(rows, operands.weight(vb, vr, vi), [vb, vr, vi])
+            with T.grid(batch, k, n) as (b, r, j), T.sblock("columns"):
+                vb, vr, vj = T.axis.remap("SSS", [b, r, j])
+                T.buffer_store(columns, operands.read(vb, vr, vj), [vb, vr, vj])
+            with T.grid(batch, m, n, k) as (b, i, j, r), T.sblock("product"):
+                vb, vi, vj, vr = T.axis.remap("SSSR", [b, i, j, r])
+                with T.init():
+                    T.buffer_store(sums, zero, [vb, vi, vj])
+                term = rows[vb, vr, vi] * columns[vb, vr, vj]
+                T.buffer_store(sums, sums[vb, vi, vj] + term, [vb, vi, vj])
+            with T.grid(batch, m, n) as (b, i, j), T.sblock("write"):
+                vb, vi, vj = T.axis.remap("SSS", [b, i, j])
+                operands.write(vb, vi, vj, sums[vb, vi, vj])
     return builder.get()
 
 
@@ -198,9 +194,8 @@ def _schedule(
         j, [None, schedule.thread_n // piece_n, across, piece_n]
     )
     outer_k, inner_k = tir.split(k, [None, schedule.block_k])
-    tir.reorder(
-        b, block_i, block_j, piece_i, piece_j, thread_i, thread_j, outer_k, inner_k, inner_i, inner_j
-    )
+    blocks, threads = (b, block_i, block_j), (piece_i, piece_j, thread_i, thread_j)
+    tir.reorder(*blocks, *threads, outer_k, inner_k, inner_i, inner_j)
     sch.bind(block_j, "blockIdx.x")
     sch.bind(block_i, "blockIdx.y")
     sch.bind(b, "blockIdx.z")
@@ -214,16 +209,16 @@ def _schedule(
         (columns, schedule.block_n, vector),
     ):
         tir.set_scope(copy, 0, sch.scope("shared"))
-        tir.compute_at(copy, outer_k)
+        tir.compute_at(copy, outer_k, preserve_unit_loops=True)
         each = schedule.block_k * extent // (rows * across)
         while each % lanes or extent % lanes:
             lanes //= 2
         sch.spread(copy, tir.get_loops(copy)[-2:], (rows, across), lanes)
     tir.set_scope(product, 0, sch.scope("local"))
-    tir.reverse_compute_at(write, thread_j)
+    tir.reverse_compute_at(write, thread_j, preserve_unit_loops=True)
     for index in range(2):
         registers = tir.cache_read(product, index, sch.scope("local"))
-        tir.compute_at(registers, inner_k)
+        tir.compute_at(registers, inner_k, preserve_unit_loops=True)
         tir.vectorize(tir.get_loops(registers)[-1])
     start = tir.decompose_reduction(product, outer_k)
     sch.unroll(start, 2)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+from tvm_lowrank.schedules.kernels import Schedule, schedule_from_json
+
 from .depthwise import DepthwiseSchedule
 from .groups import is_depthwise
-from .kernels import Schedule, schedule_from_json
 from .workload import ConvSchedule, ConvWorkload
 
 StageSchedule: TypeAlias = "ConvSchedule | DepthwiseSchedule"

@@ -25,6 +25,11 @@ class VectorISA:
         """Bytes of one vector."""
         return 4 * self.lanes
 
+    @property
+    def block(self) -> int:
+        """Channels in a block of a map."""
+        return self.lanes
+
 
 AVX512 = VectorISA("avx512", 16, 32)
 AVX2 = VectorISA("avx2", 8, 16)

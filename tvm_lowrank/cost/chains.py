@@ -9,9 +9,9 @@ import tvm
 
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.passes.lower_convolutions import survey
+from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86 import fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload, FusedSchedule
-from tvm_lowrank.schedules.x86.kernels import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 

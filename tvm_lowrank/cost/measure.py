@@ -18,9 +18,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.passes.blocked_rewriter import PLAIN_CHANNELS
 from tvm_lowrank.records import TuningRecords
-from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
-from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.kernels import (
+from tvm_lowrank.schedules.kernels import (
     ALGORITHMS,
     Schedule,
     algorithm_of,
@@ -31,6 +29,8 @@ from tvm_lowrank.schedules.x86.kernels import (
     schedule_from_json,
     spaces,
 )
+from tvm_lowrank.schedules.machine import machine_of
+from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 _REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
@@ -79,7 +79,7 @@ class KernelTimer:
         worker: Worker | None = None,
     ) -> None:
         self.target = target
-        self.isa = isa_of(target)
+        self.isa = machine_of(target)
         self.records = records
         self.algorithms = tuple(algorithms)
         self.exact = exact
@@ -102,7 +102,7 @@ class KernelTimer:
         for index, stage in enumerate(stages):
             plain = index == 0 and stage.in_channels <= PLAIN_CHANNELS
             epilogue = ("bias", "relu") if index == len(stages) - 1 else ()
-            found.append(ConvWorkload(stage, 1 if plain else self.isa.lanes, epilogue))
+            found.append(ConvWorkload(stage, 1 if plain else self.isa.block, epilogue))
         return found
 
     def chain(self, stages: Sequence[ConvGeometry]) -> float:
@@ -169,7 +169,7 @@ class KernelTimer:
         LowRankError
             The kernel does not run on this machine.
         """
-        workload = ConvWorkload(_REFERENCE, self.isa.lanes, ("bias", "relu"))
+        workload = ConvWorkload(_REFERENCE, self.isa.block, ("bias", "relu"))
         microseconds = self.microseconds(workload)
         if math.isinf(microseconds):
             raise LowRankError(

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tvm_lowrank.schedules.kernels import emit, schedule_from_json
 from tvm_lowrank.schedules.x86 import fused
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
-from tvm_lowrank.schedules.x86.kernels import emit, schedule_from_json
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 # In a network, the kernels in between push a layer's weights out of the second-level cache. Calls

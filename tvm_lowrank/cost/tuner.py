@@ -12,8 +12,8 @@ import numpy as np
 
 from tvm_lowrank.cost.features import features
 from tvm_lowrank.records import TuningRecords
-from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.kernels import spaces
+from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.schedules.kernels import spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 # Rows of records from which on the model is asked, and their growth until it is trained again.
@@ -43,14 +43,14 @@ class Tuner:
     Parameters
     ----------
     records : TuningRecords
-    isa : VectorISA
+    isa : Machine
     trials : int
         Schedules of a family to measure at most.
     seed : int
         Of the model; the same records and seed propose the same schedules.
     """
 
-    def __init__(self, records: TuningRecords, isa: VectorISA, trials: int, seed: int = 0) -> None:
+    def __init__(self, records: TuningRecords, isa: Machine, trials: int, seed: int = 0) -> None:
         self.records = records
         self.isa = isa
         self.trials = trials
@@ -170,7 +170,7 @@ class Tuner:
 
 
 @functools.lru_cache(maxsize=4096)
-def _positions(key: str, isa: VectorISA) -> tuple[ConvWorkload, dict[Any, int]]:
+def _positions(key: str, isa: Machine) -> tuple[ConvWorkload, dict[Any, int]]:
     """A workload from its key, and the places of its schedules in their families' spaces."""
     workload = ConvWorkload.from_json(json.loads(key))
     return workload, {

@@ -7,6 +7,6 @@ sequence, `curve` walks from slow and exact to fast and approximate, `verify` ju
 
 from tvm_lowrank.planner.options import Options
 from tvm_lowrank.planner.search import search
-from tvm_lowrank.schedules.x86.kernels import ALGORITHMS
+from tvm_lowrank.schedules.kernels import ALGORITHMS
 
 __all__ = ["ALGORITHMS", "Options", "search"]

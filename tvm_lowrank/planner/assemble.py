@@ -22,7 +22,7 @@ from tvm_lowrank.plan import LayerPlan, Plan
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.memory import Option, within_bytes
 from tvm_lowrank.planner.survey import Survey
-from tvm_lowrank.schedules.x86.kernels import algorithm_of, weight_bytes
+from tvm_lowrank.schedules.kernels import algorithm_of, weight_bytes
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 # Workloads and their schedules, both as JSON values.

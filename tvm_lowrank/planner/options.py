@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.metrics import Scorer
-from tvm_lowrank.schedules.x86.kernels import ALGORITHMS
+from tvm_lowrank.schedules.kernels import ALGORITHMS
 
 
 @dataclass(frozen=True)

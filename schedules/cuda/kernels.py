@@ -1,0 +1,42 @@
+"""The families of CUDA convolution kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm_lowrank.schedules.family import KernelFamily
+from tvm_lowrank.schedules.x86.accuracy import stated_error
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from . import depthwise, direct
+from .depthwise import DepthwiseSchedule
+from .direct import DirectSchedule
+
+
+def _direct_error(workload: ConvWorkload, schedule: Any) -> float:
+    _, channels, rows, columns = workload.geometry.weight_shape
+    return stated_error(channels * rows * columns)
+
+
+FAMILIES: dict[str, KernelFamily] = {
+    DirectSchedule.kernel: KernelFamily(
+        "direct",
+        direct.refuse,
+        direct.space,
+        direct.emit,
+        direct.pack,
+        DirectSchedule.from_json,
+        _direct_error,
+        direct.predict,
+    ),
+    DepthwiseSchedule.kernel: KernelFamily(
+        "direct",
+        depthwise.refuse,
+        depthwise.space,
+        depthwise.emit,
+        depthwise.pack,
+        DepthwiseSchedule.from_json,
+        _direct_error,
+        depthwise.predict,
+    ),
+}

@@ -1,0 +1,13 @@
+"""What kernels are built for, from a compilation target."""
+
+from __future__ import annotations
+
+import tvm
+
+from .cuda.arch import CudaArch, arch_of
+from .x86.isa import VectorISA, isa_of
+
+
+def machine_of(target: tvm.target.Target) -> VectorISA | CudaArch:
+    """The instruction set of an llvm target, or the architecture of a CUDA one."""
+    return arch_of(target) if target.kind.name == "cuda" else isa_of(target)

@@ -1,0 +1,186 @@
+"""CUDA kernels: their numbers as loops on a processor, and what nvcc makes of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cuda_support import SM80, SM90, Case, needs_nvcc, resources_of, run_on_host, source_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.cuda import model
+from tvm_lowrank.schedules.cuda.arch import (
+    MOST_BLOCKS_YZ,
+    MOST_THREADS,
+    REGISTERS_A_THREAD,
+    STATIC_SHARED_BYTES,
+)
+from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
+from tvm_lowrank.schedules.cuda.direct import DirectSchedule
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from x86_support import relative_error
+
+from tvm_lowrank.geometry import ConvGeometry
+
+TOLERANCE = 1e-5
+
+SAME3 = ConvGeometry(16, 32, 12, 12, (3, 3), padding=(1, 1, 1, 1))
+ODD = ConvGeometry(3, 21, 13, 11, (5, 3), stride=(2, 1), padding=(2, 0, 1, 1), batch=2)
+POINTWISE = ConvGeometry(32, 48, 14, 14, (1, 1), batch=2)
+GROUPED = ConvGeometry(24, 36, 9, 10, (3, 3), padding=(1, 1, 1, 1), dilation=(2, 1), groups=4)
+DEPTHWISE = ConvGeometry(20, 40, 15, 13, (5, 3), (2, 1), (1, 0, 1, 2), (1, 2), groups=20, batch=2)
+LARGE_DEPTHWISE = ConvGeometry(8, 8, 12, 12, (9, 9), padding=(4, 4, 4, 4), groups=8)
+ACTIVATIONS = ("leaky_relu:0.1", "sigmoid", "tanh", "silu", "hard_sigmoid", "hard_swish", "gelu")
+
+CASES = [
+    (SAME3, DirectSchedule(32, 64, 8, 4, 4), ("bias", "relu")),
+    (SAME3, DirectSchedule(64, 64, 8, 8, 8, pipeline=False), ()),
+    (ODD, DirectSchedule(32, 32, 8, 4, 4), ("bias", "residual", "clip:0:6")),
+    (ODD, DirectSchedule(16, 64, 16, 2, 4, split_k=2), ("bias", "residual", "relu")),
+    (POINTWISE, DirectSchedule(16, 32, 8, 4, 4), ("bias", "affine", "residual")),
+    (POINTWISE, DirectSchedule(64, 128, 8, 8, 8, split_k=2), ("affine",)),
+    (GROUPED, DirectSchedule(16, 64, 8, 2, 4, pipeline=False), ("bias", *ACTIVATIONS)),
+    (DEPTHWISE, DepthwiseSchedule(64, 2), ("bias", "affine", "relu")),
+    (DEPTHWISE, DepthwiseSchedule(32, 4), ()),
+    (LARGE_DEPTHWISE, DepthwiseSchedule(128, 4), ("bias", "residual")),
+]
+
+
+@pytest.mark.parametrize(("geometry", "schedule", "steps"), CASES)
+def test_kernels_as_loops_compute_the_convolution(geometry, schedule, steps) -> None:
+    case = Case(ConvWorkload(geometry, 1, steps), schedule)
+    assert relative_error(run_on_host(case.program, case.inputs), case.expected) < TOLERANCE
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_any_schedule_of_any_shape_computes_the_convolution(data) -> None:
+    size = st.integers(1, 12)
+    kernel = (data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4)))
+    geometry = ConvGeometry(
+        data.draw(st.integers(1, 20)),
+        data.draw(st.integers(1, 40)),
+        kernel[0] + data.draw(size),
+        kernel[1] + data.draw(size),
+        kernel,
+        stride=(data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))),
+        padding=tuple(data.draw(st.integers(0, 2)) for _ in range(4)),
+        batch=data.draw(st.integers(1, 3)),
+    )
+    workload = ConvWorkload(geometry, 1, ("bias",))
+    schedule = data.draw(st.sampled_from(kernels.FAMILIES["cuda_direct"].space(workload, SM80)))
+    case = Case(workload, schedule)
+    assert relative_error(run_on_host(case.program, case.inputs), case.expected) < TOLERANCE
+
+
+RESNET = [
+    ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1)),
+    ConvGeometry(512, 512, 7, 7, (3, 3), padding=(1, 1, 1, 1)),
+    ConvGeometry(256, 64, 56, 56, (1, 1), batch=128),
+    ConvGeometry(3, 64, 224, 224, (7, 7), (2, 2), (3, 3, 3, 3), batch=128),
+    ConvGeometry(16, 16, 32, 32, (3, 3), padding=(1, 1, 1, 1)),
+    ConvGeometry(256, 256, 28, 28, (3, 3), padding=(1, 1, 1, 1), groups=256, batch=128),
+]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [SM80, SM90], ids=lambda arch: arch.name)
+def test_every_family_compiles_within_the_limits(arch, tmp_path) -> None:
+    programs, stated = [], []
+    for geometry in RESNET:
+        workload = ConvWorkload(geometry, 1, ("bias", "residual", "relu"))
+        for space in kernels.spaces(workload, arch).values():
+            for schedule in space[:1]:
+                programs.append(kernels.emit(workload, schedule, arch))
+                stated.append(schedule)
+    source = source_of(programs, arch.name)
+    found = resources_of(source, arch.name, tmp_path)
+    stages = [stage for program in programs for stage in program.stages]
+    assert len(found) == len(stages)
+    assert {type(schedule) for schedule in stated} == {DirectSchedule, DepthwiseSchedule}
+    for index, stage in enumerate(stages):
+        used = found[f"kernel{index}_kernel"]
+        threads, grid = _launch(stage.func)
+        assert used.spills == used.stack == 0, used
+        assert used.registers <= REGISTERS_A_THREAD
+        assert used.registers * threads <= arch.registers
+        assert used.shared <= STATIC_SHARED_BYTES
+        assert threads <= MOST_THREADS
+        assert max(grid[1:]) <= MOST_BLOCKS_YZ
+
+
+def test_grids_stay_within_bounds_and_tiles_cover_the_map() -> None:
+    for geometry in RESNET:
+        workload = ConvWorkload(geometry, 1, ("bias",))
+        for space in kernels.spaces(workload, SM80).values():
+            for schedule in space[:4]:
+                program = kernels.emit(workload, schedule, SM80)
+                for stage in program.stages:
+                    threads, grid = _launch(stage.func)
+                    assert threads % 32 == 0 and threads <= MOST_THREADS
+                    assert max(grid[1:]) <= MOST_BLOCKS_YZ
+                    values = math.prod(program.shapes[stage.writes])
+                    assert threads * math.prod(grid) * 64 >= values
+
+
+def _launch(func) -> tuple[int, list[int]]:
+    """Threads of a block and the grid, from the loops bound to them."""
+    extents = dict.fromkeys(("blockIdx.x", "blockIdx.y", "blockIdx.z"), 1)
+    bound = re.findall(r'T\.thread_binding\((\d+), thread="(\w+\.\w)"', func.script())
+    for extent, axis in bound:
+        extents[axis] = int(extent)
+    threads = math.prod(n for axis, n in extents.items() if axis.startswith("threadIdx"))
+    return threads, [extents[f"blockIdx.{axis}"] for axis in "xyz"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 600),
+    st.integers(1, 600),
+    st.integers(1, 60),
+    st.sampled_from([1, 3, 5]),
+    st.sampled_from([1, 16, 128]),
+)
+def test_spaces_are_never_empty_and_sorted_by_the_model(c, f, side, kernel, batch) -> None:
+    padding = (kernel // 2,) * 4
+    geometry = ConvGeometry(c, f, side, side, (kernel, kernel), padding=padding, batch=batch)
+    workload = ConvWorkload(geometry, 1)
+    space = kernels.spaces(workload, SM90)["cuda_direct"]
+    times = [kernels.predict(workload, schedule, SM90) for schedule in space]
+    assert space and times == sorted(times)
+    bytes_moved = 4 * (geometry.weight_count + geometry.multiplications / c / f / kernel**2)
+    assert times[0] > bytes_moved / (1e3 * SM90.gigabytes)
+    assert times[0] > 2 * geometry.multiplications / (1e3 * SM90.gflops)
+
+
+def test_the_model_knows_when_a_block_does_not_fit() -> None:
+    load = model.Load(1, 1024, 128, 0, 1.0, 1, True, 0.0, 0.0)
+    assert math.isinf(model.microseconds(load, SM80))
+    assert math.isfinite(model.microseconds(replace(load, registers=64), SM80))
+
+
+def test_schedules_are_json_and_illegal_ones_are_refused() -> None:
+    workload = ConvWorkload(SAME3, 1)
+    for schedule in (DirectSchedule(32, 64, 8, 4, 4, split_k=2), DepthwiseSchedule(64, 2)):
+        assert kernels.schedule_from_json(schedule.to_json()) == schedule
+    with pytest.raises(ValueError, match="must divide"):
+        kernels.emit(workload, DirectSchedule(32, 64, 8, 5, 4), SM80)
+    with pytest.raises(ValueError, match="too short"):
+        kernels.emit(workload, DirectSchedule(32, 64, 16, 4, 4, split_k=16), SM80)
+    with pytest.raises(ValueError, match="not depthwise"):
+        kernels.emit(workload, DepthwiseSchedule(64, 2), SM80)
+    depthwise = ConvWorkload(DEPTHWISE, 1)
+    assert set(kernels.spaces(depthwise, SM80)) == {"cuda_depthwise"}
+
+
+def test_packed_weights_are_what_the_program_reads() -> None:
+    for geometry, schedule, steps in CASES:
+        case = Case(ConvWorkload(geometry, 1, steps), schedule)
+        assert case.inputs["weights"].shape == case.program.shapes["weights"]
+        assert case.inputs["weights"].dtype == np.float32
+        bytes_kept = kernels.weight_bytes(case.workload, schedule, SM80)
+        assert bytes_kept == case.inputs["weights"].nbytes
