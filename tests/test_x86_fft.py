@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.transforms.fft_codelets import odd_dft, real_dft, restricted
-from tvm_lowrank.schedules.x86 import fft, fft_space, kernels
+from tvm_lowrank.schedules.x86 import fft, fft_space
 from tvm_lowrank.schedules.x86.fft_schedule import (
     LONG_TILES,
     FFTSchedule,
