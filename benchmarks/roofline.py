@@ -20,6 +20,8 @@ from cases import BadInput, Case, Parser, check_folder, check_positive, find_cas
 from lossless import Built, build_lossless
 from machine import cache_bytes, describe, disturbance
 from probes import compile_kernel, peak_gflops, read_gigabytes
+from tvm import relax, tirx
+from tvm_lowrank.passes.graph import op_name
 from tvm_lowrank.passes.lower_convolutions import survey
 from tvm_lowrank.schedules.kernels import Schedule, emit
 from tvm_lowrank.schedules.x86.isa import isa_of
@@ -65,6 +67,16 @@ class Kernel:
         compute = 2e-3 * self.workload.geometry.multiplications / peak
         memory = 1e-3 * self.moved / gigabytes
         return max(compute, memory) / self.median_us
+
+
+@dataclass(frozen=True)
+class Other:
+    """A kernel that is no single convolution, with its times as in `Kernel`."""
+
+    name: str
+    count: int
+    us: float
+    median_us: float
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,6 +135,7 @@ def _report(case: Case, built: Built, whole: tuple[float, float], threads: int) 
     beyond = max(2 * cache_bytes(), 256 << 20)
     far = read_gigabytes(target, threads, beyond)
     kernels = _kernels(built, target, rotated)
+    others = _others(built, target, rotated)
     lines = [
         f"# {case}\n",
         f"{describe()}, {threads} threads. Multiply-adds from registers: {peak:.0f} GF/s. Reading:",
@@ -141,6 +154,10 @@ def _report(case: Case, built: Built, whole: tuple[float, float], threads: int) 
             f"{kernel.us:.1f} | {kernel.median_us:.1f} | {kernel.gflops:.0f} | "
             f"{100 * kernel.share(peak, near):.0f} % |"
         )
+    for other in others:
+        lines.append(
+            f"| {other.count} | | {other.name} | {other.us:.1f} | {other.median_us:.1f} | | |"
+        )
     wide = [
         kernel
         for kernel in kernels
@@ -154,12 +171,13 @@ def _report(case: Case, built: Built, whole: tuple[float, float], threads: int) 
             f"{100 * statistics.median(kernel.share(peak, near) for kernel in calls):.0f} % of the "
             "roof."
         )
+    everything = [*kernels, *others]
     for name, spent, total in (
-        ("Minima", whole[0], sum(kernel.count * kernel.us for kernel in kernels)),
-        ("Medians", whole[1], sum(kernel.count * kernel.median_us for kernel in kernels)),
+        ("Minima", whole[0], sum(kernel.count * kernel.us for kernel in everything)),
+        ("Medians", whole[1], sum(kernel.count * kernel.median_us for kernel in everything)),
     ):
         lines.append(
-            f"\n{name}: whole network {spent:.3f} ms, sum of these kernels {1e-3 * total:.3f} ms, "
+            f"\n{name}: whole network {spent:.3f} ms, sum of all kernels {1e-3 * total:.3f} ms, "
             f"whole / sum {1e3 * spent / total:.2f}."
         )
     lines.append(f"\nThe network: {built.calls}.")
@@ -169,30 +187,52 @@ def _report(case: Case, built: Built, whole: tuple[float, float], threads: int) 
 def _kernels(built: Built, target: tvm.target.Target, rotated: int) -> list[Kernel]:
     """The kernels of the lowered network in the order of their first calls, timed."""
     isa, pick = isa_of(target), built.plan.scheduler()
-    workloads = survey(built.plan.factor(built.mod), isa, pick)
+    workloads = survey(built.plan.factor(built.mod), isa, pick, built.plan.fuser())
     kernels = []
     for workload, count in Counter(workloads).items():
         schedule = pick(workload)
         func = emit(workload, schedule, isa)
         shapes = [tuple(int(n) for n in param.shape) for param in func.params]
         moved = 4 * sum(math.prod(shape) for shape in shapes)
-        times = _cold_us(compile_kernel(func, target), shapes, rotated)
+        times = _cold_us(compile_kernel(func, target), func, rotated)
         kernels.append(Kernel(workload, schedule, count, *times, moved))
     return kernels
 
 
-def _cold_us(run: Any, shapes: list[tuple[int, ...]], rotated: int) -> tuple[float, float]:
-    """Least and median microseconds of runs, each with other weights (the second argument)."""
+def _others(built: Built, target: tvm.target.Target, rotated: int) -> list[Other]:
+    """The other kernels of the lowered network, timed: chains, pooling, copies, conversions."""
+    lowered = built.plan.apply(built.mod)
+    calls: Counter[str] = Counter()
+
+    def visit(expr: relax.Expr) -> None:
+        if op_name(expr) == "call_tir":
+            calls[expr.args[0].name_hint] += 1
+
+    relax.analysis.post_order_visit(lowered["main"], visit)
+    found = []
+    for name, count in calls.items():
+        if not name.startswith("lowrank_conv2d"):
+            func = lowered[name]
+            found.append(Other(name, count, *_cold_us(compile_kernel(func, target), func, rotated)))
+    return found
+
+
+def _cold_us(run: Any, func: tirx.PrimFunc, rotated: int) -> tuple[float, float]:
+    """Least and median microseconds of runs, each with other weights if it has any."""
     noise = np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32) * 0.1
-    x, weights, *others = [tvm.runtime.tensor(np.resize(noise, shape)) for shape in shapes]
-    copies = min(math.ceil(rotated / (4 * math.prod(shapes[1]))), _MOST_COPIES)
-    rotation = [weights]
-    rotation += [tvm.runtime.tensor(np.resize(noise, shapes[1])) for _ in range(copies - 1)]
+    shapes = [tuple(int(n) for n in parameter.shape) for parameter in func.params]
+    first = [tvm.runtime.tensor(np.resize(noise, shape)) for shape in shapes]
+    weights = [i for i, parameter in enumerate(func.params) if parameter.name.startswith("weights")]
+    size = sum(4 * math.prod(shapes[i]) for i in weights)
+    rotation = [first]
+    for _ in range(min(math.ceil(rotated / size), _MOST_COPIES) - 1 if weights else 0):
+        fresh = {i: tvm.runtime.tensor(np.resize(noise, shapes[i])) for i in weights}
+        rotation.append([fresh.get(i, tensor) for i, tensor in enumerate(first)])
     spent: list[float] = []
     deadline = time.perf_counter() + _SECONDS
-    for copy in itertools.cycle(rotation):
+    for arguments in itertools.cycle(rotation):
         start = time.perf_counter()
-        run(x, copy, *others)
+        run(*arguments)
         spent.append(time.perf_counter() - start)
         if len(spent) >= _LEAST_RUNS and time.perf_counter() > deadline:
             break

@@ -23,9 +23,10 @@ class Elementwise:
 
 @dataclass
 class Gather:
-    """A copy that concatenates, slices or pads; it takes no steps."""
+    """A copy that concatenates, slices or pads; it takes steps if the pixels stay in place."""
 
     workload: GatherWorkload
+    steps: list[Step] = field(default_factory=list)
 
 
 Operation: TypeAlias = Convolution | Elementwise | Gather

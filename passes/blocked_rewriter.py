@@ -19,10 +19,11 @@ from tvm_lowrank.passes.blocked import (
     of_plain,
 )
 from tvm_lowrank.passes.graph import Rewriter, static_shape
-from tvm_lowrank.passes.kernel_calls import KernelCalls, Step, Weights
+from tvm_lowrank.passes.kernel_calls import Convolution, KernelCalls, Step, Weights
 from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.chain import MOST_STAGES, ChainWorkload, FusedSchedule
+from tvm_lowrank.schedules.x86.gather import GatherWorkload
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -104,14 +105,37 @@ class BlockedRewriter(Rewriter):
     def takes_steps(self, expr: relax.Expr) -> bool:
         """Whether ``expr`` is made by a pending kernel that an epilogue step may join."""
         pending = self.pending(expr)
-        return pending is not None and not isinstance(pending.operation, Gather)
+        if pending is None:
+            return False
+        operation = pending.operation
+        return not isinstance(operation, Gather) or operation.workload.keeps_map
+
+    def is_product(self, expr: relax.Expr) -> bool:
+        """Whether ``expr`` is made by a pending convolution that nothing else reads."""
+        pending = self.pending(expr)
+        return pending is not None and isinstance(pending.operation, Convolution)
+
+    def copied(self, tensor: BlockedTensor) -> tuple[list[BlockedTensor], GatherWorkload]:
+        """Tensors, and the copy that makes ``tensor`` of them: of itself if it is no pending copy.
+
+        A copy that is not made yet may be read past, however many read it.
+        """
+        operation = tensor.pending.operation if tensor.pending else None
+        if tensor.pending and isinstance(operation, Gather) and not operation.steps:
+            return tensor.pending.sources, operation.workload
+        n, c, h, w = tensor.map
+        return [tensor], GatherWorkload.concatenation(n, (c,), h, w)
 
     def opened(self, expr: relax.Expr) -> BlockedTensor:
         """A tensor like ``expr``'s whose pending operation takes further steps."""
         tensor = self.values[expr]
         pending = self.pending(expr)
         if pending is None or not self.takes_steps(expr):
-            pending = Pending([of_map(tensor.map, blocked=self.blocked(tensor))], Elementwise())
+            sources, copy = self.copied(tensor)
+            if sources[0] is not tensor and copy.keeps_map:
+                pending = Pending(sources, Gather(copy))
+            else:
+                pending = Pending([of_map(tensor.map, blocked=self.blocked(tensor))], Elementwise())
         return BlockedTensor(tensor.shape, tensor.map, tensor.view, pending=pending)
 
     def blocked(self, tensor: BlockedTensor) -> relax.Expr:
@@ -153,7 +177,8 @@ class BlockedRewriter(Rewriter):
     def _write(self, pending: Pending) -> relax.Expr:
         operation, sources = pending.operation, pending.sources
         if isinstance(operation, Gather):
-            return self.calls.gather([self.blocked(s) for s in sources], operation.workload)
+            blocks = [self.blocked(source) for source in sources]
+            return self.calls.gather(blocks, operation.workload, operation.steps)
         (data,) = sources
         if isinstance(operation, Elementwise):
             return self.calls.elementwise(self.blocked(data), data.map, operation.steps)
@@ -204,5 +229,5 @@ class BlockedRewriter(Rewriter):
 
 def steps_of(tensor: BlockedTensor) -> list[Step]:
     """The epilogue steps of a tensor whose pending kernel takes some."""
-    assert tensor.pending is not None and not isinstance(tensor.pending.operation, Gather)
+    assert tensor.pending is not None
     return tensor.pending.operation.steps

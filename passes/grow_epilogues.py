@@ -39,9 +39,12 @@ def lower_binary(rewriter: BlockedRewriter, name: str, value: relax.Call) -> Blo
         return None
     if (first.shape, first.view, first.map) != (second.shape, second.view, second.map):
         return None
-    # A kernel that is still open takes the addition along, one of its own is the last resort.
+    # A kernel that is still open takes the addition along, best one with enough arithmetic to hide
+    # the reading; one of its own is the last resort.
     pairs = [(right, left), (left, right)]
-    pairs.sort(key=lambda pair: not rewriter.takes_steps(pair[0]))
+    pairs.sort(
+        key=lambda pair: (not rewriter.takes_steps(pair[0]), not rewriter.is_product(pair[0]))
+    )
     for here, there in pairs:
         if rewriter.values[here].is_blocked:
             other = rewriter.blocked(rewriter.values[there])

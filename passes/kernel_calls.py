@@ -179,11 +179,17 @@ class KernelCalls:
         )
         return self._call(gvar, [source, *self._operands(steps, None)], self._blocked_type(shape))
 
-    def gather(self, sources: list[relax.Expr], workload: gather.GatherWorkload) -> relax.Expr:
-        """Concatenation, slice or pad of blocked maps."""
-        gvar = self._kernel(workload, lambda: gather.emit_gather(workload, self.isa), "gather")
+    def gather(
+        self, sources: list[relax.Expr], workload: gather.GatherWorkload, steps: list[Step]
+    ) -> relax.Expr:
+        """Concatenation, slice or pad of blocked maps, with epilogue steps."""
+        names = tuple(name for name, _ in steps)
+        gvar = self._kernel(
+            (workload, names), lambda: gather.emit_gather(workload, self.isa, names), "gather"
+        )
         shape = (workload.batch, workload.out_channels, *workload.out_size)
-        return self._call(gvar, sources, self._blocked_type(shape))
+        args = [*sources, *self._operands(steps, None)]
+        return self._call(gvar, args, self._blocked_type(shape))
 
     def layer_norm(
         self,

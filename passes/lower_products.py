@@ -50,7 +50,7 @@ def lower_dense(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor |
     if weight.dtype != np.float32 or weight.ndim != 2:
         return None
     out_features = weight.shape[1]
-    kernel = np.ascontiguousarray(weight.T)
+    kernel = weight.T  # a view, as what is made of it below: packing copies it once
     data = rewriter.tensor(left)
     n, c, h, w = data.map
     if data.view == NHWC and data.channels_at_end:
@@ -70,5 +70,5 @@ def lower_dense(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor |
         return None
     if rewriter.refuses(geometry, rewriter.in_block(geometry, data)):
         return None
-    pending = Pending([data], Convolution(geometry, np.ascontiguousarray(kernel), None))
+    pending = Pending([data], Convolution(geometry, kernel, None))
     return BlockedTensor(out_shape, out_map, view, pending=pending)

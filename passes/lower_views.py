@@ -56,9 +56,9 @@ def lower_concat(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor 
         return None
     if view == NHWC and not all(source.channels_at_end for source in sources):
         return None
-    n, _, h, w = sources[0].map
-    workload = GatherWorkload.concatenation(n, tuple(s.channels for s in sources), h, w)
+    workload, sources = _join(rewriter, sources)
     pending = Pending(sources, Gather(workload))
+    n, _, h, w = sources[0].map
     shape = (n, workload.out_channels, h, w)
     if view == NHWC:
         return BlockedTensor((n, h, w, shape[1]), shape, view, pending=pending)
@@ -72,16 +72,32 @@ def lower_window(
     source = rewriter.blocked_map(value.args[0])
     if source is None or shape is None:
         return None
-    n, c, h, w = source.map
-    pending = rewriter.pending(value.args[0])
-    workload = GatherWorkload.concatenation(n, (c,), h, w)
-    sources = [source]
-    if pending is not None and isinstance(pending.operation, Gather):
-        workload, sources = pending.operation.workload, pending.sources
+    n = source.map[0]
+    sources, workload = rewriter.copied(source)
     cut = _pad(value, workload) if name == "nn.pad" else _slice(value, workload)
     if cut is None or (n, cut.out_channels, *cut.out_size) != shape:
         return None
     return of_map((n, cut.out_channels, *cut.out_size), pending=Pending(sources, Gather(cut)))
+
+
+def _join(
+    rewriter: BlockedRewriter, parts: Sequence[BlockedTensor]
+) -> tuple[GatherWorkload, list[BlockedTensor]]:
+    """The concatenation of ``parts``; those that are pending concatenations are read past."""
+    sources: list[BlockedTensor] = []
+    runs: list[ChannelRun] = []
+    for part in parts:
+        within, copy = rewriter.copied(part)
+        if not copy.keeps_map or any(run.source < 0 for run in copy.runs):
+            within, copy = (
+                [part],
+                GatherWorkload.concatenation(part.map[0], (part.channels,), *part.map[2:]),
+            )
+        runs += [replace(run, source=run.source + len(sources)) for run in copy.runs]
+        sources += within
+    n, _, h, w = sources[0].map
+    channels = tuple(source.channels for source in sources)
+    return GatherWorkload(n, channels, h, w, tuple(runs), (h, w)), sources
 
 
 def _slice(value: relax.Call, workload: GatherWorkload) -> GatherWorkload | None:

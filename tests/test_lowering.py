@@ -121,9 +121,30 @@ def test_concatenation_and_slices_stay_in_blocks():
     x = g.op("Concat", x, g.slice(x, [3], [9], [1], [1]), axis=1)
     x = g.op("Relu", g.op("Mul", x, g.constant(RNG.standard_normal((1, 86, 1, 1)))))
     found, _ = lowered(g, g.conv(x, 86, 16, 1))
-    assert found["lowrank_gather"] == 3 and found["lowrank_elementwise"] == 1
+    assert found["lowrank_gather"] == 1  # which multiplies and clips, too
     assert found["lowrank_block"] == 1 and found["lowrank_unblock"] == 1
-    assert not {"concat", "strided_slice", "multiply"} & set(found)
+    assert not {"concat", "strided_slice", "multiply", "lowrank_elementwise"} & set(found)
+
+
+def test_a_growing_concatenation_is_copied_once_for_each_reader():
+    g = Graph(2, 32, 10, 9)
+    x = g.op("Relu", g.conv("x", 32, 48))
+    for channels in (48, 64, 80):
+        vector = g.constant(RNG.standard_normal((1, channels, 1, 1)))
+        y = g.conv(g.op("Relu", g.op("Add", x, vector)), channels, 16)
+        x = g.op("Concat", x, y, axis=1)
+    found, epilogues = lowered(g, g.conv(x, 96, 16, 1))
+    # The first reader is of no concatenation; the last, a convolution, takes no steps before it.
+    assert found["lowrank_elementwise"] == 1 and found["lowrank_gather"] == 3
+    assert len(epilogues) == 5
+
+
+def test_a_residual_is_added_in_the_convolution_rather_than_in_a_copy():
+    g = Graph(1, 16, 8, 8)
+    parts = [g.conv("x", 16, 16, 1), g.conv("x", 16, 32)]
+    x = g.op("Concat", *parts, axis=1)
+    found, epilogues = lowered(g, g.op("Add", x, g.conv("x", 16, 48)))
+    assert found["lowrank_gather"] == 1 and ("bias", "residual") in epilogues
 
 
 def test_activations_join_kernels_however_they_are_written():

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload, emit_gather
 from tvm_lowrank.schedules.x86.normalisation import emit_layer_norm
+from tvm_lowrank.schedules.x86.packing import pack_channels
 from x86_support import CPUS, block, relative_error, run, runnable_isa, unblock
 
 
@@ -49,6 +50,30 @@ def check(workload: GatherWorkload, name: str) -> None:
 @pytest.mark.parametrize("channels", [(16, 32), (64, 32, 16), (5, 7, 20), (3,), (48, 24)])
 def test_concatenation(name, channels):
     check(GatherWorkload.concatenation(2, channels, 9, 8), name)
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_steps_are_applied_to_what_is_copied(name):
+    isa = runnable_isa(name)
+    workload = GatherWorkload.concatenation(2, (20, 33), 7, 5)
+    rng = np.random.default_rng(2)
+    first, second, residual = (
+        rng.standard_normal((2, c, 7, 5)).astype("float32") for c in (20, 33, 53)
+    )
+    scale, shift = rng.standard_normal((2, 53)).astype("float32")
+    whole = np.concatenate([first, second], 1) + residual
+    expected = np.maximum(whole * scale[:, None, None] + shift[:, None, None], 0)
+    operands = [pack_channels(vector, isa) for vector in (scale, shift)]
+    maps = [block(x, isa.lanes) for x in (first, second, residual)]
+    func = emit_gather(workload, isa, ("residual", "affine", "relu"))
+    y = run(func, isa, [*maps, *operands], maps[2].shape)
+    assert relative_error(unblock(y, 53), expected) < 1e-6
+
+
+def test_steps_where_pixels_move_are_refused():
+    moved = GatherWorkload(1, (16,), 4, 4, (ChannelRun(0, 0, 16),), (2, 2), stride=(2, 2))
+    with pytest.raises(ValueError, match="takes no steps"):
+        emit_gather(moved, runnable_isa("generic"), ("relu",))
 
 
 @settings(max_examples=12, deadline=None)

@@ -1,20 +1,23 @@
-"""Concatenation, slicing and padding of channel-blocked maps, in one copy."""
+"""Concatenation, slicing and padding of channel-blocked maps in one copy, with an epilogue."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from tvm import ir, tirx
 
 from .emitter import Emitter, Index, LoopKind, clamp_high, quotient, remainder
+from .epilogue import Epilogue
 from .isa import VectorISA
 
 # Smaller copies are made by one thread: starting the others costs more.
 _SERIAL_BYTES = 1 << 15
-# Pixels of a task where the copy keeps the map as it is.
+# Pixels of a task where the copy keeps the map as it is: at most so many, and so few that there are
+# tasks enough for a few threads.
 _CHUNK = 64
+_TASKS = 8
 
 
 @dataclass(frozen=True)
@@ -94,18 +97,25 @@ class _Blocks:
     lanes: tuple[_Lane, ...] = ()
 
 
-def emit_gather(workload: GatherWorkload, isa: VectorISA) -> tirx.PrimFunc:
-    """Build ``(sources..., y)`` on blocked maps ``(N, ceil(C / lanes), H, W, lanes)``.
+def emit_gather(
+    workload: GatherWorkload, isa: VectorISA, steps: Sequence[str] = ()
+) -> tirx.PrimFunc:
+    """Build ``(sources..., operands..., y)`` on blocked maps ``(N, ceil(C / lanes), H, W, lanes)``.
 
     Channels that start at a block of their source and of the output are copied by vectors; others
-    are put together lane by lane. Lanes of ``y`` beyond its channels are finite if those of the
-    sources are.
+    are put together lane by lane. ``steps``, as in `ConvWorkload.epilogue`, are applied to what is
+    copied; their ``operands`` are those of `Epilogue`. Lanes of ``y`` beyond its channels are
+    finite if those of the sources are.
+
+    Raises ValueError for a step unknown or malformed, and for steps where pixels move.
     """
     given = workload
+    if steps and not given.keeps_map:
+        raise ValueError(f"{given} moves pixels, so it takes no steps")
     rows, columns = given.out_size
     pixels = rows * columns
     if given.keeps_map:
-        columns = min(_CHUNK, pixels)
+        columns = min(_CHUNK, -(-pixels // _TASKS))
         rows = -(-pixels // columns)
     em = Emitter(isa)
     sources = [
@@ -115,7 +125,9 @@ def emit_gather(workload: GatherWorkload, isa: VectorISA) -> tirx.PrimFunc:
         for i, c in enumerate(given.channels)
     ]
     out_blocks = -(-given.out_channels // isa.lanes)
-    y = em.argument("y", (given.batch, out_blocks, *given.out_size, isa.lanes))
+    y_shape = (given.batch, out_blocks, *given.out_size, isa.lanes)
+    epilogue = Epilogue(em, steps, out_blocks * isa.lanes, y_shape)
+    y = em.argument("y", y_shape)
     size = 4 * given.batch * out_blocks * pixels * isa.lanes
     kind: LoopKind = "serial" if size < _SERIAL_BYTES else "parallel"
     with em.loop(given.batch * rows, kind, prefix="task") as task:
@@ -132,7 +144,9 @@ def emit_gather(workload: GatherWorkload, isa: VectorISA) -> tirx.PrimFunc:
                     with em.loop(extent, prefix="pixel") as pixel:
                         at = start + pixel
                         value = _vector(em, given, blocks, sources, (image, index, at))
-                        em.store(y, value, (out + at) * isa.lanes)
+                        position = (out + at) * isa.lanes
+                        channel = (blocks.first + index) * isa.lanes
+                        em.store(y, epilogue.apply(value, channel, position), position)
                 else:
                     _emit_row(em, given, blocks, sources, y, (image, index, row, out))
     return em.finish()

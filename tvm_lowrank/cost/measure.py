@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ _REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
 # Also on record: a search that goes on from its records must predict what it predicted.
 _COPY = "copy of 64 MiB"
 _COPY_BYTES = 64 << 20
+# Batches whose records serve another that has none.
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class KernelTimer:
@@ -207,11 +210,17 @@ class KernelTimer:
         return math.inf, None
 
     def _elsewhere(self, workload: ConvWorkload) -> list[Schedule]:
-        """What other machines found best: one schedule, if any can be used."""
+        """What was found best on other machines, or for another batch: one usable schedule."""
         for found in self.records.elsewhere(workload.key()):
             schedule = self._read(workload, found)
             if schedule is not None:
                 return [schedule]
+        for other in _other_batches(workload):
+            here = [found for found, _ in self.records.measured(other.key())]
+            for found in [*here, *self.records.elsewhere(other.key())]:
+                schedule = self._read(workload, found)
+                if schedule is not None:
+                    return [schedule]
         return []
 
     def _read(self, workload: ConvWorkload, found: Mapping[str, Any]) -> Schedule | None:
@@ -262,6 +271,19 @@ def _same(workload: ConvWorkload) -> list[ConvWorkload]:
     """The workload and what differs from it in no more than the epilogue, its own first."""
     epilogues = dict.fromkeys((workload.epilogue, ("bias", "relu"), ()))
     return [ConvWorkload(workload.geometry, workload.in_block, epilogue) for epilogue in epilogues]
+
+
+def _other_batches(workload: ConvWorkload) -> list[ConvWorkload]:
+    """The workload at other batches, the nearest first.
+
+    A schedule says how one image is computed, and tasks of several images run in parallel as those
+    of one do: what is best for a batch is good for another.
+    """
+    own = workload.geometry.batch
+    batches = sorted({*_BATCHES} - {own}, key=lambda n: abs(math.log2(n / own)))
+    return [
+        replace(workload, geometry=replace(workload.geometry, batch=batch)) for batch in batches
+    ]
 
 
 def _copy_microseconds() -> float:

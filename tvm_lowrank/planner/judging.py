@@ -102,7 +102,8 @@ class Judge:
                 return self._finish(plan, built, before, after, slow, fast)
             tried = curve.to_json()
         slow, fast = self._race(original_path, dense_path)
-        after = judge(self._outputs(dense_path), original, labels, metric)
+        outputs = original if dense_path == original_path else self._outputs(dense_path)
+        after = judge(outputs, original, labels, metric)
         if fast.median_ms > slow.median_ms or after.drop > limit:
             dense_plan, dense_path, after, fast = slow_plan, original_path, before, slow
         plan = replace(dense_plan, transformed=False, reason=reason, curve=tried)
