@@ -39,7 +39,7 @@ def count_calls(mod: tvm.IRModule) -> Calls:
         name = op_name(expr)
         if name is None or name in _VIEWS:
             return
-        if name == "call_tir":
+        if name in ("call_tir", "call_tir_inplace"):
             name = expr.args[0].name_hint.rstrip("0123456789_")
         if name.startswith(_PREFIX):
             kernels[name.removeprefix(_PREFIX)] += 1

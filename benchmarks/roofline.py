@@ -205,7 +205,7 @@ def _others(built: Built, target: tvm.target.Target, rotated: int) -> list[Other
     calls: Counter[str] = Counter()
 
     def visit(expr: relax.Expr) -> None:
-        if op_name(expr) == "call_tir":
+        if op_name(expr) in ("call_tir", "call_tir_inplace"):
             calls[expr.args[0].name_hint] += 1
 
     relax.analysis.post_order_visit(lowered["main"], visit)

@@ -23,9 +23,13 @@ class Elementwise:
 
 @dataclass
 class Gather:
-    """A copy that concatenates, slices or pads; it takes steps if the pixels stay in place."""
+    """A copy that concatenates, slices or pads; it takes steps if the pixels stay in place.
+
+    ``owned`` are the sources that nothing else reads, by their numbers.
+    """
 
     workload: GatherWorkload
+    owned: frozenset[int] = frozenset()
     steps: list[Step] = field(default_factory=list)
 
 

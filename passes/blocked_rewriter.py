@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +20,20 @@ from tvm_lowrank.passes.blocked import (
     of_plain,
 )
 from tvm_lowrank.passes.graph import Rewriter, static_shape
-from tvm_lowrank.passes.kernel_calls import Convolution, KernelCalls, Step, Weights
+from tvm_lowrank.passes.kernel_calls import (
+    Convolution,
+    KernelCalls,
+    Sink,
+    Source,
+    Step,
+    Weights,
+)
 from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.chain import MOST_STAGES, ChainWorkload, FusedSchedule
-from tvm_lowrank.schedules.x86.gather import GatherWorkload
+from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
 from tvm_lowrank.schedules.x86.isa import VectorISA
+from tvm_lowrank.schedules.x86.placement import Part
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
@@ -118,13 +127,12 @@ class BlockedRewriter(Rewriter):
     def copied(self, tensor: BlockedTensor) -> tuple[list[BlockedTensor], GatherWorkload]:
         """Tensors, and the copy that makes ``tensor`` of them: of itself if it is no pending copy.
 
-        A copy that is not made yet may be read past, however many read it.
+        A copy that is not made yet may be read past, however many read it; its sources then have
+        one reader more.
         """
-        operation = tensor.pending.operation if tensor.pending else None
-        if tensor.pending and isinstance(operation, Gather) and not operation.steps:
-            return tensor.pending.sources, operation.workload
-        n, c, h, w = tensor.map
-        return [tensor], GatherWorkload.concatenation(n, (c,), h, w)
+        if tensor.pending and isinstance(tensor.pending.operation, Gather):
+            tensor.pending.operation.owned = frozenset()
+        return _copy_of(tensor)
 
     def opened(self, expr: relax.Expr) -> BlockedTensor:
         """A tensor like ``expr``'s whose pending operation takes further steps."""
@@ -174,26 +182,100 @@ class BlockedRewriter(Rewriter):
             value.plain = plain
         return value.plain
 
-    def _write(self, pending: Pending) -> relax.Expr:
+    def _write(self, pending: Pending, sink: Sink | None = None) -> relax.Expr:
         operation, sources = pending.operation, pending.sources
         if isinstance(operation, Gather):
+            in_place = self._joins_in_place(operation, sources)
+            if any(in_place):
+                return self._join_in_place(sources, in_place)
             blocks = [self.blocked(source) for source in sources]
             return self.calls.gather(blocks, operation.workload, operation.steps)
         (data,) = sources
         if isinstance(operation, Elementwise):
-            return self.calls.elementwise(self.blocked(data), data.map, operation.steps)
+            return self.calls.elementwise(self.blocked(data), data.map, operation.steps, sink)
         in_block = self.in_block(operation.geometry, data)
         if in_block > 1:
-            fused = self._write_chain(pending)
+            fused = self._write_chain(pending, sink)
             if fused is not None:
                 return fused
-            return self.calls.convolve(self.blocked(data), in_block, operation)
+            return self.calls.convolve(self._source(data), in_block, operation, sink)
         plain = data.plain
         if data.shape != data.map:
             plain = self.emit(relax.op.reshape(plain, data.map))
-        return self.calls.convolve(plain, 1, operation)
+        return self.calls.convolve(Source(plain), 1, operation, sink)
 
-    def _write_chain(self, pending: Pending) -> relax.Expr | None:
+    def _joins_in_place(self, gather: Gather, sources: Sequence[BlockedTensor]) -> list[bool]:
+        """Of each source of a concatenation, whether its kernel can write it where it belongs."""
+        copy, lanes = gather.workload, self.calls.isa.lanes
+        whole = tuple(ChannelRun(i, 0, source.channels) for i, source in enumerate(sources))
+        possible = (
+            copy.batch == 1
+            and copy.keeps_map
+            and copy.runs == whole
+            and not gather.steps
+            and all(source.channels % lanes == 0 for source in sources[:-1])
+        )
+        return [
+            possible
+            and number in gather.owned
+            and source.pending is not None
+            and isinstance(source.pending.operation, (Convolution, Elementwise))
+            for number, source in enumerate(sources)
+        ]
+
+    def _join_in_place(
+        self, sources: Sequence[BlockedTensor], in_place: Sequence[bool]
+    ) -> relax.Expr:
+        """A concatenation with some sources written where they belong, runs of others copied."""
+        lanes = self.calls.isa.lanes
+        total = sum(-(-source.channels // lanes) for source in sources)
+        written: relax.Expr | None = None
+        first = 0
+        pairs = zip(in_place, sources, strict=True)
+        for is_written, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            members = [source for _, source in group]
+            for part in [[member] for member in members] if is_written else [members]:
+                sink = Sink(Part(first, total), written)
+                written = (
+                    self._write_pending(part[0], sink)
+                    if is_written
+                    else self._copy_parts(part, sink)
+                )
+                first += sum(-(-source.channels // lanes) for source in part)
+        assert written is not None
+        return written
+
+    def _write_pending(self, sources: Sequence[BlockedTensor], sink: Sink) -> relax.Expr:
+        (tensor,) = sources
+        assert tensor.pending is not None
+        return self._write(tensor.pending, sink)
+
+    def _copy_parts(self, sources: Sequence[BlockedTensor], sink: Sink) -> relax.Expr:
+        """A concatenation by a copy."""
+        n, _, h, w = sources[0].map
+        copy = GatherWorkload.concatenation(n, tuple(s.channels for s in sources), h, w)
+        return self.calls.gather([self.blocked(source) for source in sources], copy, [], sink)
+
+    def _source(self, tensor: BlockedTensor) -> Source:
+        """What a kernel reads: whole blocks of channels are read where they are, not copied."""
+        (first, *others), copy = _copy_of(tensor)
+        lanes = self.calls.isa.lanes
+        (run, *runs) = copy.runs
+        stop = run.first + run.count
+        if (
+            first is tensor
+            or others
+            or runs
+            or run.source < 0
+            or copy.batch != 1
+            or not copy.keeps_map
+            or run.first % lanes
+            or (stop % lanes and stop != first.channels)
+        ):
+            return Source(self.blocked(tensor))
+        return Source(self.blocked(first), Part(run.first // lanes, -(-first.channels // lanes)))
+
+    def _write_chain(self, pending: Pending, sink: Sink | None) -> relax.Expr | None:
         """One kernel for a convolution and those before it, if ``fuse`` wants one."""
         if self.fuse is None:
             return None
@@ -216,15 +298,24 @@ class BlockedRewriter(Rewriter):
             if schedule is None:
                 return None
             links = links[-len(schedule.stages) :]
-            source = self.blocked(links[0].sources[0])
+            source = self._source(links[0].sources[0])
             workload = workload.last(len(links))
             convs = [link.operation for link in links]
-            return self.calls.convolve_chain(source, convs, workload, schedule)
+            return self.calls.convolve_chain(source, convs, workload, schedule, sink)
         return None
 
     def extra_params(self) -> Sequence[relax.Var]:
         """The weights that are parameters."""
         return self.calls.variables
+
+
+def _copy_of(tensor: BlockedTensor) -> tuple[list[BlockedTensor], GatherWorkload]:
+    """Sources and workload of a pending copy without steps, else those of a copy of ``tensor``."""
+    operation = tensor.pending.operation if tensor.pending else None
+    if tensor.pending and isinstance(operation, Gather) and not operation.steps:
+        return tensor.pending.sources, operation.workload
+    n, c, h, w = tensor.map
+    return [tensor], GatherWorkload.concatenation(n, (c,), h, w)
 
 
 def steps_of(tensor: BlockedTensor) -> list[Step]:

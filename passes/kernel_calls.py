@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm_lowrank.passes.graph import Rewriter, constant
 from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.kernels import Schedule
@@ -24,6 +24,7 @@ from tvm_lowrank.schedules.x86 import (
 )
 from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
+from tvm_lowrank.schedules.x86.placement import Part, place
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
@@ -74,6 +75,26 @@ class Convolution:
     def workload(self, in_block: int) -> ConvWorkload:
         """What its kernel computes, of an input in blocks of so many channels."""
         return ConvWorkload(self.geometry, in_block, tuple(name for name, _ in self.steps))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The blocks that a kernel reads, or the tensor of which they are a part."""
+
+    blocks: relax.Expr
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Sink:
+    """The part of a map that a kernel writes.
+
+    ``written`` is that map with the parts of the kernels before, None for the first. The value of
+    the call is the same memory with one part more, so nothing may read ``written`` any more.
+    """
+
+    part: Part
+    written: relax.Expr | None
 
 
 class KernelCalls:
@@ -127,32 +148,43 @@ class KernelCalls:
         shape = (workload.batch, workload.channels, workload.out_height, workload.out_width)
         return self._call(gvar, [blocked], self._blocked_type(shape))
 
-    def convolve(self, source: relax.Expr, in_block: int, conv: Convolution) -> relax.Expr:
+    def convolve(
+        self, source: Source, in_block: int, conv: Convolution, sink: Sink | None = None
+    ) -> relax.Expr:
         """A convolution with epilogue, of a blocked map (``in_block`` lanes) or a plain one (1)."""
         workload = conv.workload(in_block)
         schedule = self.choose(workload)
         self.workloads.append(workload)
         gvar = self._kernel(
-            (workload, schedule), lambda: kernels.emit(workload, schedule, self.isa), "conv2d"
+            (workload, schedule),
+            lambda: kernels.emit(workload, schedule, self.isa),
+            "conv2d",
+            source.part,
+            sink,
         )
-        args = [source, *self._parameters(conv, workload, schedule)]
-        return self._call(gvar, args, self._result_type(conv.geometry))
+        args = [source.blocks, *self._parameters(conv, workload, schedule)]
+        return self._call(gvar, args, self._result_type(conv.geometry), sink)
 
     def convolve_chain(
         self,
-        source: relax.Expr,
+        source: Source,
         convs: Sequence[Convolution],
         workload: ChainWorkload,
         schedule: FusedSchedule,
+        sink: Sink | None = None,
     ) -> relax.Expr:
         """A chain of convolutions of a blocked map, in one kernel."""
         gvar = self._kernel(
-            (workload, schedule), lambda: fused.emit(workload, schedule, self.isa), "chain"
+            (workload, schedule),
+            lambda: fused.emit(workload, schedule, self.isa),
+            "chain",
+            source.part,
+            sink,
         )
-        args = [source]
+        args = [source.blocks]
         for conv, stage, tiles in zip(convs, workload.stages, schedule.stages, strict=True):
             args += self._parameters(conv, stage, tiles)
-        return self._call(gvar, args, self._result_type(convs[-1].geometry))
+        return self._call(gvar, args, self._result_type(convs[-1].geometry), sink)
 
     def _parameters(
         self, conv: Convolution, workload: ConvWorkload, schedule: Schedule
@@ -169,27 +201,38 @@ class KernelCalls:
         rows, columns = geometry.out_height, geometry.out_width
         return self._blocked_type((geometry.batch, geometry.out_channels, rows, columns))
 
-    def elementwise(self, source: relax.Expr, shape: Shape, steps: list[Step]) -> relax.Expr:
+    def elementwise(
+        self, source: relax.Expr, shape: Shape, steps: list[Step], sink: Sink | None = None
+    ) -> relax.Expr:
         """Epilogue steps alone on a blocked map."""
         names = tuple(name for name, _ in steps)
         gvar = self._kernel(
             ("elementwise", shape, names),
             lambda: elementwise.emit_elementwise(*shape, names, self.isa),
             "elementwise",
+            sink=sink,
         )
-        return self._call(gvar, [source, *self._operands(steps, None)], self._blocked_type(shape))
+        args = [source, *self._operands(steps, None)]
+        return self._call(gvar, args, self._blocked_type(shape), sink)
 
     def gather(
-        self, sources: list[relax.Expr], workload: gather.GatherWorkload, steps: list[Step]
+        self,
+        sources: list[relax.Expr],
+        workload: gather.GatherWorkload,
+        steps: list[Step],
+        sink: Sink | None = None,
     ) -> relax.Expr:
         """Concatenation, slice or pad of blocked maps, with epilogue steps."""
         names = tuple(name for name, _ in steps)
         gvar = self._kernel(
-            (workload, names), lambda: gather.emit_gather(workload, self.isa, names), "gather"
+            (workload, names),
+            lambda: gather.emit_gather(workload, self.isa, names),
+            "gather",
+            sink=sink,
         )
         shape = (workload.batch, workload.out_channels, *workload.out_size)
         args = [*sources, *self._operands(steps, None)]
-        return self._call(gvar, args, self._blocked_type(shape))
+        return self._call(gvar, args, self._blocked_type(shape), sink)
 
     def layer_norm(
         self,
@@ -245,12 +288,35 @@ class KernelCalls:
         n, c, h, w = shape
         return relax.TensorType((n, -(-c // self.isa.lanes), h, w, self.isa.lanes), "float32")
 
-    def _kernel(self, key: Any, make: Callable[[], Any], name: str) -> tvm.ir.GlobalVar:
+    def _kernel(
+        self,
+        key: Any,
+        make: Callable[[], tirx.PrimFunc],
+        name: str,
+        source: Part | None = None,
+        sink: Sink | None = None,
+    ) -> tvm.ir.GlobalVar:
+        parts = (source, sink.part if sink else None)
+        key = (key, parts)
         if key not in self._kernels:
-            self._kernels[key] = self.rewriter.builder.add_func(make(), f"lowrank_{name}")
+            func = make()
+            for parameter, part in zip("xy", parts, strict=True):
+                func = place(func, parameter, part) if part else func
+            self._kernels[key] = self.rewriter.builder.add_func(func, f"lowrank_{name}")
         return self._kernels[key]
 
     def _call(
-        self, gvar: tvm.ir.GlobalVar, args: list[relax.Expr], out: relax.TensorType
+        self,
+        gvar: tvm.ir.GlobalVar,
+        args: list[relax.Expr],
+        out: relax.TensorType,
+        sink: Sink | None = None,
     ) -> relax.Expr:
-        return self.rewriter.emit(relax.call_tir(gvar, args, out))
+        if sink is None:
+            return self.rewriter.emit(relax.call_tir(gvar, args, out))
+        n, _, *inner = (int(extent) for extent in out.shape)
+        out = relax.TensorType((n, sink.part.blocks, *inner), "float32")
+        if sink.written is None:
+            return self.rewriter.emit(relax.call_tir(gvar, args, out))
+        args = [*args, sink.written]
+        return self.rewriter.emit(relax.op.call_tir_inplace(gvar, args, [len(args) - 1], out))

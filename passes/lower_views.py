@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,8 +57,15 @@ def lower_concat(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor 
         return None
     if view == NHWC and not all(source.channels_at_end for source in sources):
         return None
+    readers = Counter(fields.fields)
+    single = [
+        id(part)
+        for part, field in zip(sources, fields.fields, strict=True)
+        if rewriter.users.get(field) == readers[field] == 1
+    ]
     workload, sources = _join(rewriter, sources)
-    pending = Pending(sources, Gather(workload))
+    owned = frozenset(i for i, source in enumerate(sources) if id(source) in single)
+    pending = Pending(sources, Gather(workload, owned))
     n, _, h, w = sources[0].map
     shape = (n, workload.out_channels, h, w)
     if view == NHWC:

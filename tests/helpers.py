@@ -65,7 +65,7 @@ def operators(mod: tvm.IRModule) -> Counter:
     names: Counter = Counter()
     for binding in dataflow_bindings(mod["main"]) or []:
         name = op_name(binding.value)
-        if name == "call_tir":
+        if name in ("call_tir", "call_tir_inplace"):
             name = binding.value.args[0].name_hint.rstrip("0123456789")
         if name:
             names[name] += 1
