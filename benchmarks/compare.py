@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import subprocess
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     add("--trials", type=int, default=4, help="schedules we try a kernel (default: 4)")
     add("--seconds", type=float, default=3.0, help="timing of each runtime (default: 3)")
     add("--records", type=Path, help="our tuning records (default: in the cache folder)")
+    add("--libraries", type=Path, metavar="DIR", help="keep our libraries there, use those there")
+    add("--build-only", action="store_true", help="fill --libraries, and time nothing")
     add("--metaschedule-trials", type=int, default=512, metavar="N", help="default: 512")
     add("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     return make
@@ -80,7 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         args.algorithms = names("--algorithms", args.algorithms, ALGORITHMS)
         check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")
         check_folder(args.markdown)
+        if args.build_only and not args.libraries:
+            raise BadInput("--build-only needs --libraries, a folder to build into")
         cases = [find_case(name, n) for name in args.networks or NETWORKS for n in args.batch]
+        if args.build_only:
+            for case in cases:
+                library, how, _ = _ours(case, args, Path())
+                print(f"{case}: {library}, {how}", flush=True)
+            return 0
         sections = [_heading(args)]
         results: list[tuple[Case, list[Row]]] = []
         print(sections[0], flush=True)
@@ -93,6 +103,9 @@ def main(argv: list[str] | None = None) -> int:
             sections.append(_summary(results, against))
             print(sections[-1])
     except BadInput as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    except LowRankError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -116,15 +129,9 @@ def _compare(
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         try:
-            records = args.records or cache_folder() / "records.jsonl"
-            built = build_lossless(
-                case.path, case.batch, args.threads, args.trials, args.algorithms, records,
-                Path(folder),
-            )  # fmt: skip
-            jobs[OURS] = ("tvm", built.library)
-            remarks[OURS] = f"{', '.join(args.algorithms)}; {built}"
-            notes.append(str(built.calls))
-            del built
+            library, remarks[OURS], calls = _ours(case, args, Path(folder))
+            jobs[OURS] = ("tvm", library)
+            notes.append(calls)
         except Exception as error:
             failed[OURS] = _reason(error)
         for name in against:
@@ -150,6 +157,25 @@ def _compare(
             row.error = _error(row.timing.outputs, expected)
         rows.append(row)
     return rows, notes
+
+
+def _ours(case: Case, args: argparse.Namespace, scratch: Path) -> tuple[Path, str, str]:
+    """Our library, how it was built, and what it calls; from ``--libraries`` if it is there."""
+    folder = scratch
+    if args.libraries:
+        key = f"{case.path.stem}-batch{case.batch}-threads{args.threads}"
+        folder = args.libraries / "-".join([key, *args.algorithms])
+        folder.mkdir(parents=True, exist_ok=True)
+    library, about = folder / "model.so", folder / "about.json"
+    if not about.exists():
+        records = args.records or cache_folder() / "records.jsonl"
+        built = build_lossless(
+            case.path, case.batch, args.threads, args.trials, args.algorithms, records, folder
+        )
+        texts = [f"{', '.join(args.algorithms)}; {built}", str(built.calls)]
+        about.write_text(json.dumps(texts), encoding="utf-8")
+    how, calls = json.loads(about.read_text(encoding="utf-8"))
+    return library, how, calls
 
 
 def _error(outputs: np.ndarray | None, expected: np.ndarray) -> float:

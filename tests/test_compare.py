@@ -62,12 +62,16 @@ def test_a_peer_is_timed_and_a_missing_one_has_its_reason(model, tmp_path):
     assert isinstance(found["damaged"], str) and found["damaged"]
 
 
-def test_compare_prints_ours_and_the_peers(model, tmp_path, capsys):
+def test_compare_prints_ours_and_the_peers(model, tmp_path, capsys, monkeypatch):
     markdown = tmp_path / "tables.md"
     command = [
         str(model), "--batch", "2", "--threads", "2", "--trials", "1", "--seconds", "0.05",
         "--against", "onnxruntime", "--algorithms", "direct", "--markdown", str(markdown),
+        "--libraries", str(tmp_path / "libraries"),
     ]  # fmt: skip
+    assert compare.main([*command, "--build-only"]) == 0
+    assert "model.so, direct; built in" in capsys.readouterr().out
+    monkeypatch.delattr(compare, "build_lossless")  # what is there is not built again
     assert compare.main(command) == 0
     text = capsys.readouterr().out
     assert markdown.read_text().split() == text.split()
@@ -106,6 +110,7 @@ def test_a_failure_of_ours_is_a_row(model, capsys, monkeypatch):
         (["resnet18", "--algorithms", ""], "choose among direct"),
         (["resnet18", "--markdown", "/nowhere/at/all.md"], "does not exist"),
         (["resnet18", "--trials", "many"], "invalid int value"),
+        (["resnet18", "--build-only"], "needs --libraries"),
     ],
 )
 def test_bad_input_is_one_sentence(command, words, capsys):
