@@ -236,11 +236,8 @@ class BlockedRewriter(Rewriter):
             members = [source for _, source in group]
             for part in [[member] for member in members] if is_written else [members]:
                 sink = Sink(Part(first, total), written)
-                written = (
-                    self._write_pending(part[0], sink)
-                    if is_written
-                    else self._copy_parts(part, sink)
-                )
+                write = self._write_pending if is_written else self._copy_parts
+                written = write(part, sink)
                 first += sum(-(-source.channels // lanes) for source in part)
         assert written is not None
         return written

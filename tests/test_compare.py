@@ -170,9 +170,10 @@ def test_roofline_prints_every_kernel(model, capsys):
     assert "Multiply-adds from registers" in text and "whole / sum" in text
     rows = [line for line in text.splitlines() if line.startswith("| 1 |")]
     convolutions = [row for row in rows if not row.startswith("| 1 | |")]
-    assert len(convolutions) >= 6
     kernels = {row.split("|")[3].split()[0] for row in convolutions}
-    assert kernels == {"direct", "depthwise"}
+    assert "direct" in kernels <= {"direct", "depthwise"}
     assert all(row.endswith("% |") for row in convolutions)
-    others = {row.split("|")[3].strip() for row in rows} - kernels
+    # What runs as a chain (which depends on what is faster) is among the others.
+    others = [row.split("|")[3].strip() for row in rows if row not in convolutions]
     assert any(name.startswith("lowrank_unblock") for name in others)
+    assert len(rows) >= 5
