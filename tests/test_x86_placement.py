@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tvm_lowrank.schedules.kernels import emit, pack_weights, spaces
 from tvm_lowrank.schedules.x86.elementwise import emit_elementwise
-from tvm_lowrank.schedules.x86.kernels import emit, pack_weights, spaces
 from tvm_lowrank.schedules.x86.placement import Part, place
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from x86_support import CPUS, block, run, runnable_isa
