@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 from forms_support import example
+from helpers import factored_plan
 
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.plan import Plan
 from tvm_lowrank.report import layer as drawing
 from tvm_lowrank.report.__main__ import main
 
@@ -65,3 +68,41 @@ def test_command_line_draws_and_names_what_is_wrong(small, tmp_path, capsys):
     assert "no layer conv99; there are conv0" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "is no folder of tune" in capsys.readouterr().err
+
+
+def curve_of(*drops):
+    return tuple(
+        {
+            "microseconds": 80.0 / (1 + index),
+            "dense_us": 160.0,
+            "drop": drop,
+            "interval": [drop - 0.5, drop + 0.5],
+            "agreement": 99.0,
+            "samples": 64,
+            "rewritten": 1 + index,
+            "keeps": drop <= 1.0,
+            "recovered": index == 2,
+        }
+        for index, drop in enumerate(drops)
+    )
+
+
+def test_the_curve_is_listed_and_drawn(small, tmp_path, capsys):
+    result = dict.fromkeys(
+        ["latency_before_ms", "latency_after_ms", "speedup", "output_error", "agreement"], 1.0
+    )
+    result |= {"runs": 1, "batch": 1, "samples": 9, "synthetic_data": False, "drop": 0.5}
+    result |= {"accuracy_before": 90.0, "accuracy_after": 89.5, "kernel_weight_bytes": 4}
+    result |= {"weight_bytes_before": 4, "weight_bytes_after": 4}
+    plan = replace(factored_plan(small), curve=curve_of(0.4, 2.5, 0.9), result=result)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").curve == plan.curve
+    assert main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "choices tried" in text and "2.00x" in text and "6.00x" in text
+    assert text.count("missed") == 1 and "kept, trained" in text
+    drawn = tmp_path / "curve.svg"
+    circles = list(ElementTree.parse(drawn).iter(f"{NAMESPACE}circle"))
+    assert len(circles) == 3 + 2  # a point each, and the two in the legend
+    heights = [float(circle.get("cy")) for circle in circles if circle.get("r") == "4"]
+    assert {"budget", "refitted", "trained"} <= set(texts(drawn)) and len(set(heights)) == 5

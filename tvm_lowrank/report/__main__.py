@@ -22,13 +22,14 @@ from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.report import render
+from tvm_lowrank.report.curve import draw_curve
 from tvm_lowrank.report.layer import write
 from tvm_lowrank.target import host_target
 
 EXAMPLES = """\
 examples:
   python -m tvm_lowrank.report out
-      the plan that tune wrote into out, as a table
+      the plan that tune wrote into out, as tables, and its curve of speed and accuracy as SVG
   python -m tvm_lowrank.report resnet.onnx --layer conv3 conv7 --data images.npz -o drawings
       filters, errors of all forms and clusters of two layers, as SVG
 
@@ -66,7 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = Path(options.model or "out")
             if not path.is_dir():
                 raise LowRankError(f"{path} is no folder of tune; name one, or a layer by --layer")
-            Console().print(render(Plan.load(path / "plan.json")))
+            plan = Plan.load(path / "plan.json")
+            Console().print(render(plan))
+            if plan.curve:
+                drawn = path / "curve.svg"
+                drawn.write_text(draw_curve(plan), encoding="utf-8")
+                print(drawn)
     except LowRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,7 +42,36 @@ def render(plan: Plan) -> RenderableType:
         *_times(before, after),
         _megabytes(plan.result["kernel_weight_bytes"]),
     )
-    return Group(table, Text(_reasons(plan) + summary(plan)))
+    parts: list[RenderableType] = [table]
+    if plan.curve:
+        parts.append(_curve(plan))
+    return Group(*parts, Text(_reasons(plan) + summary(plan)))
+
+
+def _curve(plan: Plan) -> Table:
+    """Every choice that was tried: what its convolutions take and what it loses."""
+    table = Table(
+        title=f"choices tried, {plan.metric} on {plan.curve[0]['samples']} selection samples",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("us", "speed-up", "drop", "95 % interval", "agreement", "rewritten"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("budget", no_wrap=True)
+    for point in plan.curve:
+        interval = point["interval"]
+        words = ["kept" if point["keeps"] else "missed"]
+        words += ["trained"] if point["recovered"] else []
+        table.add_row(
+            f"{point['microseconds']:.1f}",
+            f"{point['dense_us'] / point['microseconds']:.2f}x",
+            f"{point['drop']:.2f}",
+            f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "",
+            f"{point['agreement']:.2f} %",
+            str(point["rewritten"]),
+            ", ".join(words),
+        )
+    return table
 
 
 def _reasons(plan: Plan) -> str:

@@ -1,0 +1,128 @@
+"""Any network as a PyTorch module, and training of its factors without labels."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import small_network
+from helpers import reference, relative, shared
+
+torch = pytest.importorskip("torch")
+
+from tvm_lowrank.passes.pipeline import normalise  # noqa: E402
+
+from tvm_lowrank import tune  # noqa: E402
+from tvm_lowrank.decompose import FORMS  # noqa: E402
+from tvm_lowrank.errors import LowRankError  # noqa: E402
+from tvm_lowrank.frontend import load_model  # noqa: E402
+from tvm_lowrank.layer import collect_layers  # noqa: E402
+from tvm_lowrank.planner.candidates import Candidate  # noqa: E402
+from tvm_lowrank.planner.options import Options  # noqa: E402
+from tvm_lowrank.planner.recover import recover  # noqa: E402
+from tvm_lowrank.torch_module import RelaxModule  # noqa: E402
+
+
+def outputs(module, x):
+    with torch.no_grad():
+        return module(torch.from_numpy(x)).numpy()
+
+
+@pytest.fixture(scope="module")
+def net():
+    """3x3, 1x1, strided, dilated and depthwise layers, a residual, pooling; and smooth inputs."""
+    model = small_network()
+    mod = normalise(load_model(model))
+    noise = np.random.default_rng(0).standard_normal((96, 3, 20, 20)).astype(np.float32)
+    smooth = (noise + np.roll(noise, 1, 2) + np.roll(noise, 1, 3))[:, :, 1:19, 1:19]
+    return model, mod, collect_layers(mod), np.ascontiguousarray(smooth)
+
+
+def test_the_module_equals_onnx_runtime_for_any_number_of_samples(net):
+    model, mod, layers, x = net
+    module = RelaxModule(mod, layers)
+    assert relative(outputs(module, x[:7]), reference(model, x[:7])) < 1e-5
+    # One value is alive before each convolution but conv2, around which the shortcut leads.
+    assert module.borders == (1, 3, 4, 5)
+
+
+@pytest.mark.parametrize("name", ["vgg6-cifar10", "resnet20-cifar10", "crepe-tiny"])
+def test_trained_networks_run_as_modules(name):
+    path = shared("models", f"{name}.onnx")
+    mod = normalise(load_model(path))
+    shape = [int(x) for x in mod["main"].params[0].ty.shape]
+    x = np.random.default_rng(0).standard_normal((2, *shape[1:])).astype(np.float32)
+    module = RelaxModule(mod, collect_layers(mod))
+    expected = np.concatenate([reference(path, part[None]) for part in x])
+    assert relative(outputs(module, x), expected) < 1e-4
+
+
+def made(layer, form_name, rank):
+    form = FORMS[form_name]
+    factors = form.fitter(layer.weight.astype(np.float64), layer.geometry, None).fit(rank)
+    stages = tuple(form.stages(layer.geometry, rank))
+    factors = tuple(f.astype(np.float32) for f in factors)
+    return Candidate(form_name, rank, stages, factors, layer.bias, 0.1, 1.0, 1.0)
+
+
+def test_training_brings_the_outputs_nearer(net, monkeypatch):
+    # A clock that ticks with every look at it: as many steps on any machine.
+    clock = itertools.count(0.0, 0.04)
+    monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(clock))
+    model, mod, layers, x = net
+    by_name = {layer.name: layer for layer in layers}
+    choice = {
+        "conv1": made(by_name["conv1"], "separable", 16),
+        "conv2": made(by_name["conv2"], "monochromatic", (4, 12)),
+        "conv3": made(by_name["conv3"], "tucker2", (16, 16)),
+        "conv5": made(by_name["conv5"], "linear_combination", 16),
+    }
+    depthwise = by_name["conv4"]
+    choice["conv4"] = Candidate(
+        "dense", 0, (depthwise.geometry,), (depthwise.weight,), depthwise.bias, 0.0, 1.0, 1.0
+    )
+    expected = reference(model, x[64:])
+
+    def off(given):
+        chains = {name: _module(name, found, by_name) for name, found in given.items()}
+        return np.linalg.norm(outputs(RelaxModule(mod, layers, chains), x[64:]) - expected)
+
+    told = []
+    found = recover(mod, layers, choice, x[:64], 0.065, True, 0, lambda *step: told.append(step))
+    assert off(found) < 0.8 * off(choice)
+    for name, candidate in found.items():
+        shapes = [factor.shape for factor in candidate.factors]
+        assert shapes == [factor.shape for factor in choice[name].factors]
+        assert not np.array_equal(candidate.bias, choice[name].bias)
+    # Orders of channels are no weights: they stay.
+    gathers = FORMS["monochromatic"].gathers(by_name["conv2"].geometry, choice["conv2"].rank)
+    assert gathers
+    for index in gathers:
+        assert np.array_equal(found["conv2"].factors[index], choice["conv2"].factors[index])
+    assert not np.array_equal(found["conv4"].factors[0], depthwise.weight)
+    assert told[-1] == (4, 4)
+
+
+def _module(name, candidate, by_name):
+    from tvm_lowrank.planner.recover import _chain
+
+    return _chain(candidate, name, by_name[name].geometry)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_measured(net, monkeypatch, capsys):
+    _, mod, layers, _ = net
+    monkeypatch.delitem(
+        __import__("tvm_lowrank.torch_module", fromlist=["_OPERATORS"])._OPERATORS, "nn.max_pool2d"
+    )
+    with pytest.raises(LowRankError, match=r"does not know the operator nn\.max_pool2d"):
+        RelaxModule(mod, layers)
+
+
+def test_without_pytorch_the_command_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    assert tune.main(["--recover", "1", "-o", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "needs PyTorch" in error and "tvm-lowrank[torch]" in error
+    with pytest.raises(LowRankError, match="recover is -1"):
+        Options(recover=-1)
