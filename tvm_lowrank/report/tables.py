@@ -55,7 +55,7 @@ def _curve(plan: Plan) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for heading in ("us", "speed-up", "drop", "95 % interval", "agreement", "rewritten"):
+    for heading in ("us", "speed-up", "drop", "95 % interval", "agree", "forms"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("budget", no_wrap=True)
     for point in plan.curve:
