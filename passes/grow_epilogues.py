@@ -62,7 +62,7 @@ def _lower_channelwise(
     if vector is None:
         return None
     opened = rewriter.opened(tensor)
-    _append_channelwise(steps_of(opened), name, vector)
+    append_channelwise(steps_of(opened), name, vector)
     return opened
 
 
@@ -71,7 +71,7 @@ def lower_activation(rewriter: BlockedRewriter, found: Activation) -> BlockedTen
     result = append_step(rewriter, found.source, found.step, [])
     if result is not None and found.scale != 1:
         vector = np.full(result.channels, found.scale, np.float32)
-        _append_channelwise(steps_of(result), "multiply", vector)
+        append_channelwise(steps_of(result), "multiply", vector)
     return result
 
 
@@ -100,7 +100,7 @@ def _channel_vector(const: relax.Expr, tensor: BlockedTensor) -> np.ndarray | No
     return None
 
 
-def _append_channelwise(steps: list[Step], name: str, vector: np.ndarray) -> None:
+def append_channelwise(steps: list[Step], name: str, vector: np.ndarray) -> None:
     """Add ``+ vector`` or ``* vector`` to an epilogue, merged with the step before it."""
     if name == "add" and not steps:
         steps.append(("bias", [vector]))

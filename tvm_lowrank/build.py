@@ -10,13 +10,27 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from tvm_lowrank import cuda
 from tvm_lowrank.deploy import Network
 from tvm_lowrank.errors import LowRankError
 
 
 def compile_module(mod: tvm.IRModule, target: tvm.target.Target) -> Any:
-    """Compile with TVM's own default pipeline."""
-    return tvm.compile(mod, target=target)
+    """Compile with TVM's own default pipeline of the target.
+
+    For CUDA that gives DLight's schedules to what has none, and captures the network as a CUDA
+    graph.
+
+    Raises
+    ------
+    LowRankError
+        Something that compiles CUDA is missing.
+    """
+    if target.kind.name != "cuda":
+        return tvm.compile(mod, target=target)
+    cuda.prepare_compiler(target)
+    with target, tvm.transform.PassContext(config=cuda.compile_options()):
+        return tvm.compile(mod, target=target)
 
 
 def network_of(executable: Any) -> Network:

@@ -37,12 +37,21 @@ class Network:
         return tvm.runtime.tensor(np.ascontiguousarray(array, np.float32), self._device)
 
     def call(self, tensors: list[Any]) -> Any:
-        """Run once on device tensors and return the device tensors as they are."""
+        """Run once on device tensors and return the device tensors as they are.
+
+        A GPU may still be at it; `wait` tells when it is done.
+        """
         return self._main(*tensors)
+
+    def wait(self) -> None:
+        """Return once everything that was called has run."""
+        self._device.sync()
 
 
 def load(path: str | Path, threads: int | None = None) -> Network:
     """Load a ``model.so`` made by ``tune`` or by ``export_library``.
+
+    A library with CUDA kernels runs on the first GPU.
 
     Parameters
     ----------
@@ -65,8 +74,15 @@ def load(path: str | Path, threads: int | None = None) -> Network:
 
     try:
         module = tvm.runtime.load_module(str(path))
-        return Network(relax.VirtualMachine(module, tvm.cpu()), tvm.cpu())
+        device = tvm.cuda() if "cuda" in _kinds(module) else tvm.cpu()
+        devices = [device] if device == tvm.cpu() else [device, tvm.cpu()]
+        return Network(relax.VirtualMachine(module, devices), device)
     except Exception as error:
         raise LowRankError(
             f"{path} is not a library that holds a compiled Relax network ({error})"
         ) from error
+
+
+def _kinds(module: Any) -> set[str]:
+    """The kinds of a module and of those it imports: ``cuda`` for one with GPU kernels."""
+    return {str(module.kind)}.union(*map(_kinds, module.imports))

@@ -19,11 +19,11 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.passes.factor_convolutions import Chain
-from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
+from tvm_lowrank.passes.lower import lower
 from tvm_lowrank.passes.pipeline import factor, normalise
 from tvm_lowrank.schedules.kernels import Schedule, default_schedule, schedule_from_json
+from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
-from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target
 
@@ -181,12 +181,12 @@ class Plan:
 
     def lower(self, mod: tvm.IRModule) -> tvm.IRModule:
         """A normalised (and possibly factored) module lowered with the plan's schedules."""
-        isa = isa_of(parse_target(self.target))
-        return LowerConvolutions(isa, self.scheduler(), fuse=self.fuser())(mod)
+        machine = machine_of(parse_target(self.target))
+        return lower(mod, machine, self.scheduler(), self.fuser())
 
     def scheduler(self) -> Callable[[ConvWorkload], Schedule]:
         """Picks the plan's schedule for a workload, whatever its epilogue, or the default."""
-        isa = isa_of(parse_target(self.target))
+        machine = machine_of(parse_target(self.target))
         known = {}
         for workload_json, schedule in self.schedules:
             workload = ConvWorkload.from_json(workload_json)
@@ -194,7 +194,7 @@ class Plan:
 
         def pick(workload: ConvWorkload) -> Schedule:
             found = known.get((workload.geometry, workload.in_block))
-            return found if found is not None else default_schedule(workload, isa)
+            return found if found is not None else default_schedule(workload, machine)
 
         return pick
 
@@ -217,7 +217,7 @@ class Plan:
             As `tvm_lowrank.target.parse_target`.
         """
         parsed = parse_target(target)
-        same = isa_of(parsed) == isa_of(parse_target(self.target))
+        same = machine_of(parsed) == machine_of(parse_target(self.target))
         return replace(
             self,
             target=dict(json.loads(str(parsed))),

@@ -136,6 +136,10 @@ class TuningRecords:
                 f"tuning records {self.path} cannot be written ({error}); check space and rights"
             ) from error
 
+    def remember(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:
+        """Take a time for one of this place, in memory only."""
+        self._keep(workload, self.here, _text(schedule), microseconds)
+
     def time(self, workload: str, schedule: dict[str, Any]) -> float | None:
         """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""
         return self._times.get(workload, {}).get(self.here, {}).get(_text(schedule))

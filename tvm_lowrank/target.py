@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from typing import Any
 
 import tvm
 from tvm.target import codegen
 
+from tvm_lowrank.cuda import gpu_architecture
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.schedules.cuda.arch import DEFAULT, version_of
 from tvm_lowrank.schedules.x86.isa import architecture_of
 from tvm_lowrank.threads import physical_cores
 
 # Vector instructions that kernels are built with: LLVM's name, and that of /proc/cpuinfo.
 _VECTOR_FEATURES = (("avx512f", "avx512f"), ("avx2", "avx2"), ("fma", "fma"))
+# Older architectures are not compiled for by current CUDA toolkits.
+_OLDEST_CUDA = 75
 
 
 def parse_target(spec: Any = None) -> tvm.target.Target:
@@ -24,12 +29,14 @@ def parse_target(spec: Any = None) -> tvm.target.Target:
     ----------
     spec : None, str, dict or tvm.target.Target
         None or ``"llvm"`` is this machine's processor; a string may be JSON
-        (``'{"kind": "llvm", "mcpu": "haswell"}'``) or another llvm processor as ``"llvm:haswell"``.
+        (``'{"kind": "llvm", "mcpu": "haswell"}'``), another llvm processor as ``"llvm:haswell"``,
+        ``"cuda"`` (this machine's GPU, else `arch.DEFAULT`) or ``"cuda:sm_90"``.
 
     Raises
     ------
     LowRankError
-        The target is unknown to TVM, is not an llvm target, or names an unknown processor.
+        The target is unknown to TVM, is neither an llvm nor a CUDA target, or names an unknown
+        processor or architecture.
     """
     if spec is None or spec == "llvm":
         return host_target()
@@ -37,10 +44,12 @@ def parse_target(spec: Any = None) -> tvm.target.Target:
         target = spec
     else:
         target = tvm.target.Target(_as_dict(spec)) if _known(spec) else _unknown(spec)
+    if target.kind.name == "cuda":
+        return _cuda_target(spec, target)
     if target.kind.name != "llvm":
         raise LowRankError(
-            f"target {target.kind.name!r} has no kernels here yet; "
-            "use 'llvm', 'llvm:<mcpu>' or JSON of an llvm target"
+            f"target {target.kind.name!r} has no kernels here; use 'llvm', 'llvm:<mcpu>', 'cuda', "
+            "'cuda:<arch>' or JSON of such a target"
         )
     mcpu = str(target.attrs.get("mcpu", "")) if target.attrs else ""
     if mcpu and not codegen.llvm_is_valid_cpu(mcpu, str(target.attrs.get("mtriple", ""))):
@@ -51,19 +60,39 @@ def parse_target(spec: Any = None) -> tvm.target.Target:
     return target
 
 
+def _cuda_target(spec: Any, target: tvm.target.Target) -> tvm.target.Target:
+    """A CUDA target with the architecture that was named, else the GPU's, and a host."""
+    if isinstance(spec, tvm.target.Target):
+        fields = dict(json.loads(str(spec)))
+        named = str(fields.get("arch", ""))
+    else:
+        fields = _as_dict(spec)
+        named = str(fields.get("arch", ""))
+    arch = named or gpu_architecture() or DEFAULT
+    if not re.fullmatch(r"sm_\d{2,3}[a-z]?", arch) or version_of(arch) < _OLDEST_CUDA:
+        raise LowRankError(
+            f"target names the architecture {arch!r}; use sm_{_OLDEST_CUDA} or later, such as "
+            "'cuda:sm_80' or 'cuda:sm_90'"
+        )
+    host = fields.pop("host", None) or dict(json.loads(str(host_target())))
+    return tvm.target.Target({**fields, "kind": "cuda", "arch": arch}, host=host)
+
+
 def host_target() -> tvm.target.Target:
     """The llvm target of the machine that runs this."""
     return tvm.target.Target({"kind": "llvm", "mcpu": _host_mcpu(), "num-cores": physical_cores()})
 
 
 def require_runnable(target: tvm.target.Target) -> None:
-    """Check that this machine can run what is built for ``target``.
+    """Check that this machine can run what is built for ``target``, where it is a processor.
 
     Raises
     ------
     LowRankError
         It is of another family of processors, or lacks vector instructions that the target has.
     """
+    if target.kind.name == "cuda":
+        return  # what cannot be measured here is ranked by a model
     architecture, here = architecture_of(target), platform.machine()
     missing = []
     if architecture and architecture != here.replace("arm64", "aarch64").replace("AMD64", "x86_64"):
@@ -81,8 +110,25 @@ def require_runnable(target: tvm.target.Target) -> None:
         )
 
 
+def is_measurable(target: tvm.target.Target) -> bool:
+    """Whether what is built for ``target`` runs on this machine: CUDA code needs a GPU of its kind.
+
+    Code for one architecture runs on later ones of the same first digits, as sm_80's on sm_86.
+    """
+    if target.kind.name != "cuda":
+        return True
+    here, wanted = gpu_architecture(), str(target.attrs["arch"])
+    if here is None:
+        return False
+    return version_of(here) // 10 == version_of(wanted) // 10 and version_of(here) >= version_of(
+        wanted
+    )
+
+
 def target_key(target: tvm.target.Target) -> str:
-    """Short name of a target for folders and records, as ``llvm-znver4``."""
+    """Short name of a target for folders and records, as ``llvm-znver4`` or ``cuda-sm_90``."""
+    if target.kind.name == "cuda":
+        return f"cuda-{target.attrs['arch']}"
     mcpu = str(target.attrs.get("mcpu", "")) if target.attrs else ""
     return f"{target.kind.name}-{mcpu or 'generic'}"
 
@@ -120,8 +166,9 @@ def _as_dict(spec: Any) -> dict[str, Any]:
     text = str(spec)
     if text.lstrip().startswith("{"):
         return dict(json.loads(text))
-    kind, _, mcpu = text.partition(":")
-    return {"kind": kind, "mcpu": mcpu} if mcpu else {"kind": kind}
+    kind, _, detail = text.partition(":")
+    name = "arch" if kind == "cuda" else "mcpu"
+    return {"kind": kind, name: detail} if detail else {"kind": kind}
 
 
 def _known(spec: Any) -> bool:
@@ -135,5 +182,6 @@ def _known(spec: Any) -> bool:
 def _unknown(spec: Any) -> tvm.target.Target:
     raise LowRankError(
         f"target {spec!r} is unknown to TVM; use 'llvm', 'llvm:<mcpu>' such as 'llvm:haswell', "
+        "'cuda', 'cuda:<arch>' such as 'cuda:sm_90', "
         'or JSON such as \'{"kind": "llvm", "mcpu": "znver4"}\''
     )

@@ -26,8 +26,13 @@ from tvm_lowrank.metrics import BUILT_IN
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import ALGORITHMS, Options, search
 from tvm_lowrank.report import render
-from tvm_lowrank.target import parse_target, target_key
+from tvm_lowrank.target import is_measurable, parse_target, target_key
 
+NOT_MEASURED = (
+    "no GPU that runs {} is at hand, so kernels and forms are ranked by the cost model and the "
+    "records only, times are predicted and not measured, and accuracy is that of the same network "
+    "on this machine's processor"
+)
 EXAMPLES = """\
 examples:
   python -m tvm_lowrank.tune
@@ -53,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add = make.add_argument
     add("model", nargs="?", metavar="MODEL", help=".onnx or .pt2; the demo network if left out")
-    add("--target", default="llvm", help="llvm (this machine), llvm:<mcpu>, or JSON")
+    add(
+        "--target",
+        default="llvm",
+        help="llvm (this machine), llvm:<mcpu>, cuda (this machine's GPU), cuda:<arch>, or JSON",
+    )
     add("--data", type=Path, metavar="X.npz", help="inputs and labels to fit, choose and judge by")
     add("--max-drop", type=float, default=1.0, metavar="POINTS", help="budget (default: 1.0)")
     add(
@@ -180,6 +189,8 @@ def _tune(args: argparse.Namespace, console: Console, check: Callable[[], None])
     data, final = _samples(args)
     _make_writable(args.output)
     console.print(f"target {target_key(target)}, batch {args.batch}, output {args.output}")
+    if not is_measurable(target):
+        print(f"note: {NOT_MEASURED.format(target_key(target))}", file=sys.stderr)
     _remove_leftovers(args.output)
     scratch = Path(tempfile.mkdtemp(dir=args.output, prefix=f".tune-{os.getpid()}-"))
     try:

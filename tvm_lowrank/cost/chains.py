@@ -12,6 +12,7 @@ from tvm_lowrank.passes.lower_convolutions import survey
 from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86 import fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload, FusedSchedule
+from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 
@@ -106,7 +107,12 @@ def choose_chains(
     timer: KernelTimer,
     trials: int,
 ) -> dict[ChainWorkload, FusedSchedule]:
-    """The chains of a normalised module that `LowerConvolutions` should fuse, and how."""
+    """The chains of a normalised module that `LowerConvolutions` should fuse, and how.
+
+    None on machines without such kernels.
+    """
+    if not isinstance(timer.isa, VectorISA):
+        return {}
     chains = ChainTimer(timer, trials)
     survey(mod, timer.isa, choose, chains.fuse)
     return chains.chosen

@@ -16,7 +16,7 @@ from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.metrics import Metric
-from tvm_lowrank.passes.lower_convolutions import survey
+from tvm_lowrank.passes.lower import survey
 from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import LayerPlan, Plan
 from tvm_lowrank.planner.allocate import Choice

@@ -17,6 +17,7 @@ from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import verify
 from tvm_lowrank.planner.assemble import Assembler
+from tvm_lowrank.planner.bench import Bench
 from tvm_lowrank.planner.curve import Curve
 from tvm_lowrank.planner.survey import Report
 
@@ -36,6 +37,8 @@ class Judge:
     split : DataSplit
     shape : tuple of int
         Of the network's input.
+    bench : Bench
+        Runs the libraries.
     directory : Path
         Receives the libraries; the winner's becomes ``model.so``.
     metaschedule_folder : Path
@@ -46,10 +49,12 @@ class Judge:
     assembler: Assembler
     split: DataSplit
     shape: tuple[int, ...]
+    bench: Bench
     directory: Path
     metaschedule_folder: Path
     report: Report
     complaints: list[str] = field(default_factory=list)
+    plans: dict[Path, Plan] = field(default_factory=dict)
 
     def conclude(self, make_curve: Callable[[], Curve] | None) -> Plan:
         """Build the fastest choice that promises to keep the budget, and judge the library.
@@ -120,17 +125,14 @@ class Judge:
             )
             self.complaints.append(tuned.complaint())
             mod = metaschedule.apply(mod, target, folder)
+        self.plans[path] = plan
         return export(compile_module(mod, target), path)
 
     def _outputs(self, path: Path) -> np.ndarray:
-        network = verify.load(path, self.assembler.threads)
-        return verify.run_all(network, self.split.final.inputs, self.shape[0])
+        return self.bench.outputs(self.plans[path], path, self.split.final.inputs)
 
     def _race(self, *paths: Path) -> list[verify.Latency]:
-        """Latency of each library, in turns; of one that is listed twice, once."""
-        distinct = list(dict.fromkeys(paths))
-        latencies = verify.take_turns(distinct, self.shape, self.assembler.threads)
-        return [latencies[distinct.index(path)] for path in paths]
+        return self.bench.race([(self.plans[path], path) for path in paths])
 
     def _finish(
         self,
@@ -154,7 +156,7 @@ class Judge:
         plan: Plan,
     ) -> dict[str, Any]:
         built, threads = self.directory / "model.so", self.assembler.threads
-        alone = verify.one_thread(built, self.shape) if threads > 1 else fast.median_ms
+        alone = self.bench.one_thread(built) if threads > 1 else fast.median_ms
         layers = self.assembler.survey.layers
         weights = [layer.geometry.weight_count for layer in layers if layer.geometry]
         kept = [sum(stage.weight_count for stage in layer.stages) for layer in plan.layers]
@@ -173,6 +175,7 @@ class Judge:
             "latency_one_thread_ms": alone,
             "parallel_efficiency": alone / (threads * fast.median_ms) if alone else None,
             "runs": fast.runs,
+            "predicted": self.bench.predicted,
             "batch": self.shape[0],
             "weight_bytes_before": 4 * sum(weights),
             "weight_bytes_after": 4 * sum(kept),

@@ -11,6 +11,8 @@ import numpy as np
 import tvm
 
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.predicting import PredictingTimer, records_for
+from tvm_lowrank.cuda import prepare_compiler
 from tvm_lowrank.data import Samples, input_shape, split
 from tvm_lowrank.extras import require_torch
 from tvm_lowrank.layer import ConvLayer, collect_layers
@@ -19,6 +21,7 @@ from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.assemble import Assembler
+from tvm_lowrank.planner.bench import Bench, MeasuringBench, PredictingBench
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.curve import Curve, Trainer
 from tvm_lowrank.planner.judging import Judge
@@ -27,9 +30,8 @@ from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.sensitivity import remembered, sensitivities
 from tvm_lowrank.planner.survey import Report, Survey
 from tvm_lowrank.planner.trial import TrialNetwork
-from tvm_lowrank.records import TuningRecords, shipped_records
-from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.target import parse_target, require_runnable
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.target import host_target, is_measurable, parse_target, require_runnable
 from tvm_lowrank.threads import set_threads
 
 # Kept beside the records.
@@ -73,20 +75,25 @@ def _search(
 ) -> Plan:
     target = parse_target(target_spec)
     require_runnable(target)
+    if target.kind.name == "cuda":
+        prepare_compiler(target)
     classes = options.metric is None or options.metric in ("top1", "disagreement")
     parts = split(mod, data, final, options.seed, class_labels=classes, spare=options.recover > 0)
     labelled = parts.final.labels is not None and parts.select.labels is not None
     metric = metric_of(options.metric, labelled, parts.synthetic)
     threads = set_threads(options.threads)
-    records = _records(records_path, target, threads, options)
+    records = records_for(records_path, target, threads, options.shipped_records)
     if not options.lossless:
         check_resolution(metric, options.max_drop, len(parts.final), labelled)
 
+    measured = is_measurable(target)
     timer = _timer(target, records, options, options.algorithms)
     # What "before" means everywhere: the network as it is, in tuned direct kernels.
     plain = timer
     if options.algorithms != ("direct",) or options.max_weight_bytes is not None:
         plain = _timer(target, records, options, ("direct",))
+    # Plans are tried out on this machine's processor, whatever they are for.
+    trial_timer = timer if target.kind.name == "llvm" else _host_timer(threads, options)
     normalised = normalise(mod)
     layers = collect_layers(normalised)
     trainer = _trainer(normalised, layers, options, parts.unlabelled, metric, report)
@@ -95,7 +102,7 @@ def _search(
 
     make_curve = None
     if eligible := survey.eligible():
-        observer = TrialNetwork(normalised, layers, timer, expose=True)
+        observer = TrialNetwork(normalised, layers, trial_timer, expose=True)
         moments = input_moments(
             observer,
             eligible,
@@ -108,7 +115,7 @@ def _search(
             sensitivity_path = None if records_path is None else records_path.parent / SENSITIVITY
 
             def make_curve() -> Curve:
-                segments = Segments(normalised, layers, timer)
+                segments = Segments(normalised, layers, trial_timer)
                 sensitivity = remembered(
                     sensitivity_path,
                     normalised,
@@ -124,7 +131,7 @@ def _search(
                     ),
                 )
                 return Curve(
-                    TrialNetwork(normalised, layers, timer),
+                    TrialNetwork(normalised, layers, trial_timer),
                     segments,
                     candidates,
                     {layer.name: survey.dense[layer.name] for layer in eligible},
@@ -137,10 +144,15 @@ def _search(
                     trainer,
                 )
 
+    shape = input_shape(mod)
+    bench: Bench = MeasuringBench(shape, threads)
+    if not measured:
+        bench = PredictingBench(normalised, timer, shape[0])
     judge = Judge(
         Assembler(normalised, survey, threads, metric),
         parts,
-        input_shape(mod),
+        shape,
+        bench,
         directory,
         (records_path or directory / "model.so").parent / "metaschedule",
         report,
@@ -190,23 +202,17 @@ def _trainer(
     return train
 
 
-def _records(
-    path: Path | None, target: tvm.target.Target, threads: int, options: Options
-) -> TuningRecords:
-    isa = isa_of(target).name
-    return TuningRecords(
-        path,
-        isa,
-        threads,
-        mcpu=str(target.attrs.get("mcpu", "")) if target.attrs else "",
-        shipped=shipped_records(isa) if options.shipped_records else (),
-    )
-
-
 def _timer(
     target: tvm.target.Target,
     records: TuningRecords,
     options: Options,
     algorithms: tuple[str, ...],
 ) -> KernelTimer:
-    return KernelTimer(target, records, options.trials, algorithms, options.seed, options.exact)
+    make = KernelTimer if is_measurable(target) else PredictingTimer
+    return make(target, records, options.trials, algorithms, options.seed, options.exact)
+
+
+def _host_timer(threads: int, options: Options) -> KernelTimer:
+    """A timer that only knows what the shipped records say of this machine's processor."""
+    target = host_target()
+    return KernelTimer(target, records_for(None, target, threads, options.shipped_records))

@@ -15,8 +15,9 @@ from tvm_lowrank.plan import LayerPlan, Plan
 
 def render(plan: Plan) -> RenderableType:
     """One row a convolution, the reasons of those left as they are, then the measured totals."""
+    times = "predicted microseconds" if plan.result.get("predicted") else "microseconds"
     table = Table(
-        title="convolutions: microseconds, and megabytes of weights as the kernels keep them",
+        title=f"convolutions: {times}, and megabytes of weights as the kernels keep them",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -89,10 +90,13 @@ def summary(plan: Plan) -> str:
     lines = []
     if not plan.transformed:
         lines.append(f"No form is changed: {plan.reason}.")
+    how = f"medians of {result['runs']} runs in turns, batch {result['batch']}, "
+    how += f"{plan.threads} threads"
+    if result.get("predicted"):
+        how = f"convolutions alone, PREDICTED by a model and not measured, batch {result['batch']}"
     lines.append(
         f"latency   {result['latency_before_ms']:.3f} ms -> {result['latency_after_ms']:.3f} ms "
-        f"({result['speedup']:.2f}x; medians of {result['runs']} runs in turns, batch "
-        f"{result['batch']}, {plan.threads} threads; before: as it is, in tuned direct kernels)"
+        f"({result['speedup']:.2f}x; {how}; before: as it is, in tuned direct kernels)"
     )
     if result.get("parallel_efficiency") is not None and plan.threads > 1:
         lines.append(

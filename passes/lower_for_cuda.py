@@ -1,0 +1,239 @@
+"""Give convolutions the plugin's CUDA kernels, with what follows them in their epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm_lowrank.passes.activations import Activation, find_activations
+from tvm_lowrank.passes.fold_affine import is_canonical_conv2d
+from tvm_lowrank.passes.graph import (
+    Rewriter,
+    constant,
+    constant_array,
+    is_constant,
+    op_name,
+    static_shape,
+)
+from tvm_lowrank.passes.grow_epilogues import ACTIVATIONS, append_channelwise
+from tvm_lowrank.passes.kernel_calls import Convolution
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.cuda.arch import CudaArch
+from tvm_lowrank.schedules.cuda.epilogue import map_shape
+from tvm_lowrank.schedules.cuda.program import WEIGHTS, Program, X, Y
+from tvm_lowrank.schedules.family import Schedule
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.layer import conv2d_geometry
+
+_SKIPPED = object()
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerForCuda")
+class LowerForCuda:
+    """Dense and factored convolutions become ``call_tir`` of CUDA kernels on plain NCHW data.
+
+    Elementwise operators with a single reader join the kernel before them: bias, per-channel scale
+    and shift, activations, the addition of another tensor. Every other operator stays as it is, for
+    TVM's own fusion and DLight schedules.
+
+    Parameters
+    ----------
+    arch : CudaArch
+        The architecture of the target.
+    choose : callable
+        Takes a `ConvWorkload`, gives the schedule to emit it with.
+    """
+
+    def __init__(self, arch: CudaArch, choose: Callable[[ConvWorkload], Schedule]) -> None:
+        self.arch = arch
+        self.choose = choose
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        """Rewrite ``main``."""
+        return _Lowerer(mod, self.arch, self.choose).run()
+
+
+def survey(
+    mod: tvm.IRModule, arch: CudaArch, choose: Callable[[ConvWorkload], Schedule]
+) -> list[ConvWorkload]:
+    """The convolutions of a normalised module that `LowerForCuda` gives kernels, one a call."""
+    lowerer = _Lowerer(mod, arch, choose, only_survey=True)
+    lowerer.run()
+    return lowerer.workloads
+
+
+@dataclass
+class _Pending:
+    """A convolution whose kernel is not written yet, because what follows may join it."""
+
+    source: relax.Expr
+    convolution: Convolution
+    type: relax.TensorType
+    written: relax.Expr | None = None
+
+
+class _Lowerer(Rewriter):
+    """Takes each operator in order; a pending convolution is written when it is read."""
+
+    def __init__(
+        self,
+        mod: tvm.IRModule,
+        arch: CudaArch,
+        choose: Callable[[ConvWorkload], Schedule],
+        only_survey: bool = False,
+    ) -> None:
+        super().__init__(mod)
+        self.arch = arch
+        self.choose = choose
+        self.only_survey = only_survey
+        self.workloads: list[ConvWorkload] = []
+        self.count = 0
+        self.programs: dict[Any, tuple[Program, list[tvm.ir.GlobalVar]]] = {}
+        self.activations = find_activations(self.bindings or [], self.users)
+        self.skipped = {var for found in self.activations.values() for var in found.inner}
+        for found in self.activations.values():
+            self.users[found.source] -= found.reads - 1
+
+    def rewrite(self, var: relax.Var, value: relax.Expr) -> Any:
+        if var in self.skipped:
+            return _SKIPPED
+        name, result = op_name(value), None
+        if var in self.activations:
+            result = self._activation(self.activations[var])
+        elif name == "nn.conv2d":
+            layer = f"conv{self.count}"
+            self.count += 1
+            result = self._convolution(value, layer)
+        elif name in ("add", "multiply"):
+            result = self._binary(name, value)
+        elif name in ACTIVATIONS:
+            result = self._append(value.args[0], ACTIVATIONS[name](value), [])
+        if result is not None:
+            return result
+        for inner in self.bindings or []:
+            # What was left out for the sake of an activation that found no kernel.
+            if var in self.activations and inner.var in self.activations[var].inner:
+                self.values[inner.var] = self.emit(self.substitute(inner.value))
+        return self.emit(self.substitute(value))
+
+    def resolve(self, value: Any) -> relax.Expr:
+        if not isinstance(value, _Pending):
+            return value
+        if value.written is None:
+            value.written = self._write(value)
+        return value.written
+
+    # -- what becomes of operators -------------------------------------------------------------
+
+    def _convolution(self, value: relax.Call, layer: str) -> _Pending | None:
+        if not is_canonical_conv2d(value):
+            return None
+        geometry = conv2d_geometry(value)
+        try:
+            workload = ConvWorkload(geometry, self.arch.block)
+        except ValueError:
+            return None
+        if kernels.refuse(workload, self.arch):
+            return None
+        convolution = Convolution(geometry, constant_array(value.args[1]), layer)
+        return _Pending(self.substitute(value.args[0]), convolution, value.ty)
+
+    def _pending(self, expr: relax.Expr) -> _Pending | None:
+        """The convolution behind ``expr`` if it takes further steps: nothing else reads it."""
+        value = self.values.get(expr) if isinstance(expr, relax.Var) else None
+        if isinstance(value, _Pending) and value.written is None and self.users[expr] == 1:
+            return value
+        return None
+
+    def _append(self, expr: relax.Expr, step: str, operands: list[Any]) -> _Pending | None:
+        pending = self._pending(expr)
+        if pending is not None:
+            pending.convolution.steps.append((step, operands))
+        return pending
+
+    def _activation(self, found: Activation) -> _Pending | None:
+        pending = self._append(found.source, found.step, [])
+        if pending is not None and found.scale != 1:
+            channels = pending.convolution.geometry.out_channels
+            vector = np.full(channels, found.scale, np.float32)
+            append_channelwise(pending.convolution.steps, "multiply", vector)
+        return pending
+
+    def _binary(self, name: str, value: relax.Call) -> _Pending | None:
+        left, right = value.args
+        if is_constant(left) or is_constant(right):
+            tensor, const = (right, left) if is_constant(left) else (left, right)
+            pending = self._pending(tensor)
+            vector = None if pending is None else _channel_vector(const, pending)
+            if pending is None or vector is None:
+                return None
+            append_channelwise(pending.convolution.steps, name, vector)
+            return pending
+        if name != "add" or left.same_as(right):
+            return None
+        for here, there in ((right, left), (left, right)):
+            pending = self._pending(here)
+            if pending is None:
+                continue
+            other = self.substitute(there)
+            shape = map_shape(pending.convolution.geometry)
+            if static_shape(other) == static_shape(value) == shape:
+                return self._append(here, "residual", [other])
+        return None
+
+    # -- kernels -------------------------------------------------------------------------------
+
+    def _write(self, pending: _Pending) -> relax.Expr:
+        """Call the kernels of a convolution."""
+        convolution = pending.convolution
+        workload = convolution.workload(self.arch.block)
+        self.workloads.append(workload)
+        if self.only_survey:
+            return self.builder.emit(relax.op.zeros(pending.type.shape, "float32"))
+        schedule = self.choose(workload)
+        program, functions = self._program(workload, schedule)
+        weight = np.asarray(convolution.weight, np.float32)
+        packed = kernels.pack_weights(weight, workload, schedule, self.arch)
+        values: dict[str, relax.Expr] = {X: pending.source, WEIGHTS: relax.const(packed)}
+        operands = [
+            operand if isinstance(operand, relax.Expr) else constant(operand)
+            for _, given in convolution.steps
+            for operand in given
+        ]
+        values.update(zip(program.operands, operands, strict=True))
+        for stage, gvar in zip(program.stages, functions, strict=True):
+            name = stage.writes
+            type = relax.TensorType(program.shapes[name], program.dtype(name))
+            call = relax.call_tir(gvar, [values[read] for read in stage.reads], type)
+            values[name] = self.emit(call)
+        return values[Y]
+
+    def _program(
+        self, workload: ConvWorkload, schedule: Schedule
+    ) -> tuple[Program, Sequence[tvm.ir.GlobalVar]]:
+        """The kernels of a workload, which are added to the module once."""
+        if (workload, schedule) not in self.programs:
+            program = kernels.emit(workload, schedule, self.arch)
+            functions = [
+                self.builder.add_func(stage.func, f"lowrank_{schedule.kernel}")
+                for stage in program.stages
+            ]
+            self.programs[workload, schedule] = program, functions
+        return self.programs[workload, schedule]
+
+
+def _channel_vector(const: relax.Expr, pending: _Pending) -> np.ndarray | None:
+    """A constant operand as one value a channel, or None."""
+    array, channels = constant_array(const), pending.convolution.geometry.out_channels
+    if array.dtype != np.float32 or not array.size:
+        return None
+    if (array == array.reshape(-1)[0]).all() and array.ndim <= 4:
+        return np.full(channels, array.reshape(-1)[0], np.float32)
+    if array.size == channels and array.shape[-3:] == (channels, 1, 1):
+        return array.reshape(-1)
+    return None

@@ -1,0 +1,117 @@
+"""Times by a model of the target where it cannot be measured: no GPU here, no tracker with one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import tvm
+
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cuda import gpu_name
+from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.schedules.cuda.arch import CudaArch
+from tvm_lowrank.schedules.kernels import predict, schedule_from_json, spaces
+from tvm_lowrank.schedules.machine import machine_of
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from tvm_lowrank.target import is_measurable
+
+# Share of its peak that a card's best kernels reach, for the roofline that proposes forms.
+_REACHED = 0.6
+# Imported times from which on predictions are scaled to the card that they come from.
+_LEAST_TIMES = 8
+# The place of predictions where no card was ever measured.
+NO_CARD = "no card"
+
+
+def records_for(
+    path: Path | None, target: tvm.target.Target, threads: int, shipped: bool
+) -> TuningRecords:
+    """The records of a target, for the place whose times this machine can use.
+
+    Parameters
+    ----------
+    path : Path, optional
+        The file to read, and to append to.
+    target : tvm.target.Target
+    threads : int
+        Threads of the runtime; kernels of a GPU do not depend on them and count as of one.
+    shipped : bool
+        Also read the records that are installed with the package.
+
+    Returns
+    -------
+    TuningRecords
+        Of this machine's processor or GPU; without a GPU, of the card that most times in ``path``
+        were imported from.
+    """
+    name = machine_of(target).name
+    more: dict[str, Any] = {"shipped": shipped_records(name) if shipped else ()}
+    if target.kind.name != "cuda":
+        mcpu = str(target.attrs.get("mcpu", "")) if target.attrs else ""
+        return TuningRecords(path, name, threads, mcpu=mcpu, **more)
+    if is_measurable(target):
+        return TuningRecords(path, name, 1, machine=gpu_name(), **more)
+    known = TuningRecords(path, name, 1, machine=NO_CARD)
+    cards = Counter(place[0] for _, place, _, _ in known.rows())
+    card = cards.most_common(1)[0][0] if cards else NO_CARD
+    return TuningRecords(path, name, 1, machine=card, **more)
+
+
+class PredictingTimer(KernelTimer):
+    """A `KernelTimer` that measures nothing.
+
+    A convolution of which the records hold times, imported from a machine with a GPU, has those.
+    Any other has the time that its family's model predicts, for the schedule that other records
+    found best or that the model ranks first; where there are enough imported times, scaled by their
+    median ratio to the model's. Predictions never get into a file.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._scale = self._learnt_scale()
+
+    def time(self, workload: Any, schedule: Any) -> float:
+        """Microseconds of one schedule, from the records or predicted."""
+        known = self.records.time(workload.key(), schedule.to_json())
+        if known is not None:
+            return known
+        predicted = predict(workload, schedule, self.isa)
+        assert predicted is not None
+        self.records.remember(workload.key(), schedule.to_json(), self._scale * predicted)
+        return self._scale * predicted
+
+    def microseconds(self, workload: ConvWorkload) -> float:
+        """Time of the best schedule on record, else of the one that is ranked first."""
+        if self._best(workload)[1] is None:
+            allowed = self._allowed(workload) or spaces(workload, self.isa)
+            for schedule in self._elsewhere(workload) or [space[0] for space in allowed.values()]:
+                self.time(workload, schedule)
+        return self._best(workload)[0]
+
+    def roofline(self) -> Roofline:
+        """The published figures of the architecture's card, as far as kernels reach them."""
+        assert isinstance(self.isa, CudaArch)
+        return Roofline(self.isa.gflops * _REACHED, self.isa.gigabytes)
+
+    def _learnt_scale(self) -> float:
+        """How many times longer than predicted the kernels on record took."""
+        ratios = []
+        for key, place, data, microseconds in self.records.rows():
+            if place != self.records.here:
+                continue
+            try:
+                workload, schedule = (
+                    ConvWorkload.from_json(json.loads(key)),
+                    schedule_from_json(data),
+                )
+                predicted = predict(workload, schedule, self.isa)
+            except (ValueError, KeyError, TypeError):
+                continue
+            if predicted:
+                ratios.append(microseconds / predicted)
+        return statistics.median(ratios) if len(ratios) >= _LEAST_TIMES else 1.0

@@ -1,0 +1,114 @@
+"""Running the libraries of a search, or standing in for a machine that is not at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tvm
+
+from tvm_lowrank.build import compile_module, network_of
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.passes.lower import survey
+from tvm_lowrank.passes.pipeline import factor
+from tvm_lowrank.plan import Plan
+from tvm_lowrank.planner import verify
+from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.target import host_target
+
+
+class Bench(Protocol):
+    """Runs built libraries; ``plan`` is always that of the library at ``path``."""
+
+    predicted: bool
+
+    def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
+        """Outputs (samples, ...) for inputs (samples, ...)."""
+        ...
+
+    def race(self, entries: Sequence[tuple[Plan, Path]]) -> list[verify.Latency]:
+        """Latency of each library, run in turns."""
+        ...
+
+    def one_thread(self, path: Path) -> float | None:
+        """Median milliseconds on a single thread, None where that says nothing."""
+        ...
+
+
+class MeasuringBench:
+    """Loads the libraries on this machine.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the network's input.
+    threads : int
+    """
+
+    predicted = False
+
+    def __init__(self, shape: tuple[int, ...], threads: int) -> None:
+        self.shape = shape
+        self.threads = threads
+
+    def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
+        """Outputs of the library."""
+        return verify.run_all(verify.load(path, self.threads), inputs, self.shape[0])
+
+    def race(self, entries: Sequence[tuple[Plan, Path]]) -> list[verify.Latency]:
+        """Measured latencies; of a library that is listed twice, once."""
+        paths = [path for _, path in entries]
+        distinct = list(dict.fromkeys(paths))
+        latencies = verify.take_turns(distinct, self.shape, self.threads)
+        return [latencies[distinct.index(path)] for path in paths]
+
+    def one_thread(self, path: Path) -> float | None:
+        """Measured by another process."""
+        return verify.one_thread(path, self.shape)
+
+
+class PredictingBench:
+    """Stands in for a machine that is not at hand.
+
+    Latency is the sum of the kernels' times by ``timer``; outputs are those of the same plan built
+    for this machine's processor, so that accuracy is measured, on other hardware.
+
+    Parameters
+    ----------
+    normalised : tvm.IRModule
+        The network.
+    timer : PredictingTimer
+    batch : int
+        Samples that the network takes at once.
+    """
+
+    predicted = True
+
+    def __init__(self, normalised: tvm.IRModule, timer: KernelTimer, batch: int) -> None:
+        self.normalised = normalised
+        self.timer = timer
+        self.batch = batch
+
+    def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
+        """Outputs of the plan on this machine's processor."""
+        host = host_target()
+        twin = plan.for_target(host)
+        module = twin.lower(factor(self.normalised, twin.chains()))
+        return verify.run_all(network_of(compile_module(module, host)), inputs, self.batch)
+
+    def race(self, entries: Sequence[tuple[Plan, Path]]) -> list[verify.Latency]:
+        """Predicted latencies, of convolutions alone."""
+        return [self._latency(plan) for plan, _ in entries]
+
+    def _latency(self, plan: Plan) -> verify.Latency:
+        machine: Machine = self.timer.isa
+        choose = plan.scheduler()
+        workloads = survey(factor(self.normalised, plan.chains()), machine, choose)
+        total = sum(self.timer.time(workload, choose(workload)) for workload in workloads)
+        return verify.Latency(total / 1e3, total / 1e3, 0)
+
+    def one_thread(self, path: Path) -> float | None:
+        """Says nothing of a GPU."""
+        return None
