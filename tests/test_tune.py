@@ -198,7 +198,7 @@ def not_npz(files):
         (lambda _: {"data": "absent.npz"}, [], "does not exist"),
         (lambda _: {"model": "absent.onnx"}, [], "does not exist"),
         (lambda _: {}, ["--target", "quantum"], "unknown to TVM"),
-        (lambda _: {}, ["--target", "cuda"], "no kernels here yet"),
+        (lambda _: {}, ["--target", "cuda:sm_20"], "use sm_75 or later"),
         (lambda _: {}, ["--forms", "origami"], "choose among dense"),
         (lambda _: {}, ["--threads", "0"], "threads is 0"),
     ],

@@ -1,0 +1,222 @@
+"""Networks for CUDA without a GPU: lowering, machine code, predicted times, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+from cuda_support import LOOPS, SM80, SM90, needs_nvcc
+from helpers import operators, reference, relative, run
+from test_lowering import Graph
+from tvm_lowrank.passes.lower import lower, survey
+from tvm_lowrank.passes.lower_for_cuda import LowerForCuda
+from tvm_lowrank.passes.pipeline import factor, normalise
+from tvm_lowrank.schedules.kernels import default_schedule, predict
+from tvm_lowrank.schedules.machine import machine_of
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+import tvm_lowrank
+from tvm_lowrank import tune
+from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.cost.predicting import NO_CARD, PredictingTimer, records_for
+from tvm_lowrank.cuda import architectures_in
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.target import is_measurable, parse_target, target_key
+
+needs_no_gpu = pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")
+needs_gpu = pytest.mark.skipif(not tvm.cuda(0).exist, reason="this machine has no GPU")
+
+
+def choose(workload: ConvWorkload):
+    return default_schedule(workload, SM80)
+
+
+def resnet20() -> Graph:
+    """The residual network of 20 layers for 32 x 32 images, with projections as shortcuts."""
+    g = Graph(1, 3, 32, 32)
+    x, channels = g.op("Relu", g.conv("x", 3, 16)), 16
+    for filters in (16, 32, 64):
+        for _ in range(3):
+            strides = [2, 2] if filters > channels else [1, 1]
+            y = g.op("Relu", g.conv(x, channels, filters, strides=strides))
+            y = g.conv(y, filters, filters)
+            if filters > channels:
+                x = g.conv(x, channels, filters, size=1, strides=strides)
+            x, channels = g.op("Relu", g.op("Add", y, x)), filters
+    x = g.op("Flatten", g.op("GlobalAveragePool", x))
+    g.out = g.op("MatMul", x, g.constant(np.random.default_rng(1).standard_normal((64, 10))))
+    return g
+
+
+def transformed(mod: tvm.IRModule, target: str) -> Plan:
+    """A plan that factors some layers of ResNet-20 whatever that costs."""
+    layers, factors = [], {}
+    for layer in collect_layers(normalise(mod)):
+        assert layer.geometry is not None
+        if layer.name not in ("conv3", "conv10", "conv17"):
+            layers.append(LayerPlan(layer.name, layer.geometry))
+            continue
+        form, rank = (FORMS["tucker2"], (16, 16)) if layer.name == "conv17" else (FORMS["cp"], 16)
+        weight = layer.weight.astype(np.float64)
+        weights = form.fitter(weight, layer.geometry, None).fit(rank)
+        factors[layer.name] = (tuple(w.astype(np.float32) for w in weights), layer.bias)
+        stages = tuple(form.stages(layer.geometry, rank))
+        layers.append(LayerPlan(layer.name, layer.geometry, form.name, rank, stages))
+    json_target = json.loads(str(parse_target(target)))
+    return Plan(json_target, 1, 0, 1.0, "top1", tuple(layers), factors=factors)
+
+
+@pytest.mark.parametrize(
+    ("spec", "arch"),
+    [("cuda:sm_90", "sm_90"), ('{"kind": "cuda", "arch": "sm_86"}', "sm_86")],
+)
+def test_cuda_targets_name_their_architecture_and_a_host(spec, arch) -> None:
+    target = parse_target(spec)
+    assert machine_of(target).name == arch and target_key(target) == f"cuda-{arch}"
+    assert target.host.kind.name == "llvm"
+    assert str(parse_target(json.loads(str(target)))) == str(target)
+
+
+@needs_no_gpu
+def test_without_a_gpu_plain_cuda_means_the_default_architecture() -> None:
+    target = parse_target("cuda")
+    assert target_key(target) == "cuda-sm_80" and not is_measurable(target)
+
+
+@pytest.mark.parametrize("spec", ["cuda:sm_20", "cuda:hopper", '{"kind": "cuda", "arch": "90"}'])
+def test_unknown_architectures_are_refused(spec) -> None:
+    with pytest.raises(LowRankError, match="sm_75 or later|cuda:sm_90"):
+        parse_target(spec)
+
+
+def test_an_unlisted_architecture_has_the_figures_of_the_one_before() -> None:
+    later = machine_of(parse_target("cuda:sm_120"))
+    assert replace(later, name="sm_90") == SM90
+
+
+def test_epilogues_join_kernels_and_the_network_computes_the_same(small) -> None:
+    x = np.random.default_rng(2).standard_normal((1, 3, 18, 18)).astype(np.float32)
+    mod = normalise(load_model(small))
+    lowered = lower(mod, LOOPS, choose)
+    counts = operators(lowered)
+    assert counts["lowrank_cuda_direct"] >= 5 and counts["lowrank_cuda_depthwise"] == 1
+    assert counts["nn.conv2d"] == counts["nn.relu"] == 0
+    steps = [workload.epilogue for workload in survey(mod, SM80, choose)]
+    assert steps[0] == ("bias", "relu") and ("bias", "residual", "relu") in steps
+    assert ("bias", "relu", "affine") in steps
+    assert relative(run(lowered, x), reference(small, x)) < 1e-5
+
+
+def test_a_transformed_resnet_computes_the_same_as_loops() -> None:
+    graph = resnet20()
+    mod = load_model(graph.model(graph.out))
+    plan = transformed(mod, "cuda:sm_90")
+    factored = factor(normalise(mod), plan.chains())
+    x = np.random.default_rng(2).standard_normal((1, 3, 32, 32)).astype(np.float32)
+    workloads = survey(factored, SM90, choose)
+    stages = sum(len(layer.stages) for layer in plan.rewritten)
+    assert len(workloads) == 21 - 3 + stages and stages > 8
+    assert all(w.in_block == 1 for w in workloads)
+    assert sum("residual" in w.epilogue for w in workloads) == 9
+    result = run(LowerForCuda(LOOPS, choose)(factored), x)
+    assert relative(result, run(factored, x)) < 1e-5
+
+
+@needs_nvcc
+@needs_no_gpu
+def test_a_transformed_resnet_exports_machine_code_for_the_architecture(tmp_path) -> None:
+    graph = resnet20()
+    mod = load_model(graph.model(graph.out))
+    plan = transformed(mod, "cuda:sm_90")
+    executable = compile_module(plan.apply(mod), parse_target(plan.target))
+    assert "cuda_graph.run_or_capture" in executable.as_text()
+    path = export(executable, tmp_path / "model.so")
+    assert architectures_in(path) == Counter({"sm_90": 1})
+    assert b"__global__" not in path.read_bytes(), "the library holds source"
+
+
+def test_other_bytes_hold_no_machine_code(tmp_path) -> None:
+    (tmp_path / "x.so").write_bytes(b"\x50\xed\x55\xba" + bytes(100))
+    assert not architectures_in(tmp_path / "x.so")
+
+
+@needs_no_gpu
+def test_without_nvcc_one_sentence_says_what_to_install(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tune.main(["--target", "cuda:sm_80", "--lossless", "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("error: kernels for sm_80 need nvcc") and "install" in error[-1]
+
+
+@needs_nvcc
+@needs_no_gpu
+def test_tune_without_a_gpu_predicts_says_so_and_exports(small, tmp_path, capsys) -> None:
+    import onnx
+
+    onnx.save(small, tmp_path / "net.onnx")
+    inputs = np.random.default_rng(0).standard_normal((40, 3, 18, 18)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", inputs=inputs)
+    out = tmp_path / "out"
+    command = [str(tmp_path / "net.onnx"), "--data", str(tmp_path / "data.npz"), "-o", str(out)]
+    assert tune.main([*command, "--target", "cuda:sm_90", "--max-drop", "50"]) == 0
+    said = capsys.readouterr()
+    notes = [line for line in said.err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "cost model" in notes[0] and "not measured" in notes[0]
+    assert "PREDICTED" in said.out and "medians" not in said.out
+    plan = Plan.load(out / "plan.json")
+    assert plan.result["predicted"] and plan.result["runs"] == 0
+    assert plan.result["samples"] > 0
+    assert architectures_in(out / "model.so") == Counter({"sm_90": 1})
+    assert not (out / "records.jsonl").exists(), "a prediction is no record"
+
+
+WORKLOADS = [
+    ConvWorkload(ConvGeometry(32 * c, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1)), 1, ("bias",))
+    for c in range(1, 10)
+]
+
+
+@needs_no_gpu
+def test_imported_times_win_and_scale_the_predictions(tmp_path) -> None:
+    path, target = tmp_path / "records.jsonl", parse_target("cuda:sm_80")
+    assert records_for(path, target, 2, False).machine == NO_CARD
+    measured = TuningRecords(path, "sm_80", 1, machine="NVIDIA A100")
+    *known, unknown = WORKLOADS
+    for workload in known:
+        schedule = choose(workload)
+        measured.add(workload.key(), schedule.to_json(), 3 * predict(workload, schedule, SM80))
+    before = path.read_bytes()
+    records = records_for(path, target, 2, False)
+    assert records.machine == "NVIDIA A100"
+    timer = PredictingTimer(target, records)
+    for workload in WORKLOADS:
+        expected = 3 * predict(workload, choose(workload), SM80)
+        assert math.isclose(timer.microseconds(workload), expected, rel_tol=1e-3)
+        assert timer.choose(workload) == choose(workload)
+    assert path.read_bytes() == before
+    fresh = PredictingTimer(target, TuningRecords(None, "sm_80", 1, machine=NO_CARD))
+    assert fresh.microseconds(unknown) == predict(unknown, choose(unknown), SM80)
+
+
+@needs_nvcc
+@needs_gpu
+def test_a_network_on_the_gpu_equals_onnx_runtime(small, tmp_path) -> None:
+    target = parse_target("cuda")
+    machine = machine_of(target)
+    mod = lower(normalise(load_model(small)), machine, lambda w: default_schedule(w, machine))
+    export(compile_module(mod, target), tmp_path / "model.so")
+    x = np.random.default_rng(2).standard_normal((1, 3, 18, 18)).astype(np.float32)
+    built = tvm_lowrank.load(tmp_path / "model.so")
+    for _ in range(3):  # captured, then replayed
+        assert relative(built(x), reference(small, x)) < 1e-4
