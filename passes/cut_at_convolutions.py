@@ -1,4 +1,4 @@
-"""Cut a network before each convolution, into pieces that run one after the other."""
+"""Cut a network before each layer that plans name, into pieces that run one after the other."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import tvm
 from tvm import relax
 from tvm_lowrank.passes.graph import Rewriter, dataflow_bindings, is_constant, op_name
+
+from tvm_lowrank.layer import fully_connected_products
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Piece:
         Names of the values that are alive before and after it; every piece gives what the next
         one takes.
     source : str or None
-        Name of the convolution's input; None for the piece before the first convolution.
+        Name of the layer's input; None for the piece before the first layer.
     shortcut : str or None
-        Of the value, known before this piece, that alone is added to the convolution's output
+        Of the value, known before this piece, that alone is added to the layer's output
         (bias included), and nothing else reads that output.
     """
 
@@ -39,8 +41,8 @@ class Piece:
 
 
 def cut_at_convolutions(mod: tvm.IRModule) -> list[Piece]:
-    """The pieces of a normalised module's ``main``: what comes before the first convolution, then
-    one for each convolution with all that follows it up to the next.
+    """The pieces of a normalised module's ``main``: what comes before the first layer, then one for
+    each layer of `collect_layers` with all that follows it up to the next.
 
     The first piece may have nothing to do. Empty for a ``main`` that is not plain dataflow.
     """
@@ -48,7 +50,12 @@ def cut_at_convolutions(mod: tvm.IRModule) -> list[Piece]:
     bindings = dataflow_bindings(func)
     if bindings is None:
         return []
-    starts = [i for i, binding in enumerate(bindings) if op_name(binding.value) == "nn.conv2d"]
+    products = fully_connected_products(mod)
+    starts = [
+        index
+        for index, binding in enumerate(bindings)
+        if op_name(binding.value) == "nn.conv2d" or binding.var in products
+    ]
     bounds = [0, *starts, len(bindings)]
     # From the end: what is read at or after each place.
     alive: list[dict[Any, None]] = [{} for _ in bounds]

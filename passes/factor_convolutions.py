@@ -10,9 +10,10 @@ import numpy as np
 import tvm
 from tvm import relax
 from tvm_lowrank.passes.fold_orders import FoldOrders
-from tvm_lowrank.passes.graph import Rewriter, constant, is_constant, op_name
+from tvm_lowrank.passes.graph import Rewriter, constant, is_constant, op_name, static_shape
 
 from tvm_lowrank.decompose.compose import channel_order
+from tvm_lowrank.decompose.form import Branch
 from tvm_lowrank.geometry import ConvGeometry
 
 
@@ -20,12 +21,14 @@ from tvm_lowrank.geometry import ConvGeometry
 class Chain:
     """What stands for one convolution: stages in order, an OIHW weight each, and the last's bias.
 
-    ``bias`` has shape ``(F,)``; None keeps the original one.
+    ``bias`` has shape ``(F,)``; None keeps the original one. ``branches`` of a form that has
+    several are summed; without, the stages are one chain.
     """
 
     stages: tuple[ConvGeometry, ...]
     weights: tuple[np.ndarray, ...]
     bias: np.ndarray | None = None
+    branches: tuple[Branch, ...] = ()
 
 
 @tvm.transform.module_pass(opt_level=0, name="FactorConvolutions")
@@ -70,22 +73,56 @@ class _Factorer(Rewriter):
             if chain is not None:
                 if chain.bias is not None:
                     self.biases[var] = chain.bias
-                return self._emit_chain(self.substitute(value.args[0]), chain)
+                shape = static_shape(var)
+                assert shape is not None
+                return self._emit_chain(self.substitute(value.args[0]), chain, shape)
         if name == "add" and value.args[0] in self.biases and is_constant(value.args[1]):
             bias = self.biases[value.args[0]].reshape(1, -1, 1, 1)
             return self.emit(relax.op.add(self.substitute(value.args[0]), constant(bias)))
         return self.emit(self.substitute(value))
 
-    def _emit_chain(self, out: relax.Expr, chain: Chain) -> relax.Expr:
-        for stage, weight in zip(chain.stages, chain.weights, strict=True):
-            out = self.emit(
-                relax.op.nn.conv2d(
-                    out,
-                    constant(weight),
-                    strides=stage.stride,
-                    padding=stage.padding,
-                    dilation=stage.dilation,
-                    groups=stage.groups,
+    def _emit_chain(self, data: relax.Expr, chain: Chain, shape: tuple[int, ...]) -> relax.Expr:
+        """All branches of a chain, and the sum of their results of that shape."""
+        stages = list(zip(chain.stages, chain.weights, strict=True))
+        total = None
+        for branch in chain.branches or (Branch(len(stages)),):
+            own, stages = stages[: branch.stages], stages[branch.stages :]
+            out = self._cropped(data, branch.crop)
+            for stage, weight in own:
+                out = self.emit(
+                    relax.op.nn.conv2d(
+                        out,
+                        constant(weight),
+                        strides=stage.stride,
+                        padding=stage.padding,
+                        dilation=stage.dilation,
+                        groups=stage.groups,
+                    )
                 )
-            )
-        return out
+            out = self._shuffled(out, branch.shuffle, shape)
+            total = out if total is None else self.emit(relax.op.add(total, out))
+        assert total is not None and not stages
+        return total
+
+    def _cropped(self, data: relax.Expr, crop: tuple[int, int, int, int]) -> relax.Expr:
+        if not any(crop):
+            return data
+        high, wide = (static_shape(data) or (0, 0))[-2:]
+        top, left, bottom, right = crop
+        return self.emit(
+            relax.op.strided_slice(data, [2, 3], [top, left], [high - bottom, wide - right])
+        )
+
+    def _shuffled(
+        self, out: relax.Expr, shuffle: tuple[int, int], shape: tuple[int, ...]
+    ) -> relax.Expr:
+        if shuffle == (1, 1):
+            return out
+        high, wide = (static_shape(out) or (0, 0))[-2:]
+        (u, v), (n, f, rows, columns) = shuffle, shape
+        out = self.emit(relax.op.reshape(out, (n, f, u, v, high, wide)))
+        out = self.emit(relax.op.permute_dims(out, [0, 1, 4, 2, 5, 3]))
+        out = self.emit(relax.op.reshape(out, (n, f, high * u, wide * v)))
+        if (high * u, wide * v) == (rows, columns):
+            return out
+        return self.emit(relax.op.strided_slice(out, [2, 3], [0, 0], [rows, columns]))

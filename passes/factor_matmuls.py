@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from tvm_lowrank.passes.graph import (
     constant_array,
     dataflow_bindings,
     is_constant,
+    is_dense,
     op_name,
+    static_shape,
 )
 
 
@@ -25,20 +28,32 @@ def collect_matmuls(mod: tvm.IRModule) -> dict[str, np.ndarray]:
     """
     found: dict[str, np.ndarray] = {}
     for binding in dataflow_bindings(mod["main"]) or []:
-        if _is_dense(binding.value):
+        if is_dense(binding.value):
             found[f"matmul{len(found)}"] = constant_array(binding.value.args[1])
     return found
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Matrices ``(C, K)`` and ``(K, F)``, or one ``(C, F)``, and the bias (F,), None to keep it."""
+
+    matrices: tuple[np.ndarray, ...]
+    bias: np.ndarray | None = None
+
+    @classmethod
+    def of_stages(cls, weights: Sequence[np.ndarray], bias: np.ndarray | None) -> Factors:
+        """From OIHW weights: of the form ``svd``, or the one of a dense layer."""
+        return cls(tuple(np.ascontiguousarray(w.reshape(len(w), -1).T) for w in weights), bias)
 
 
 @tvm.transform.module_pass(opt_level=0, name="FactorMatmuls")
 class FactorMatmuls:
     """``x @ W`` becomes ``(x @ A) @ B`` in plain Relax that stock TVM compiles.
 
-    ``factors`` maps names as of `collect_matmuls` to the pair (A ``(C, K)``, B ``(K, F)``); other
-    products stay as they are.
+    ``factors`` maps names as of `collect_matmuls` to `Factors`; other products stay as they are.
     """
 
-    def __init__(self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    def __init__(self, factors: Mapping[str, Factors]) -> None:
         self.factors = dict(factors)
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
@@ -47,28 +62,28 @@ class FactorMatmuls:
 
 
 class _Factorer(Rewriter):
-    def __init__(
-        self, mod: tvm.IRModule, factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    ) -> None:
+    def __init__(self, mod: tvm.IRModule, factors: Mapping[str, Factors]) -> None:
         super().__init__(mod)
         self.factors = factors
         self.count = 0
+        self.biases: dict[Any, np.ndarray] = {}
 
     def rewrite(self, var: relax.Var, value: relax.Expr) -> Any:
-        if _is_dense(value):
-            name = f"matmul{self.count}"
+        if is_dense(value):
+            factors = self.factors.get(f"matmul{self.count}")
             self.count += 1
-            if name in self.factors:
+            if factors is not None:
+                if factors.bias is not None:
+                    self.biases[var] = factors.bias
                 out = self.substitute(value.args[0])
-                for factor in self.factors[name]:
+                for factor in factors.matrices:
                     out = self.emit(relax.op.matmul(out, constant(factor)))
                 return out
+        if op_name(value) == "add":
+            for index, arg in enumerate(value.args):
+                if arg in self.biases and is_constant(value.args[1 - index]):
+                    shape = static_shape(value.args[1 - index])
+                    assert shape is not None
+                    bias = constant(self.biases[arg].reshape(shape))
+                    return self.emit(relax.op.add(self.substitute(arg), bias))
         return self.emit(self.substitute(value))
-
-
-def _is_dense(value: Any) -> bool:
-    """Whether a value is a product with a constant float32 matrix on the right."""
-    if op_name(value) != "matmul" or not is_constant(value.args[1]):
-        return False
-    ty = value.args[1].ty
-    return len(ty.shape) == 2 and ty.dtype == "float32"

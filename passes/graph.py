@@ -33,6 +33,14 @@ def op_name(expr: Any) -> str | None:
     return None
 
 
+def is_dense(expr: Any) -> bool:
+    """Whether ``expr`` is a product with a constant float32 matrix on the right."""
+    if op_name(expr) != "matmul" or not is_constant(expr.args[1]):
+        return False
+    ty = expr.args[1].ty
+    return len(ty.shape) == 2 and ty.dtype == "float32"
+
+
 def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
     """Shape of a float32 tensor expression as integers, or None when it has none."""
     ty = expr.ty

@@ -39,8 +39,8 @@ Step: TypeAlias = tuple[str, list[Any]]
 class Weights(Enum):
     """What becomes of the weights and first biases of kernels.
 
-    They are constants of the module; or those of conv2d layers are its parameters; or nothing is
-    laid out, and the module only shows which kernels it would call.
+    They are constants of the module; or those of the layers that plans name are its parameters; or
+    nothing is laid out, and the module only shows which kernels it would call.
     """
 
     CONSTANTS = auto()
@@ -64,13 +64,16 @@ class WeightParameter:
 class Convolution:
     """A convolution to be called: its weight and the epilogue steps with their operands.
 
-    ``layer`` names a conv2d layer, None a dense one. Steps are those of `ConvWorkload.epilogue`.
+    ``layer`` names it as plans do, None where they do not. Steps are those of
+    `ConvWorkload.epilogue`. ``arrange`` takes a layer's weight as plans keep it to the order of
+    ``weight``, where that is another.
     """
 
     geometry: ConvGeometry
     weight: np.ndarray
     layer: str | None
     steps: list[Step] = field(default_factory=list)
+    arrange: Callable[[np.ndarray], np.ndarray] | None = None
 
     def workload(self, in_block: int) -> ConvWorkload:
         """What its kernel computes, of an input in blocks of so many channels."""
@@ -194,7 +197,10 @@ class KernelCalls:
         def pack_weight(weight: np.ndarray) -> np.ndarray:
             return kernels.pack_weights(weight, workload, schedule, self.isa)
 
-        weights = self._weight(conv.layer, "weight", pack_weight, conv.weight)
+        def arrange_and_pack(weight: np.ndarray) -> np.ndarray:
+            return pack_weight(conv.arrange(weight) if conv.arrange else weight)
+
+        weights = self._weight(conv.layer, "weight", arrange_and_pack, conv.weight)
         return [weights, *self._operands(conv.steps, conv.layer)]
 
     def _result_type(self, geometry: ConvGeometry) -> relax.TensorType:

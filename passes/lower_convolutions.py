@@ -24,6 +24,8 @@ from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
+from tvm_lowrank.layer import fully_connected_products
+
 _SKIPPED = object()
 
 
@@ -45,8 +47,8 @@ class LowerConvolutions:
     choose : callable
         Takes a `ConvWorkload`, gives the schedule to emit it with.
     weights_as_parameters : bool
-        Make packed weights and biases of the conv2d layers trailing parameters of ``main``;
-        ``parameters_`` then tells their order after the pass has run.
+        Make packed weights and biases of the layers that plans name trailing parameters of
+        ``main``; ``parameters_`` then tells their order after the pass has run.
     fuse : callable, optional
         Takes the `ChainWorkload` of convolutions that only feed each other, gives the schedule of
         one kernel for all of them, or for the last few, or None.
@@ -103,6 +105,7 @@ class _Lowerer(BlockedRewriter):
     ) -> None:
         super().__init__(mod, isa, choose, weights, fuse)
         self.count = 0
+        self.products = fully_connected_products(mod)
         self.activations = find_activations(self.bindings or [], self.users)
         self.skipped = {var for found in self.activations.values() for var in found.inner}
         for found in self.activations.values():
@@ -120,7 +123,8 @@ class _Lowerer(BlockedRewriter):
             self.count += 1
             result = lower_convolution(self, value, layer)
         elif name == "matmul":
-            result = lower_dense(self, value)
+            name_of_product, _ = self.products.get(var, (None, None))
+            result = lower_dense(self, value, name_of_product)
         elif name in ("add", "multiply"):
             result = lower_binary(self, name, value)
         elif name in ACTIVATIONS:

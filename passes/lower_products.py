@@ -40,8 +40,13 @@ def lower_convolution(
     return of_map(shape, pending=Pending([data], conv, before))
 
 
-def lower_dense(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
-    """A product with a constant matrix as a pending convolution; None if it is no such."""
+def lower_dense(
+    rewriter: BlockedRewriter, value: relax.Call, layer: str | None
+) -> BlockedTensor | None:
+    """A product with a constant matrix as a pending convolution; None if it is no such.
+
+    ``layer`` is the name that plans have for it, if any.
+    """
     left, right = value.args
     shape = static_shape(left)
     if shape is None or not is_constant(right) or is_constant(left):
@@ -50,25 +55,26 @@ def lower_dense(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor |
     if weight.dtype != np.float32 or weight.ndim != 2:
         return None
     out_features = weight.shape[1]
-    kernel = weight.T  # a view, as what is made of it below: packing copies it once
     data = rewriter.tensor(left)
     n, c, h, w = data.map
     if data.view == NHWC and data.channels_at_end:
         geometry = ConvGeometry(c, out_features, h, w, (1, 1), batch=n)
         out_shape = (*data.shape[:-1], out_features)
         out_map, view = (n, out_features, h, w), NHWC
-        kernel = kernel.reshape(out_features, c, 1, 1)
     elif len(shape) == 2 and data.view in (CHW, HWC):
         # A flattened map is not taken apart: the dense layer is a convolution as large as it.
         geometry = ConvGeometry(c, out_features, h, w, (h, w), batch=n)
         out_shape, out_map, view = (n, out_features), (n, out_features, 1, 1), CHW
-        if data.view == CHW:
-            kernel = kernel.reshape(out_features, c, h, w)
-        else:
-            kernel = kernel.reshape(out_features, h, w, c).transpose(0, 3, 1, 2)
     else:
         return None
     if rewriter.refuses(geometry, rewriter.in_block(geometry, data)):
         return None
-    pending = Pending([data], Convolution(geometry, kernel, None))
+
+    def arrange(kernel: np.ndarray) -> np.ndarray:
+        """A view: packing copies it once."""
+        if data.view == HWC:
+            kernel = kernel.reshape(out_features, h, w, c).transpose(0, 3, 1, 2)
+        return kernel.reshape(geometry.weight_shape)
+
+    pending = Pending([data], Convolution(geometry, arrange(weight.T), layer, arrange=arrange))
     return BlockedTensor(out_shape, out_map, view, pending=pending)

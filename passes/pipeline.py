@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import tvm
 from tvm import relax
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
+from tvm_lowrank.passes.factor_matmuls import FactorMatmuls, Factors
 from tvm_lowrank.passes.fold_affine import FoldAffine
 from tvm_lowrank.passes.fold_pads import FoldPads
 from tvm_lowrank.passes.raise_operators import RaiseOperators
+
+from tvm_lowrank.layer import is_fully_connected
 
 
 def normalise(mod: tvm.IRModule) -> tvm.IRModule:
@@ -35,5 +38,12 @@ def normalise(mod: tvm.IRModule) -> tvm.IRModule:
 
 
 def factor(mod: tvm.IRModule, chains: Mapping[str, Chain]) -> tvm.IRModule:
-    """Phase 2: a normalised module with the named convolutions written as chains."""
-    return FactorConvolutions(chains)(mod)
+    """Phase 2: a normalised module with the named layers written as chains."""
+    matmuls = {
+        name: Factors.of_stages(chain.weights, chain.bias)
+        for name, chain in chains.items()
+        if is_fully_connected(name)
+    }
+    convolutions = {name: chain for name, chain in chains.items() if name not in matmuls}
+    mod = FactorConvolutions(convolutions)(mod)
+    return FactorMatmuls(matmuls)(mod) if matmuls else mod

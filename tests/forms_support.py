@@ -43,6 +43,36 @@ def run_chain(inputs, stages, factors):
     return inputs
 
 
+def run_form(inputs, form, geometry, rank, factors):
+    """All branches of a form, summed."""
+    stages, factors, total = form.stages(geometry, rank), list(factors), 0
+    assert [s.weight_shape for s in stages] == [w.shape for w in factors]
+    for branch in form.branches(geometry, rank):
+        top, left, bottom, right = branch.crop
+        data = inputs[:, :, top : geometry.height - bottom, left : geometry.width - right]
+        data = run_chain(data, stages[: branch.stages], factors[: branch.stages])
+        stages, factors = stages[branch.stages :], factors[branch.stages :]
+        (u, v), (n, _, high, wide) = branch.shuffle, data.shape
+        data = data.reshape(n, -1, u, v, high, wide).transpose(0, 1, 4, 2, 5, 3)
+        data = data.reshape(n, -1, high * u, wide * v)
+        total = total + data[:, :, : geometry.out_height, : geometry.out_width]
+    assert not stages
+    return total
+
+
+def expected_of(inputs, form, geometry, factors):
+    """The dense convolution with the weight that the factors stand for, phase by phase."""
+    if form.name != "multiresolution":
+        return conv(inputs, form.reconstruct(factors, geometry), geometry)
+    kernels = form.phase_kernels(factors, geometry)
+    out = np.zeros((len(inputs), geometry.out_channels, geometry.out_height, geometry.out_width))
+    (u, v) = kernels.shape[:2]
+    for p in range(u):
+        for q in range(v):
+            out[:, :, p::u, q::v] = conv(inputs, kernels[p, q], geometry)[:, :, p::u, q::v]
+    return out
+
+
 def correlated_moments(size, seed=0, samples=100_000, decay=0.8):
     random = np.random.default_rng(seed)
     basis = np.linalg.qr(random.normal(size=(size, size)))[0]
@@ -50,8 +80,14 @@ def correlated_moments(size, seed=0, samples=100_000, decay=0.8):
     return InputMoments((basis * spectrum) @ basis.T, random.normal(size=size), samples)
 
 
-def example(seed=3):
-    """A 3x3 layer of 8 -> 10 channels: geometry, weight and moments."""
-    geometry = ConvGeometry(8, 10, 9, 9, (3, 3), padding=(1, 1, 1, 1))
+EXAMPLES = {
+    "svd": ConvGeometry(24, 17, 1, 1, (1, 1)),
+    "multiresolution": ConvGeometry(2, 3, 12, 11, (7, 7), padding=(3, 3, 3, 3)),
+}
+
+
+def example(name="", seed=3):
+    """A layer that a form can replace, 3x3 of 8 -> 10 channels for most: with its moments."""
+    geometry = EXAMPLES.get(name) or ConvGeometry(8, 10, 9, 9, (3, 3), padding=(1, 1, 1, 1))
     weight = np.random.default_rng(seed).normal(size=geometry.weight_shape)
-    return geometry, weight, correlated_moments(72)
+    return geometry, weight, correlated_moments(weight[0].size)

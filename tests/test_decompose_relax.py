@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from forms_support import conv, correlated_moments
+from forms_support import correlated_moments, expected_of
 from helpers import relative, run
 from tvm import relax
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
@@ -18,6 +18,8 @@ GEOMETRIES = {
     "strided": ConvGeometry(8, 12, 11, 10, (5, 3), (2, 2), (2, 0, 1, 1)),
     "dilated": ConvGeometry(8, 12, 10, 9, (3, 3), padding=(2, 2, 2, 2), dilation=(2, 2)),
     "pointwise": ConvGeometry(8, 12, 6, 5, (1, 1)),
+    "large": ConvGeometry(8, 12, 16, 15, (7, 7), padding=(3, 3, 3, 3)),
+    "large strided": ConvGeometry(8, 12, 24, 23, (7, 7), (2, 2), (1, 0, 2, 3)),
 }
 
 
@@ -71,9 +73,10 @@ def test_compiled_chain_equals_dense_reconstruction(name, geometry):
     for rank in chosen(form, geometry):
         factors = fitter.fit(rank)
         stages = tuple(form.stages(geometry, rank))
-        chain = Chain(stages, tuple(np.asarray(f, np.float32) for f in factors))
+        weights = tuple(np.asarray(factor, np.float32) for factor in factors)
+        chain = Chain(stages, weights, branches=form.branches(geometry, rank))
         rewritten = FactorConvolutions({"conv0": chain}, gathers=True)(mod)
-        whole = form.reconstruct(factors)
-        expected = np.maximum(conv(inputs, whole, geometry) + bias.reshape(1, -1, 1, 1), 0)
+        dense = expected_of(inputs, form, geometry, factors)
+        expected = np.maximum(dense + bias.reshape(1, -1, 1, 1), 0)
         assert relative(run(rewritten, inputs), expected) < 1e-4
         assert emitted_multiplications(rewritten) == form.multiplications(geometry, rank)

@@ -7,7 +7,7 @@ import pytest
 from forms_support import correlated_moments
 from helpers import relative, run
 from tvm import relax
-from tvm_lowrank.passes.factor_matmuls import FactorMatmuls, collect_matmuls
+from tvm_lowrank.passes.factor_matmuls import FactorMatmuls, Factors, collect_matmuls
 
 from tvm_lowrank.decompose import InputMoments, svd
 from tvm_lowrank.decompose.svd import rank_within, weights_kept
@@ -71,7 +71,7 @@ def test_rewritten_product_equals_the_reconstruction_under_stock_tvm():
     mod = builder.get()
     assert [w.shape for w in collect_matmuls(mod).values()] == [(24, 17)]
     first, second = svd(weight, 6, moments)
-    rewritten = FactorMatmuls({"matmul0": (first, second)})(mod)
+    rewritten = FactorMatmuls({"matmul0": Factors((first, second))})(mod)
     kept = sum(w.size for w in collect_matmuls(rewritten).values())
     assert kept == weights_kept((24, 17), 6)
     inputs = np.random.default_rng(1).normal(size=(3, 24)).astype(np.float32)

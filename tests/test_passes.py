@@ -10,7 +10,7 @@ from tvm import relax
 from tvm_lowrank.passes.expose_inputs import ExposeInputs
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions, survey
-from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.passes.pipeline import factor, normalise
 from tvm_lowrank.schedules.kernels import default_schedule
 from tvm_lowrank.schedules.x86.isa import isa_of
 
@@ -48,7 +48,7 @@ def test_normalise_folds_batch_norm_into_the_convolution_before_it(normalised, s
 
 
 def test_normalise_gives_every_convolution_a_bias(normalised):
-    layers = collect_layers(normalised)
+    layers = [x for x in collect_layers(normalised) if not x.fully_connected]
     assert [layer.geometry.kernel for layer in layers] == [
         (5, 5), (3, 3), (3, 3), (3, 3), (3, 3), (1, 1),
     ]  # fmt: skip
@@ -78,21 +78,22 @@ def test_a_scale_shared_by_two_readers_is_not_folded_twice():
 
 def test_expose_inputs_returns_what_each_convolution_reads(normalised, sample):
     outputs = run(ExposeInputs()(normalised), sample)
-    assert len(outputs) == 7
+    assert len(outputs) == 8
     assert np.array_equal(outputs[1], sample)
-    assert [o.shape[1] for o in outputs[1:]] == [3, 24, 24, 24, 32, 32]
+    assert [o.shape[1] for o in outputs[1:]] == [3, 24, 24, 24, 32, 32, 48]
+    assert outputs[-1].shape == (1, 48, 1, 1)  # of the dense layer
     assert relative(outputs[0], run(normalised, sample)) < 1e-6
 
 
-@pytest.mark.parametrize("name", sorted(FORMS))
+@pytest.mark.parametrize("name", sorted(set(FORMS) - {"multiresolution"}))
 def test_factored_layers_equal_their_reconstruction_under_stock_compilation(
     name, normalised, sample
 ):
     form, chains, dense = FORMS[name], {}, {}
     for layer in collect_layers(normalised):
-        if form.refuse(layer.geometry):
+        if form.refuse(layer.geometry) or layer.fully_connected != form.keeps_memory:
             continue
-        rank = form.ranks(layer.geometry, 8)[-1:]
+        rank = form.ranks(layer.geometry, 1 if layer.fully_connected else 8)[-1:]
         if not rank:
             continue
         weight = layer.weight.astype(np.float64)
@@ -102,7 +103,13 @@ def test_factored_layers_equal_their_reconstruction_under_stock_compilation(
         whole = form.reconstruct(factors)
         dense[layer.name] = Chain((layer.geometry,), (whole,), layer.bias + 0.5)
     assert chains
-    factored = FactorConvolutions(chains)(normalised)
+    factored = factor(normalised, chains)
+    if form.keeps_memory:
+        (name, chain), one = chains.popitem(), np.eye(10)[:, :, None, None]
+        dense = {name: Chain(chain.stages, (whole, one), chain.bias)}
+        assert operators(factored)["matmul"] == 2
+        assert relative(run(factored, sample), run(factor(normalised, dense), sample)) < 1e-5
+        return
     added = sum(len(chain.stages) - 1 for chain in chains.values())
     weights = [weight for chain in chains.values() for weight in chain.weights]
     orders = sum(channel_order(weight) is not None for weight in weights)
@@ -128,11 +135,25 @@ def test_lowering_fuses_epilogues_and_converts_layouts_only_at_borders(normalise
     assert relative(run(lowered, sample, target=target), reference(small, sample)) < 1e-5
 
 
+def test_branches_are_summed_by_our_kernels_too(normalised, sample):
+    form, layer = FORMS["multiresolution"], collect_layers(normalised)[0]
+    rank = (3, 2, 1)
+    factors = form.fitter(layer.weight.astype(np.float64), layer.geometry, None).fit(rank)
+    stages = tuple(form.stages(layer.geometry, rank))
+    chain = Chain(stages, tuple(factors), branches=form.branches(layer.geometry, rank))
+    factored = FactorConvolutions({"conv0": chain})(normalised)
+    assert operators(factored)["nn.conv2d"] == 5 + len(stages)
+    pass_, target = lower(factored)
+    lowered = pass_(factored)
+    assert operators(lowered)["lowrank_conv2d"] == 5 + len(stages) + 1
+    assert relative(run(lowered, sample, target=target), run(factored, sample)) < 1e-5
+
+
 def test_weights_as_parameters_compute_the_same(normalised, sample):
     pass_, target = lower(normalised, weights_as_parameters=True)
     lowered = pass_(normalised)
     layers = {layer.name: layer for layer in collect_layers(normalised)}
-    assert len(pass_.parameters_) == 12
+    assert len(pass_.parameters_) == 14
     packed = [
         p.pack(layers[p.layer].weight if p.kind == "weight" else layers[p.layer].bias)
         for p in pass_.parameters_

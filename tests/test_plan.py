@@ -30,7 +30,10 @@ def made(small, data, tmp_path_factory):
 
 def test_plan_names_every_layer_with_a_form_or_a_reason(made):
     plan, _ = made
-    assert [layer.name for layer in plan.layers] == [f"conv{i}" for i in range(6)]
+    assert [layer.name for layer in plan.layers] == [
+        *(f"conv{i}" for i in range(6)),
+        "matmul0",
+    ]
     for layer in plan.layers:
         assert layer.form != "dense" or layer.reason or not plan.rewritten
     assert plan.layers[4].reason == "groups = channels: depthwise"

@@ -75,7 +75,7 @@ def test_replaced_weights_equal_a_network_rewritten_with_them(bench):
 
 
 def test_moments_are_those_of_the_exposed_inputs(bench):
-    layers = [bench.layers[0], bench.layers[5]]
+    layers = [bench.layers[5], bench.layers[0]]
     found = input_moments(bench.observer, layers, bench.inputs[:6], seed=0)
     assert set(found) == {"conv0", "conv5"}
     read = [out[1 + 5] for out in bench.observer.stream(bench.inputs[:6])]

@@ -20,8 +20,9 @@ from tvm_lowrank.errors import LowRankError  # noqa: E402
 from tvm_lowrank.frontend import load_model  # noqa: E402
 from tvm_lowrank.layer import collect_layers  # noqa: E402
 from tvm_lowrank.plan import LayerPlan, Plan  # noqa: E402
+from tvm_lowrank.planner.candidates import forms_for  # noqa: E402
 from tvm_lowrank.target import host_target  # noqa: E402
-from tvm_lowrank.torch import FactoredConv2d, collect, factorize  # noqa: E402
+from tvm_lowrank.torch import FactoredConv2d, FactoredLinear, collect, factorize  # noqa: E402
 from tvm_lowrank.torch_layers import ChannelOrder  # noqa: E402
 
 SHAPE = (1, 3, 13, 11)
@@ -90,7 +91,9 @@ def plan_of(model, form: str) -> Plan:
     layers, factors = [], {}
     rng = np.random.default_rng(0)
     for layer in collect_layers(normalise(imported(model))):
-        ranks = [] if FORMS[form].refuse(layer.geometry) else FORMS[form].ranks(layer.geometry, 4)
+        ranks = []
+        if forms_for(layer, [form]) and not FORMS[form].refuse(layer.geometry):
+            ranks = FORMS[form].ranks(layer.geometry, 4 if form != "svd" else 1)
         if not ranks:
             layers.append(LayerPlan(layer.name, layer.geometry))
             continue
@@ -127,12 +130,14 @@ def x():
         ("cp", "fold"),
         ("monochromatic", "keep"),
         ("bicluster", "fold"),
+        ("svd", "keep"),
     ],
 )
 def test_the_module_computes_what_the_plan_computes(net, x, form, batch_norm):
     plan = plan_of(net, form)
     module = factorize(net, plan, batch_norm=batch_norm)
-    chains = [part for part in module.modules() if isinstance(part, FactoredConv2d)]
+    kinds = (FactoredConv2d, FactoredLinear)
+    chains = [part for part in module.modules() if isinstance(part, kinds)]
     assert sorted(chain.layer for chain in chains) == sorted(p.name for p in plan.rewritten)
     expected = run(plan.factor(imported(net)), x)
     assert relative(outputs(module, x), expected) < 1e-4
@@ -189,6 +194,13 @@ def test_a_single_convolution_is_a_network():
     model = nn.Conv2d(3, 16, 3, padding=1)
     plan = plan_of(model, "separable")
     assert isinstance(factorize(model, plan), FactoredConv2d)
+
+
+def test_a_form_of_several_branches_is_refused():
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 16, 7, padding=3)
+    with pytest.raises(LowRankError, match="conv0 takes the form multiresolution, which is no"):
+        factorize(model, plan_of(model, "multiresolution"))
 
 
 def test_another_model_is_refused(net):

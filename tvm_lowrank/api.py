@@ -52,8 +52,9 @@ def plan(
         Candidates are measured on this machine, so it must be able to run the target's code.
     data : np.ndarray, optional
         Preprocessed inputs (samples, ...), split into disjoint parts for fitting, choosing and
-        judging. Without them noise stands in, the budget is the relative output error, and a
-        warning says that accuracy was not measured.
+        judging. Without them noise stands in, factors are fitted to the weights alone (the plan
+        says so), the budget is the relative output error, and a warning says that accuracy was not
+        measured.
     labels : np.ndarray, optional
         Class indices (samples,), or what ``metric`` takes. With labels ``max_drop`` is points of
         top-1 accuracy, without it is points of disagreement with the original network.
@@ -108,7 +109,7 @@ def plan(
     """
     if data is None:
         warnings.warn(
-            "no data given: factors are fitted to noise and accuracy is not measured; "
+            "no data given: factors are fitted to the weights alone and accuracy is not measured; "
             "pass data=, and labels= where there are any",
             stacklevel=2,
         )

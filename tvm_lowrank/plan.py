@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_lowrank.decompose.form import Rank
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.decompose.form import Branch, Rank
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
@@ -27,18 +28,19 @@ from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one convolution.
+    """What happens to one convolution or fully connected layer.
 
     ``dense_us`` and ``measured_us`` are the measured times of the layer's kernels before and after,
     ``error`` the share of its output variance lost on the data; ``reason`` says why a layer is left
     as it is. ``algorithms`` has one entry a stage; ``weight_bytes`` are those of all
     stages' weights as their kernels keep them, padded and transformed. ``refitted`` marks a dense
-    layer whose weights make up for errors of the layers before it.
+    layer whose weights make up for errors of the layers before it. ``fitted`` says what the factors
+    were fitted to: "data", or "weights" alone; None for a dense layer.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LayerPlan:
     predicted_us: float | None = None
     measured_us: float | None = None
     weight_bytes: int | None = None
+    fitted: str | None = None
     reason: str | None = None
     refitted: bool = False
 
@@ -138,7 +141,7 @@ class Plan:
         Raises
         ------
         LowRankError
-            The network's convolutions are not those of the plan, or the plan was read from JSON
+            The network's layers are not those of the plan, or the plan was read from JSON
             without its factors.
         """
         return self.lower(self.factor(mod))
@@ -150,11 +153,11 @@ class Plan:
         return factor(normalised, self.chains())
 
     def check(self, layers: Sequence[ConvLayer]) -> None:
-        """LowRankError unless the convolutions are those of the plan, in order and geometry."""
+        """LowRankError unless the layers are those of the plan, in order and geometry."""
         mine, theirs = len(self.layers), len(layers)
         if mine != theirs:
             raise LowRankError(
-                f"the plan is for a network of {mine} convolutions, this one has "
+                f"the plan is for a network of {mine} layers, this one has "
                 f"{theirs}; make a plan for this network"
             )
         for plan, layer in zip(self.layers, layers, strict=True):
@@ -165,7 +168,7 @@ class Plan:
                 )
 
     def chains(self) -> dict[str, Chain]:
-        """The rewritten layers as chains for `FactorConvolutions`."""
+        """The rewritten layers as chains for `passes.pipeline.factor`."""
         chains = {}
         for layer in self.layers:
             if (layer.form == "dense" and not layer.refitted) or not self.transformed:
@@ -176,7 +179,11 @@ class Plan:
                     ".npz file that was saved beside the JSON"
                 )
             weights, bias = self.factors[layer.name]
-            chains[layer.name] = Chain(layer.stages, tuple(weights), bias)
+            assert layer.geometry is not None
+            branches: tuple[Branch, ...] = ()
+            if layer.form != "dense":
+                branches = FORMS[layer.form].branches(layer.geometry, layer.rank)
+            chains[layer.name] = Chain(layer.stages, tuple(weights), bias, branches)
         return chains
 
     def lower(self, mod: tvm.IRModule) -> tvm.IRModule:
@@ -245,6 +252,7 @@ class Plan:
                 error=0.0,
                 weight_bytes=None,
                 refitted=False,
+                fitted=None,
             )
             for layer in self.layers
         )

@@ -23,13 +23,19 @@ from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import collect_layers
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.plan import LayerPlan, Plan
-from tvm_lowrank.torch_layers import FactoredConv2d, convolution, scale_outputs
+from tvm_lowrank.torch_layers import (
+    FactoredConv2d,
+    FactoredLinear,
+    convolution,
+    linear,
+    scale_outputs,
+)
 from tvm_lowrank.torch_match import Matched, export, match, proportions
 
 torch: Any = require_torch()
 nn: Any = torch.nn
 
-__all__ = ["FactoredConv2d", "collect", "factorize"]
+__all__ = ["FactoredConv2d", "FactoredLinear", "collect", "factorize"]
 
 # A channel that batch norm scales by less than this share of the largest scale is constant.
 _NOTHING = 1e-7
@@ -45,14 +51,14 @@ def factorize(
     input_shape: Sequence[int] | None = None,
     batch_norm: str = "keep",
 ) -> Any:
-    """A copy of ``model`` whose convolutions that the plan factored are chains to be trained.
+    """A copy of ``model`` whose layers that the plan factored are chains to be trained.
 
     Parameters
     ----------
     model : torch.nn.Module
         The network that the plan was made for, with one input; it is not changed. Its
-        ``nn.Conv2d`` are found by ``torch.export``: by the values of their weights, up to
-        the scales that normalisation folds into them.
+        ``nn.Conv2d`` and ``nn.Linear`` are found by ``torch.export``: by the values of their
+        weights, up to the scales that normalisation folds into them.
     plan : Plan
         With its factors.
     input_shape : sequence of int, optional
@@ -66,14 +72,16 @@ def factorize(
     Returns
     -------
     torch.nn.Module
-        With a `FactoredConv2d`, a ``Sequential`` of the stages, for each factored convolution. In
-        evaluation mode its outputs are those of the plan's network up to rounding.
+        With a `FactoredConv2d`, a ``Sequential`` of the stages, for each factored convolution, and
+        a `FactoredLinear` for each fully connected layer. In evaluation mode its outputs are those
+        of the plan's network up to rounding.
 
     Raises
     ------
     LowRankError
         The model cannot be exported, is not the plan's network, or a factored layer is not the
-        work of one plain ``nn.Conv2d`` (and, with ``"fold"``, of a batch norm after it).
+        work of one plain ``nn.Conv2d`` (and, with ``"fold"``, of a batch norm after it) or
+        ``nn.Linear``, or its form is no chain.
     """
     if batch_norm not in ("keep", "fold"):
         raise LowRankError(f"batch_norm is {batch_norm!r}; give 'keep' or 'fold'")
@@ -97,7 +105,8 @@ def factorize(
         if item.name is None:
             raise LowRankError(
                 f"{layer.name} ({layer.geometry}) is not computed by an nn.Conv2d of its own with "
-                "zero padding; make the plan again with this layer excluded"
+                "zero padding or an nn.Linear of its own; make the plan again with this layer "
+                "excluded"
             )
         if uses[item.name] > 1:
             raise LowRankError(
@@ -106,7 +115,8 @@ def factorize(
             )
         _check_alike(item, layer, plan)
         original = made.get_submodule(item.name)
-        chain = _chain(item, layer, plan, _padding(original), batch_norm == "keep")
+        padding = (0, 0, 0, 0) if item.layer.fully_connected else _padding(original)
+        chain = _chain(item, layer, plan, padding, batch_norm == "keep")
         chain.to(original.weight.device, original.weight.dtype).train(original.training)
         made = _put(made, item.name, chain)
         if batch_norm == "fold" and item.norm is not None:
@@ -147,7 +157,7 @@ def collect(
     """
     twin, chains = copy.deepcopy(module), {}
     for name, part in list(twin.named_modules()):
-        if isinstance(part, FactoredConv2d):
+        if isinstance(part, (FactoredConv2d, FactoredLinear)):
             chains[part.layer] = part
             twin = _put(twin, name, _dense(part, plan))
     missing = {layer.name for layer in plan.rewritten} ^ set(chains)
@@ -205,7 +215,8 @@ def _gathers(layer: LayerPlan) -> frozenset[int]:
 def _product(layer: LayerPlan, factors: Sequence[np.ndarray]) -> np.ndarray:
     if layer.form == "dense":
         return factors[0]
-    whole = FORMS[layer.form].reconstruct([f.astype(np.float64) for f in factors])
+    doubled = [factor.astype(np.float64) for factor in factors]
+    whole = FORMS[layer.form].reconstruct(doubled, layer.geometry)
     return np.asarray(whole, np.float32)
 
 
@@ -233,14 +244,21 @@ def _padding(conv: Any) -> tuple[int, int, int, int]:
 
 def _chain(
     item: Matched, layer: LayerPlan, plan: Plan, padding: tuple[int, ...], keep: bool
-) -> FactoredConv2d:
+) -> FactoredConv2d | FactoredLinear:
     weights, bias = plan.factors[layer.name]
+    if len(plan.chains()[layer.name].branches) > 1:
+        raise LowRankError(
+            f"{layer.name} takes the form {layer.form}, which is no chain of layers; make the plan "
+            "again without this form"
+        )
     gathers = _gathers(layer)
     if keep:
         constant = np.abs(item.scale) <= _NOTHING * np.abs(item.scale).max(initial=0.0)
         inverse = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, item.scale))
         weights = scale_outputs(weights, inverse, gathers)
         bias = (bias - item.shift) * inverse
+    if item.layer.fully_connected:
+        return FactoredLinear(weights, bias, layer.name)
     return FactoredConv2d(_stages(layer, padding), weights, bias, gathers, layer.name)
 
 
@@ -267,18 +285,20 @@ def _stages(layer: LayerPlan, own: tuple[int, ...]) -> list[ConvGeometry]:
     return stages
 
 
-def _dense(chain: FactoredConv2d, plan: Plan) -> Any:
-    """The convolution that a chain stands for at present."""
+def _dense(chain: FactoredConv2d | FactoredLinear, plan: Plan) -> Any:
+    """The layer that a chain stands for at present."""
     layer = next((layer for layer in plan.rewritten if layer.name == chain.layer), None)
     if layer is None or layer.geometry is None:
         raise LowRankError(
             f"the plan does not factor {chain.layer}; collect with the plan that factorize got"
         )
-    geometry = replace(layer.geometry, padding=chain.padding())
     factors = chain.factors()
     if [f.shape for f in factors] != [stage.weight_shape for stage in layer.stages]:
         raise LowRankError(
             f"the factors of {chain.layer} do not have the plan's shapes; collect with the plan "
             "that factorize was given"
         )
+    if isinstance(chain, FactoredLinear):
+        return linear(_product(layer, factors), chain.output_bias())
+    geometry = replace(layer.geometry, padding=chain.padding())
     return nn.Sequential(*convolution(geometry, _product(layer, factors), chain.output_bias()))

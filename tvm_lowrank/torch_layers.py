@@ -1,4 +1,4 @@
-"""A chain of convolutions as PyTorch modules."""
+"""A chain of convolutions, and a factored fully connected layer, as PyTorch modules."""
 
 from __future__ import annotations
 
@@ -98,6 +98,47 @@ class FactoredConv2d(nn.Sequential):
                 total += (*module.padding, *module.padding)
         top, left, bottom, right = (int(side) for side in total)
         return top, left, bottom, right
+
+
+class FactoredLinear(nn.Sequential):
+    """Two ``nn.Linear``, the second with the bias, to run and to train.
+
+    Parameters
+    ----------
+    weights : pair of np.ndarray
+        The OIHW weights of the form ``svd``.
+    bias : np.ndarray
+        (F,).
+    layer : str
+        Name of the plan's layer that they stand for.
+    """
+
+    def __init__(self, weights: Sequence[np.ndarray], bias: np.ndarray, layer: str = "") -> None:
+        super().__init__(
+            *(linear(w, b) for w, b in zip(weights, (None, np.asarray(bias)), strict=True))
+        )
+        self.layer = layer
+        self.shapes = [weight.shape for weight in weights]
+
+    def factors(self) -> tuple[np.ndarray, ...]:
+        """The present OIHW weight of each stage, float32."""
+        pairs = zip(self, self.shapes, strict=True)
+        return tuple(to_array(module.weight).reshape(shape) for module, shape in pairs)
+
+    def output_bias(self) -> np.ndarray:
+        """The present bias (F,)."""
+        return to_array(self[-1].bias)
+
+
+def linear(weight: np.ndarray, bias: np.ndarray | None) -> Any:
+    """An ``nn.Linear`` of an OIHW weight that reads its whole input."""
+    flat = weight.reshape(len(weight), -1)
+    made = nn.Linear(flat.shape[1], flat.shape[0], bias=bias is not None)
+    with torch.no_grad():
+        made.weight.copy_(_tensor(flat))
+        if bias is not None:
+            made.bias.copy_(_tensor(bias))
+    return made
 
 
 def convolution(geometry: ConvGeometry, weight: np.ndarray, bias: np.ndarray | None) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Which ``nn.Conv2d`` of a user's module each convolution of the normalised network is."""
+"""Which ``nn.Conv2d`` or ``nn.Linear`` of a user's module each layer of a network is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from tvm_lowrank.torch_layers import to_array
 
 torch: Any = require_torch()
 
-_CONVOLUTIONS = ("conv2d.default", "conv2d.padding", "convolution.default")
+# Axes of the weight of each operator.
+_OPERATORS = {
+    "aten.conv2d.default": 4,
+    "aten.conv2d.padding": 4,
+    "aten.convolution.default": 4,
+    "aten.linear.default": 2,
+}
 # Rounding of batch norm's factors in float32, and room for other formulas of them.
 _SAME = 1e-4
 
@@ -29,8 +35,8 @@ class Matched:
 
     ``folded = scale * own``, channel by channel, holds between the layer's weight and the module's;
     ``shift`` is the layer's bias less ``scale`` times the module's. ``name`` is the module's path,
-    None where no ``nn.Conv2d`` makes the layer; ``norm`` is that of the batch norm that alone
-    reads the convolution, if there is one.
+    None where no module of these kinds makes the layer; ``norm`` is that of the batch norm that
+    alone reads the layer, if there is one.
     """
 
     layer: ConvLayer
@@ -42,7 +48,7 @@ class Matched:
 
 @dataclass
 class _Node:
-    """A convolution in the exported graph."""
+    """A convolution or product in the exported graph."""
 
     name: str | None
     weight: np.ndarray
@@ -84,9 +90,7 @@ def match(model: Any, program: Any) -> list[Matched]:
     nodes = _convolutions(model, program)
     found = []
     for layer in layers:
-        pair = next(
-            ((n, s) for n in nodes if (s := proportions(layer.weight, n.weight)) is not None), None
-        )
+        pair = next(((n, s) for n in nodes if (s := _proportions(layer, n)) is not None), None)
         if pair is None:
             zeros = np.zeros(len(layer.bias))
             found.append(Matched(layer, None, zeros, zeros))
@@ -96,6 +100,13 @@ def match(model: Any, program: Any) -> list[Matched]:
         shift = layer.bias.astype(np.float64) - scale * node.bias
         found.append(Matched(layer, node.name, scale, shift, node.norm))
     return found
+
+
+def _proportions(layer: ConvLayer, node: _Node) -> np.ndarray | None:
+    own, folded = node.weight, layer.weight
+    if layer.fully_connected != (own.ndim == 2) or own.size != folded.size:
+        return None
+    return proportions(folded, own.reshape(folded.shape) if own.ndim == 2 else own)
 
 
 def proportions(folded: np.ndarray, own: np.ndarray) -> np.ndarray | None:
@@ -114,12 +125,10 @@ def _convolutions(model: Any, program: Any) -> list[_Node]:
     parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     found = []
     for node in program.graph.nodes:
-        if node.op != "call_function" or str(node.target) not in {
-            f"aten.{name}" for name in _CONVOLUTIONS
-        }:
+        if node.op != "call_function" or str(node.target) not in _OPERATORS:
             continue
         path = parameters.get(getattr(node.args[1], "name", None))
-        if path is None or path not in values or values[path].ndim != 4:
+        if path is None or path not in values or values[path].ndim != _OPERATORS[str(node.target)]:
             continue
         bias = node.args[2] if len(node.args) > 2 else None
         shift = parameters.get(getattr(bias, "name", None))
@@ -136,9 +145,11 @@ def _convolutions(model: Any, program: Any) -> list[_Node]:
 
 
 def _module_of(model: Any, path: str) -> str | None:
-    """The module that owns a weight, if it is an ``nn.Conv2d`` that runs as one."""
+    """The module that owns a weight, if it is a plain ``nn.Conv2d`` or ``nn.Linear``."""
     name, _, attribute = path.rpartition(".")
     module, plain = model.get_submodule(name), torch.nn.Conv2d
+    if attribute == "weight" and isinstance(module, torch.nn.Linear):
+        return name if type(module).forward is torch.nn.Linear.forward else None
     if attribute != "weight" or not isinstance(module, plain):
         return None
     same = type(module).forward is plain.forward

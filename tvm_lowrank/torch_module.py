@@ -14,7 +14,7 @@ from tvm import relax
 
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.extras import require_torch
-from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.layer import ConvLayer, fully_connected_products
 from tvm_lowrank.passes.cut_at_convolutions import cut_at_convolutions
 from tvm_lowrank.passes.graph import (
     constant_array,
@@ -38,7 +38,7 @@ class RelaxModule(nn.Module):
     mod : tvm.IRModule
         Normalised; samples are the first axis of every value that depends on the input.
     layers : list of ConvLayer
-        Of the same module, all of its convolutions.
+        Of the same module, all that `collect_layers` gives.
     chains : dict
         Layer name to the chain that computes it; the others compute the original weight.
 
@@ -47,7 +47,7 @@ class RelaxModule(nn.Module):
     convolutions : torch.nn.ModuleDict
         Layer name to its `FactoredConv2d`, of a single stage where it is dense.
     borders : tuple of int
-        Convolutions before which a single value is alive: where the network can be cut into blocks.
+        Layers before which a single value is alive: where the network can be cut into blocks.
 
     Raises
     ------
@@ -68,6 +68,7 @@ class RelaxModule(nn.Module):
         self._bindings = bindings
         self._function = mod["main"]
         self._batch = int(self._function.params[0].ty.shape[0])
+        self._products = fully_connected_products(mod)
         self.convolutions = nn.ModuleDict()
         for layer in layers:
             self.convolutions[layer.name] = (chains or {}).get(layer.name) or _dense(layer)
@@ -83,21 +84,21 @@ class RelaxModule(nn.Module):
         return self.run(x)[0]
 
     def run(self, x: Any, detach: bool = False) -> tuple[Any, dict[int, Any]]:
-        """The output, and the input of the convolutions that ``borders`` names.
+        """The output, and the input of the layers that ``borders`` names.
 
         With ``detach`` no gradient passes a border, so that each block learns from its own output.
         """
         values = {self._function.params[0]: x}
         seen: dict[int, Any] = {}
-        convolution = 0
+        layer = 0
         for binding, step in zip(self._bindings, self._steps, strict=True):
-            if op_name(binding.value) == "nn.conv2d":
-                if convolution in self.borders:
+            if self._is_layer(binding):
+                if layer in self.borders:
                     source = binding.value.args[0]
-                    seen[convolution] = values[source]
+                    seen[layer] = values[source]
                     if detach:
                         values[source] = values[source].detach()
-                convolution += 1
+                layer += 1
             values[binding.var] = step(values, len(x))
         found = self._value(self._function.body.body, values)
         return (found[0] if isinstance(found, tuple) else found), seen
@@ -117,7 +118,11 @@ class RelaxModule(nn.Module):
         if name == "nn.conv2d":
             module = self.convolutions[f"conv{self._count_before(binding)}"]
             return lambda values, _: module(values[call.args[0]])
-        if name == "add" and is_constant(call.args[1]) and self._is_convolution(call.args[0]):
+        if binding.var in self._products:
+            name, g = self._products[binding.var]
+            product, size = self.convolutions[name], (g.in_channels, g.height, g.width)
+            return lambda values, _: product(values[call.args[0]].reshape(-1, *size)).flatten(1)
+        if name == "add" and is_constant(call.args[1]) and self._has_module(call.args[0]):
             return lambda values, _: values[call.args[0]]  # the bias, which its module has
         known = _OPERATORS.get(name or "")
         if known is None:
@@ -152,8 +157,11 @@ class RelaxModule(nn.Module):
         convolutions = [b for b in self._bindings if op_name(b.value) == "nn.conv2d"]
         return next(i for i, other in enumerate(convolutions) if other.var.same_as(binding.var))
 
-    def _is_convolution(self, expr: Any) -> bool:
-        return any(b.var.same_as(expr) and op_name(b.value) == "nn.conv2d" for b in self._bindings)
+    def _is_layer(self, binding: Any) -> bool:
+        return op_name(binding.value) == "nn.conv2d" or binding.var in self._products
+
+    def _has_module(self, expr: Any) -> bool:
+        return any(b.var.same_as(expr) and self._is_layer(b) for b in self._bindings)
 
 
 def _dense(layer: ConvLayer) -> FactoredConv2d:

@@ -214,7 +214,7 @@ def _samples(args: argparse.Namespace) -> tuple[Samples | None, Samples | None]:
     if args.model is None:
         return Samples(*demo.calibration()), Samples(*demo.evaluation())
     print(
-        "warning: no --data: factors are fitted to noise and accuracy is not measured",
+        "warning: no --data: factors are fitted to the weights alone and accuracy is not measured",
         file=sys.stderr,
     )
     return None, None

@@ -3,7 +3,7 @@
 from tvm_lowrank.decompose.bicluster import Bicluster, BiclusterSeparable, bicluster, bicluster_cp
 from tvm_lowrank.decompose.clustering import k_subspaces
 from tvm_lowrank.decompose.cp import CP, CP3, cp, cp3, greedy_cp
-from tvm_lowrank.decompose.form import Fitter, Form, Rank
+from tvm_lowrank.decompose.form import Branch, Fitter, Form, Rank
 from tvm_lowrank.decompose.linear_combination import LinearCombination, linear_combination
 from tvm_lowrank.decompose.moments import (
     InputMoments,
@@ -17,9 +17,10 @@ from tvm_lowrank.decompose.monochromatic import (
     MonochromaticSeparable,
     monochromatic,
 )
+from tvm_lowrank.decompose.multiresolution import MultiResolution, multiresolution
 from tvm_lowrank.decompose.separable import Separable, separable
 from tvm_lowrank.decompose.shared_factor import SharedFactor, shared_factor
-from tvm_lowrank.decompose.svd import svd
+from tvm_lowrank.decompose.svd import SVD, svd
 from tvm_lowrank.decompose.tensor_train import TensorTrain, partition, tensor_train
 from tvm_lowrank.decompose.tucker2 import Tucker2, tucker2
 
@@ -38,6 +39,8 @@ FORMS: dict[str, Form] = {
         Bicluster(),
         BiclusterSeparable(),
         SharedFactor(),
+        MultiResolution(),
+        SVD(),
     )
 }
 
@@ -45,11 +48,14 @@ __all__ = [
     "CP",
     "CP3",
     "FORMS",
+    "SVD",
     "Bicluster",
+    "Branch",
     "Fitter",
     "Form",
     "InputMoments",
     "MomentAccumulator",
+    "MultiResolution",
     "PatchSampler",
     "Rank",
     "bias_correction",
@@ -61,6 +67,7 @@ __all__ = [
     "k_subspaces",
     "linear_combination",
     "monochromatic",
+    "multiresolution",
     "partition",
     "relative_error",
     "separable",

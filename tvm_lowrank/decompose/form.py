@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from tvm_lowrank.cost.operations import multiplications
 from tvm_lowrank.decompose.compose import compose
-from tvm_lowrank.decompose.moments import Array, InputMoments
+from tvm_lowrank.decompose.moments import Array, InputMoments, relative_error
 from tvm_lowrank.geometry import ConvGeometry
 
 Rank: TypeAlias = int | tuple[int, ...]
 
 # Shares of the dense convolution's multiplications at which ranks are offered.
 SHARES = (1 / 8, 1 / 5, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Part of a form's graph: some of its stages one after the other, from the layer's input on.
+
+    ``crop`` rows and columns of the input (top, left, bottom, right) are left out first. Of the
+    last stage's F u v channels, ``shuffle`` = (u, v), each u v in a row become u x v pixels of one;
+    what then lies beyond the layer's output is cut.
+    """
+
+    stages: int
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
+    shuffle: tuple[int, int] = (1, 1)
 
 
 class Fitter(ABC):
@@ -29,6 +44,8 @@ class Form(ABC):
     """A way to replace a convolution by a chain of cheaper ones. Stateless."""
 
     name: str
+    # Whether weights kept are what the form saves, and time only must not grow.
+    keeps_memory = False
 
     def refuse(self, geometry: ConvGeometry) -> str | None:
         """Why the form cannot replace this convolution, or None where it can."""
@@ -62,7 +79,8 @@ class Form(ABC):
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
         """The chain; it equals the dense convolution with the reconstructed weight exactly.
 
-        No stage but the last has a bias. ValueError where the rank cannot be.
+        No stage but the last has a bias. ValueError where the rank cannot be. A form of several
+        `branches` lists the stages of one after those of the other.
         """
 
     @abstractmethod
@@ -78,9 +96,32 @@ class Form(ABC):
         ``refine=False`` leaves out the iterations that lower the error after the closed form.
         """
 
-    def reconstruct(self, factors: Sequence[Array]) -> Array:
-        """The dense OIHW weight that the factors stand for."""
+    def branches(self, geometry: ConvGeometry, rank: Rank) -> tuple[Branch, ...]:
+        """The branches whose results are summed: one chain, unless a form says otherwise."""
+        return (Branch(len(self.stages(geometry, rank))),)
+
+    def values_moved(self, geometry: ConvGeometry, rank: Rank) -> int:
+        """Values read and written beside the stages: cropping, shuffling, and the branches' sum."""
+        branches = self.branches(geometry, rank)
+        outputs = geometry.batch * geometry.out_channels * geometry.out_height * geometry.out_width
+        inputs = geometry.batch * geometry.in_channels * geometry.height * geometry.width
+        moved = 3 * (len(branches) - 1) * outputs
+        for branch in branches:
+            moved += 2 * inputs * any(branch.crop) + 2 * outputs * (branch.shuffle != (1, 1))
+        return moved
+
+    def reconstruct(self, factors: Sequence[Array], geometry: ConvGeometry | None = None) -> Array:
+        """The dense OIHW weight that the factors stand for.
+
+        ``geometry`` is the layer's, for forms whose factors do not tell it.
+        """
         return compose(factors)
+
+    def error(
+        self, weight: Array, factors: Sequence[Array], geometry: ConvGeometry, moments: InputMoments
+    ) -> float:
+        """Share of the output's variance that the factors lose (see `moments.relative_error`)."""
+        return relative_error(weight, self.reconstruct(factors, geometry), moments)
 
     def gathers(self, geometry: ConvGeometry, rank: Rank) -> frozenset[int]:
         """Stages that only reorder channels: 1x1 weights of zeros and ones, no multiplications."""

@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
-from tvm_lowrank.decompose.form import single
+from tvm_lowrank.decompose.form import (
+    SHARES,
+    Fitter,
+    Form,
+    Rank,
+    check_multiple,
+    check_weight,
+    pointwise_after,
+    single,
+    single_ranks,
+)
 from tvm_lowrank.decompose.linear_combination import LinearCombination
 from tvm_lowrank.decompose.moments import Array, InputMoments
 from tvm_lowrank.geometry import ConvGeometry
+
+
+class SVD(Form):
+    """``C -> K``, then ``K -> F``: a fully connected layer as two thin ones.
+
+    Such a layer reads each weight once a sample, so memory is its objective: see
+    `Form.keeps_memory`. As a convolution it is as large as its input (1x1 of one pixel, or X x Y of
+    the map that was flattened before it), and its first stage is too.
+    """
+
+    name = "svd"
+    keeps_memory = True
+
+    def _refuse_ungrouped(self, geometry: ConvGeometry) -> str | None:
+        if geometry.kernel != (geometry.height, geometry.width) or any(geometry.padding):
+            return "several output pixels: not fully connected"
+        return "one output: nothing to factor" if geometry.out_channels == 1 else None
+
+    def full_rank(self, geometry: ConvGeometry) -> Rank:
+        """See `Form.full_rank`."""
+        return _limit(geometry)
+
+    def ranks(
+        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
+    ) -> list[Rank]:
+        """See `Form.ranks`; shares of the multiplications are shares of the weights here."""
+        check_multiple(multiple)
+        return single_ranks(self, geometry, multiple, _limit(geometry), shares)
+
+    def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
+        """See `Form.stages`; ``rank`` is from 1 to min(F, C X Y)."""
+        first = replace(geometry, out_channels=single(rank, _limit(geometry), self.name))
+        return [first, pointwise_after(first, geometry.out_channels)]
+
+    def fitter(
+        self,
+        weight: Array,
+        geometry: ConvGeometry,
+        moments: InputMoments | None = None,
+        refine: bool = True,
+    ) -> Fitter:
+        """See `Form.fitter`; the closed form is the optimum, there is nothing to refine."""
+        if reason := self.refuse(geometry):
+            raise ValueError(reason)
+        check_weight(weight, geometry)
+        return LinearCombination().fitter(weight, geometry, moments, refine)
+
+
+def _limit(geometry: ConvGeometry) -> int:
+    f, c, x, y = geometry.weight_shape
+    return min(f, c * x * y)
 
 
 def svd(weight: Array, rank: int, moments: InputMoments | None = None) -> tuple[Array, Array]:

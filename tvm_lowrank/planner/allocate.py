@@ -23,19 +23,19 @@ def harm(candidate: Candidate, sensitivity: float) -> float:
 def choose(
     options: Mapping[str, Sequence[Candidate]], sensitivity: Mapping[str, float], price: float
 ) -> Choice:
-    """For each layer the option of least ``harm + price * microseconds``."""
+    """For each layer the option of least ``harm + price * cost``."""
     return {
         name: min(
             candidates,
-            key=lambda c: harm(c, sensitivity.get(name, 0.0)) + price * c.measured_us,
+            key=lambda c: harm(c, sensitivity.get(name, 0.0)) + price * c.cost_us,
         )
         for name, candidates in options.items()
     }
 
 
 def microseconds(choice: Choice) -> float:
-    """Sum of the chosen kernels' measured times."""
-    return sum(candidate.measured_us for candidate in choice.values())
+    """Sum of the chosen kernels' measured times; of memory-bound layers, of what they cost."""
+    return sum(candidate.cost_us for candidate in choice.values())
 
 
 def for_time(

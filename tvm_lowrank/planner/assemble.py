@@ -13,6 +13,7 @@ import tvm
 
 from tvm_lowrank.cost.chains import choose_chains
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.metrics import Metric
@@ -76,6 +77,7 @@ class Assembler:
                     taken.rank,
                     taken.stages,
                     error=taken.error,
+                    fitted=taken.fitted,
                     dense_us=self.survey.before.get(layer.name),
                     predicted_us=taken.predicted_us,
                     measured_us=taken.measured_us,
@@ -123,6 +125,10 @@ class Assembler:
         schedules = [plan.scheduler()(workload) for workload in workloads]
         pairs = list(zip(workloads, schedules, strict=True))
         times = [timer.time_of(workload, schedule) for workload, schedule in pairs]
+        if layer.geometry is not None and layer.form != "dense":
+            # What moves between branches is not in the times of the stages.
+            branches = FORMS[layer.form].branches(layer.geometry, layer.rank)
+            times += [None] * (len(branches) > 1)
         return replace(
             layer,
             algorithms=tuple(map(algorithm_of, schedules)),

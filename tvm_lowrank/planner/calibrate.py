@@ -35,6 +35,8 @@ def input_moments(
     inputs : np.ndarray
         Samples (n, ...).
     """
+    if not layers:
+        return {}
     names = [layer.name for layer in layers]
     gather = {
         layer.name: MomentAccumulator(layer.geometry, POSITIONS, seed)

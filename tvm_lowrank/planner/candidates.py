@@ -10,9 +10,10 @@ import numpy as np
 
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.operations import FLOAT32_BYTES
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.decompose.form import Fitter, Rank
-from tvm_lowrank.decompose.moments import InputMoments, bias_correction, relative_error
+from tvm_lowrank.decompose.moments import InputMoments, bias_correction
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
 
@@ -21,6 +22,11 @@ _WORST_ERROR = 0.6
 # Predicted times are good to about this factor; what is predicted slower is not measured.
 _PREDICTED_GAIN = 0.95
 _MEASURED_GAIN = 0.97
+# Forms that save memory need not gain time, but may not lose any.
+_NO_LOSS = 1.0
+# Layers that read more inputs an output are fitted to their weights alone: their second moments
+# would take gigabytes.
+WIDEST = 8192
 # Every form is fitted once, near this share of the dense layer's predicted time; only those that do
 # best there are fitted at their other ranks.
 _PROBE_TIME = 0.5
@@ -33,6 +39,8 @@ class Candidate:
 
     ``error`` is the share of the layer's output variance that is lost on the data (0 for dense);
     ``bias`` is corrected so that the mean output stays. ``factors`` hold an OIHW weight a stage.
+    ``fitted`` tells to what: "data", or "weights" alone. ``memory_us`` is the time to read the
+    weights once, for layers whose objective is memory.
     """
 
     form: str
@@ -43,18 +51,39 @@ class Candidate:
     error: float
     predicted_us: float
     measured_us: float = math.inf
+    fitted: str = "data"
+    memory_us: float | None = None
+    geometry: ConvGeometry | None = None
+    extra_us: float = 0.0
+
+    @property
+    def cost_us(self) -> float:
+        """What the choice among candidates minimises, in microseconds."""
+        return self.measured_us if self.memory_us is None else self.memory_us
+
+    @property
+    def weight_count(self) -> int:
+        """Weights that all stages keep."""
+        return sum(stage.weight_count for stage in self.stages)
 
     @property
     def weight(self) -> np.ndarray:
         """The dense OIHW weight that the factors stand for."""
         if self.form == "dense":
             return self.factors[0]
-        return np.asarray(FORMS[self.form].reconstruct(self.factors), np.float32)
+        whole = FORMS[self.form].reconstruct(self.factors, self.geometry)
+        return np.asarray(whole, np.float32)
 
     @property
     def multiplications(self) -> int:
         """Multiplications of all stages by the direct algorithm."""
         return sum(stage.multiplications for stage in self.stages)
+
+
+def forms_for(layer: ConvLayer, forms: Sequence[str]) -> list[str]:
+    """The forms among ``forms`` that are meant for a layer's kind, "dense" left out."""
+    kind = layer.fully_connected
+    return [name for name in forms if name != "dense" and FORMS[name].keeps_memory == kind]
 
 
 def propose(
@@ -80,17 +109,21 @@ def propose(
     dense_us = roofline.microseconds([geometry], timer.isa.lanes, timer.algorithms)
     refusals: list[str] = []
     plausible: dict[str, list[_Priced]] = {}
-    for name in forms:
+    for name in forms_for(layer, forms):
         form = FORMS[name]
+        gain = _NO_LOSS if form.keeps_memory else _PREDICTED_GAIN
         if refusal := form.refuse(geometry):
             refusals.append(f"{name}: {refusal}")
             continue
         priced = []
         for rank in form.ranks(geometry, timer.isa.lanes):
             stages = tuple(form.stages(geometry, rank))
+            moved = FLOAT32_BYTES * form.values_moved(geometry, rank)
+            extra = moved / (1e3 * roofline.gigabytes)
             predicted = roofline.microseconds(stages, timer.isa.lanes, timer.algorithms)
-            if predicted < _PREDICTED_GAIN * dense_us:
-                priced.append(_Priced(rank, stages, predicted))
+            predicted += extra
+            if predicted < gain * dense_us:
+                priced.append(_Priced(rank, stages, predicted, extra))
         if priced:
             plausible[name] = sorted(priced, key=lambda p: p.microseconds)
     fits = {
@@ -113,11 +146,12 @@ def propose(
 
 @dataclass(frozen=True)
 class _Priced:
-    """A rank with its stages and their predicted microseconds."""
+    """A rank, its stages, and its predicted microseconds; ``extra`` of those beside the stages."""
 
     rank: Rank
     stages: tuple[ConvGeometry, ...]
     microseconds: float
+    extra: float
 
 
 @dataclass(frozen=True)
@@ -131,15 +165,20 @@ class _Fit:
 
     def candidate(self, priced: _Priced) -> Candidate:
         exact, factors = self.layer.weight.astype(np.float64), self.fitter.fit(priced.rank)
-        whole = FORMS[self.form].reconstruct(factors)
+        form, geometry = FORMS[self.form], self.layer.geometry
+        assert geometry is not None
+        whole = form.reconstruct(factors, geometry)
         return Candidate(
             self.form,
             priced.rank,
             priced.stages,
             tuple(np.asarray(factor, np.float32) for factor in factors),
             self.layer.bias + bias_correction(exact, whole, self.moments),
-            relative_error(exact, whole, self.moments),
+            form.error(exact, factors, geometry, self.moments),
             priced.microseconds,
+            fitted="weights" if self.moments.is_identity else "data",
+            geometry=geometry,
+            extra_us=priced.extra,
         )
 
 
@@ -161,8 +200,30 @@ def confirm(
     return _front(faster, lambda candidate: candidate.measured_us)
 
 
+def confirm_memory(
+    candidates: Sequence[Candidate], dense: Candidate, timer: KernelTimer, gigabytes: float
+) -> list[Candidate]:
+    """Candidates that keep fewer weights than the dense layer, none slower, and that layer itself.
+
+    The front of weights kept against error, fewest weights first. Their ``memory_us`` is the time
+    to read the weights at ``gigabytes`` a second: what memory is worth beside other layers' time.
+    """
+
+    def priced(candidate: Candidate) -> Candidate:
+        microseconds = FLOAT32_BYTES * candidate.weight_count / (1e3 * gigabytes)
+        return replace(candidate, memory_us=microseconds)
+
+    measured = [priced(_measured(candidate, timer)) for candidate in candidates]
+    kept = [
+        c
+        for c in measured
+        if c.weight_count < dense.weight_count and c.measured_us <= _NO_LOSS * dense.measured_us
+    ]
+    return [*_front(kept, lambda candidate: candidate.cost_us), priced(dense)]
+
+
 def _measured(candidate: Candidate, timer: KernelTimer) -> Candidate:
-    return replace(candidate, measured_us=timer.chain(candidate.stages))
+    return replace(candidate, measured_us=timer.chain(candidate.stages) + candidate.extra_us)
 
 
 def _front(candidates: Sequence[Candidate], time: Callable[[Candidate], float]) -> list[Candidate]:

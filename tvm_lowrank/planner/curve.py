@@ -82,8 +82,8 @@ class Curve:
         self.seed, self.report, self.train = seed, report, train
         self.points: list[Point] = []
         self.original = trial.run(split.select.inputs)
-        self.fastest = sum(options[0].measured_us for options in candidates.values())
-        self.slowest = sum(options[-1].measured_us for options in candidates.values())
+        self.fastest = sum(options[0].cost_us for options in candidates.values())
+        self.slowest = sum(options[-1].cost_us for options in candidates.values())
 
     def search(self) -> Point | None:
         """The fastest point found that keeps the budget, or None.

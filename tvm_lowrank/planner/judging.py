@@ -12,6 +12,7 @@ import numpy as np
 from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.cost import metaschedule
 from tvm_lowrank.data import DataSplit
+from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.metrics import Quality, judge
 from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import Plan
@@ -23,7 +24,7 @@ from tvm_lowrank.planner.survey import Report
 
 # Built networks that may miss the budget before the original is returned.
 _BUILDS = 4
-# A network that is not faster by this much is not worth its error.
+# A network that is not faster by this much is not worth its error, unless it keeps fewer weights.
 _WORTHWHILE = 0.98
 
 
@@ -96,7 +97,8 @@ class Judge:
                     point = curve.step_back(point)
                     continue
                 slow, dense, fast = self._race(original_path, dense_path, built)
-                if fast.median_ms > _WORTHWHILE * dense.median_ms:
+                smaller = any(FORMS[layer.form].keeps_memory for layer in plan.rewritten)
+                if fast.median_ms > (1.0 if smaller else _WORTHWHILE) * dense.median_ms:
                     reason = (
                         f"the transformed network takes {fast.median_ms:.3f} ms, with no form "
                         f"changed it takes {dense.median_ms:.3f} ms"

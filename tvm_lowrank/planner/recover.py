@@ -74,8 +74,8 @@ def recover(
     Returns
     -------
     Choice
-        With trained factors and biases. The time decides how many steps there are, so two runs
-        differ.
+        With trained factors and biases, but for forms that are no chain: those stay. The time
+        decides how many steps there are, so two runs differ.
 
     Raises
     ------
@@ -88,6 +88,7 @@ def recover(
     geometries = {layer.name: layer.geometry for layer in layers}
     chains = {name: _chain(found, name, geometries[name]) for name, found in choice.items()}
     student = RelaxModule(mod, layers, chains).eval().requires_grad_(False)
+    chains = {name: chain for name, chain in chains.items() if _is_chain(choice[name])}
     for chain in chains.values():
         chain.requires_grad_(True)
     if torch.cuda.is_available():
@@ -112,7 +113,7 @@ def recover(
             torch.nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
             optimiser.step()
             report(int(time.monotonic() - begin), round(60 * minutes))
-    return {
+    return choice | {
         name: replace(
             choice[name], factors=chain.factors(), bias=chain.output_bias().astype(np.float64)
         )
@@ -122,6 +123,8 @@ def recover(
 
 def _chain(candidate: Candidate, name: str, geometry: ConvGeometry | None) -> FactoredConv2d:
     """The candidate as modules, its factors of equal norm so that one step suits all."""
+    if not _is_chain(candidate) and geometry is not None:
+        return FactoredConv2d([geometry], [candidate.weight], candidate.bias, (), name)
     gathers: frozenset[int] = frozenset()
     if candidate.form != "dense" and geometry is not None:
         gathers = FORMS[candidate.form].gathers(geometry, candidate.rank)
@@ -133,6 +136,13 @@ def _chain(candidate: Candidate, name: str, geometry: ConvGeometry | None) -> Fa
         for i, factor in enumerate(candidate.factors)
     ]
     return FactoredConv2d(candidate.stages, factors, candidate.bias, gathers, name)
+
+
+def _is_chain(candidate: Candidate) -> bool:
+    """Whether its stages follow each other, without branches."""
+    if candidate.form == "dense" or candidate.geometry is None:
+        return True
+    return len(FORMS[candidate.form].branches(candidate.geometry, candidate.rank)) == 1
 
 
 def _batch(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:

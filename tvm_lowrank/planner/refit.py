@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tvm_lowrank.decompose import FORMS, InputMoments, PatchSampler, relative_error
+from tvm_lowrank.decompose import FORMS, InputMoments, PatchSampler
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.allocate import Choice
@@ -62,19 +62,25 @@ def refit(
     Returns
     -------
     Choice
-        With new factors, biases and errors (on the approximated inputs); times are unchanged.
+        With new factors, biases and errors (on the approximated inputs); times are unchanged, and
+        so are candidates that were fitted to the weights alone.
     """
     layers = segments.layers
     inputs = inputs[: affordable(segments, len(inputs))]
     done = dict(choice)
     wanted = _wanted(layers, choice)
+    changed = [
+        index
+        for index, layer in enumerate(layers)
+        if layer.name in choice and choice[layer.name].form != "dense"
+    ]
     exact = rough = segments.start(inputs)
     for index in range(wanted[-1] + 1 if wanted else 0):
         name = layers[index].name
         if index in wanted:
             done[name] = _fit(segments, index, exact, rough, done[name], seed)
         following = segments.step(index, exact)
-        if index < wanted[0]:
+        if index < changed[0]:
             rough = following
         else:
             found = done.get(name)
@@ -99,11 +105,18 @@ def _wanted(layers: Sequence[ConvLayer], choice: Choice) -> list[int]:
     found: list[int] = []
     for index, layer in enumerate(layers):
         candidate = choice.get(layer.name)
-        if candidate is None:
+        if candidate is None or not _fits_data(candidate, layer):
             continue
-        if candidate.form != "dense" or (found and _patch(layer) <= _DENSE_PATCH):
+        if candidate.form != "dense" or found:
             found.append(index)
     return found
+
+
+def _fits_data(candidate: Candidate, layer: ConvLayer) -> bool:
+    """Whether there are moments to refit it under; else it stays fitted to the weights alone."""
+    if candidate.form == "dense":
+        return _patch(layer) <= _DENSE_PATCH
+    return candidate.fitted == "data"
 
 
 def _patch(layer: ConvLayer) -> int:
@@ -121,12 +134,17 @@ def _fit(
     calls = max(1, size // segments.batch)
     for begin in range(0, len(exact), calls):
         one, other = exact[begin : begin + calls], rough[begin : begin + calls]
-        original = segments.values(one, piece.source)
-        given = original if exact is rough else segments.values(other, piece.source)
+        g = layer.geometry
+        shape = (-1, g.in_channels, g.height, g.width)
+        original = segments.values(one, piece.source).reshape(shape)
+        given = original
+        if exact is not rough:
+            given = segments.values(other, piece.source).reshape(shape)
         owed = None
         if piece.shortcut is not None and exact is not rough:
             shortcut = piece.shortcut
             owed = segments.values(one, shortcut) - segments.values(other, shortcut)
+            owed = owed.reshape(-1, g.out_channels, g.out_height, g.out_width)
         pair.add(original, given, owed)
     return pair.refit(candidate)
 
@@ -189,15 +207,16 @@ class _Pair:
         best = np.linalg.solve(damped, cross + pull * self.weight.T)
         target = np.ascontiguousarray(best.T).reshape(self.geometry.weight_shape)
         if candidate.form == "dense":
-            whole, factors = target, [target]
+            whole, factors, error = target, [target], 0.0
         else:
             form = FORMS[candidate.form]
             factors = form.fitter(target, self.geometry, moments).fit(candidate.rank)
-            whole = form.reconstruct(factors)
+            whole = form.reconstruct(factors, self.geometry)
+            error = form.error(target, factors, self.geometry, moments)
         mean_output = self._shift_out.astype(np.float64) + offset_out
         return replace(
             candidate,
             factors=tuple(np.asarray(factor, np.float32) for factor in factors),
             bias=mean_output - whole.reshape(len(self.weight), -1) @ moments.mean,
-            error=relative_error(target, whole, moments),
+            error=error,
         )

@@ -23,6 +23,7 @@ from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.assemble import Assembler
 from tvm_lowrank.planner.bench import Bench, MeasuringBench, PredictingBench
 from tvm_lowrank.planner.calibrate import input_moments
+from tvm_lowrank.planner.candidates import WIDEST
 from tvm_lowrank.planner.curve import Curve, Trainer
 from tvm_lowrank.planner.judging import Judge
 from tvm_lowrank.planner.options import Options
@@ -103,9 +104,11 @@ def _search(
     make_curve = None
     if eligible := survey.eligible():
         observer = TrialNetwork(normalised, layers, trial_timer, expose=True)
+        # Noise says nothing of what layers will read, and wide layers read too much to keep.
+        known = [x for x in eligible if not parts.synthetic and x.weight[0].size <= WIDEST]
         moments = input_moments(
             observer,
-            eligible,
+            known,
             parts.fit.inputs,
             options.seed,
             lambda done: report("calibrating", done, len(parts.fit)),

@@ -34,7 +34,7 @@ class _Compiled:
 
 
 class Segments:
-    """The dense network cut before each convolution; weights are inputs, as in `TrialNetwork`.
+    """The dense network cut before each layer; weights are inputs, as in `TrialNetwork`.
 
     To refit layer after layer, or to ask what one layer's error does to the output, only what
     follows a layer has to run again.
@@ -44,7 +44,7 @@ class Segments:
     mod : tvm.IRModule
         Normalised.
     layers : list of ConvLayer
-        Of the same module, all of its convolutions.
+        Of the same module, all that `collect_layers` gives.
     timer : KernelTimer
         Names the target and the schedules.
     """

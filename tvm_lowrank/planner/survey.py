@@ -13,7 +13,7 @@ from tvm_lowrank.decompose.moments import InputMoments
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
-from tvm_lowrank.planner.candidates import Candidate, confirm, propose
+from tvm_lowrank.planner.candidates import Candidate, confirm, confirm_memory, forms_for, propose
 from tvm_lowrank.planner.options import Options
 
 # Told the stage, how many of its steps are done, and how many there are.
@@ -69,7 +69,9 @@ class Survey:
         stages, lossless = (geometry,), self.options.lossless
         # Nothing is to be compared, so what other machines found best needs no time here.
         covered = lossless and self.options.max_weight_bytes is None
-        covered = covered and all(map(self.timer.known, self.timer.workloads(stages)))
+        covered = covered and (
+            layer.fully_connected or all(map(self.timer.known, self.timer.workloads(stages)))
+        )
         measure = KernelTimer.recorded if covered else KernelTimer.chain
         before, us = measure(self.plain, stages), measure(self.timer, stages)
         if before is not None:
@@ -104,7 +106,8 @@ class Survey:
             if any(fnmatchcase(layer.name, pattern) for pattern in self.options.exclude):
                 self.reasons[layer.name] = "excluded"
                 continue
-            refusals = {FORMS[name].refuse(layer.geometry) for name in self.options.lossy}
+            lossy = forms_for(layer, self.options.forms)
+            refusals = {FORMS[name].refuse(layer.geometry) for name in lossy}
             if None in refusals and layer.name in self.dense:
                 found.append(layer)
             elif layer.name in self.dense or refusals - {None}:
@@ -117,18 +120,25 @@ class Survey:
     ) -> dict[str, list[Candidate]]:
         """For each layer that could gain, what is measured faster, and the dense form last.
 
-        ``moments`` are emptied on the way: those of a large network take gigabytes.
+        Of fully connected layers, what keeps fewer weights and is not measured slower.
+
+        A layer without moments is fitted to its weight alone. ``moments`` are emptied on the way:
+        those of a large network take gigabytes.
         """
         options: dict[str, list[Candidate]] = {}
         for done, layer in enumerate(eligible):
-            dense = self.dense[layer.name]
-            proposed, reason = propose(
-                layer, moments.pop(layer.name), self.options.lossy, self.roofline, self.timer
-            )
-            faster = confirm(proposed, dense, self.timer)
-            if faster:
-                options[layer.name] = [*faster, dense]
+            dense, geometry = self.dense[layer.name], layer.geometry
+            assert geometry is not None
+            given = moments.pop(layer.name, None) or InputMoments.identity(geometry)
+            proposed, reason = propose(layer, given, self.options.lossy, self.roofline, self.timer)
+            if layer.fully_connected:
+                found = confirm_memory(proposed, dense, self.timer, self.roofline.gigabytes)
             else:
-                self.reasons[layer.name] = reason or "no candidate measured faster"
+                found = [*confirm(proposed, dense, self.timer), dense]
+            if len(found) > 1:
+                options[layer.name] = found
+            else:
+                none = "smaller and no slower" if layer.fully_connected else "faster"
+                self.reasons[layer.name] = reason or f"no candidate measured {none}"
             self.report("fitting and measuring forms", done + 1, len(eligible))
         return options

@@ -67,9 +67,11 @@ class TrialNetwork:
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Output, and the exposed inputs of the layers in ``keep`` (all by default), a batch each.
 
-        Rows that only fill up the last batch are left out.
+        The inputs come in the order of ``keep``. Rows that only fill up the last batch are left
+        out.
         """
-        wanted = [0, *(list(self.layers).index(name) + 1 for name in keep)] if keep else None
+        names = list(self.layers)
+        wanted = [0, *(names.index(name) + 1 for name in keep)] if keep else None
         parameters = self._pack(weights) if weights else self._original
         for start in range(0, len(inputs), self.batch):
             chunk = inputs[start : start + self.batch]
@@ -79,11 +81,8 @@ class TrialNetwork:
             outputs = self.network.call([self.network.tensor(chunk), *parameters])
             values = [outputs] if hasattr(outputs, "numpy") else list(outputs)
             valid = min(self.batch, len(inputs) - start)
-            yield tuple(
-                value.numpy()[:valid]
-                for index, value in enumerate(values)
-                if wanted is None or index in wanted
-            )
+            taken = values if wanted is None else [values[index] for index in wanted]
+            yield tuple(value.numpy()[:valid] for value in taken)
 
     def _pack(self, weights: Weights) -> list[Any]:
         packed = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tvm_lowrank.decompose import FORMS, InputMoments, bicluster, relative_error
+from tvm_lowrank.decompose import FORMS, InputMoments, bicluster
 from tvm_lowrank.decompose.clustering import order_of
 from tvm_lowrank.decompose.form import Rank
 from tvm_lowrank.errors import LowRankError
@@ -50,9 +50,10 @@ def measure(
             continue
         fitter = form.fitter(weight, geometry, moments, refine=False)
         for rank in form.ranks(geometry, 1):
-            whole = form.reconstruct(fitter.fit(rank))
+            factors = fitter.fit(rank)
+            whole = form.reconstruct(factors, geometry)
             share = form.multiplications(geometry, rank) / geometry.multiplications
-            error = relative_error(weight, whole, metric)
+            error = form.error(weight, factors, geometry, metric)
             points.append(Point(name, rank, share, error, whole))
     return points
 
@@ -60,7 +61,8 @@ def measure(
 def draw_filters(weight: np.ndarray, points: Sequence[Point], share: float) -> str:
     """Original and approximated filters side by side (Figure 9), each form near ``share``.
 
-    A column of filters is one output channel, its rows are input channels; one grey scale for all.
+    A column of filters is one output channel, its rows are input channels; each output channel has
+    one grey scale, that of the original.
     """
     nearest: dict[str, Point] = {}
     for point in points:
@@ -75,20 +77,23 @@ def draw_filters(weight: np.ndarray, points: Sequence[Point], share: float) -> s
     filters, channels, x, y = (min(a, b) for a, b in zip(
         weight.shape, (_FILTERS, _CHANNELS, *weight.shape[2:]), strict=True))  # fmt: skip
     pixel = max(2.0, 24.0 / max(x, y))
-    scale = float(np.abs(weight).max())
+    scales = np.abs(weight).max(axis=(1, 2, 3))
     parts, top = [], 20.0
     for words, whole in shown:
         parts.append(svg.text(10, top, words))
         for f in range(filters):
             for c in range(channels):
                 left, row = 10 + f * (y * pixel + 4), top + 6 + c * (x * pixel + 4)
-                parts.append(svg.image(whole[f, c], left, row, pixel, scale))
+                parts.append(svg.image(whole[f, c], left, row, pixel, float(scales[f])))
         top += channels * (x * pixel + 4) + 26
     return svg.document(max(420, 20 + filters * (y * pixel + 4)), top, parts)
 
 
 def draw_errors(points: Sequence[Point]) -> str:
-    """Error against rank and against operations, all forms, in one drawing."""
+    """Error against rank and against operations, all forms, in one drawing.
+
+    Each rank is a point; the line joins those that lose less than all cheaper ones.
+    """
     by_rank: dict[str, list[tuple[float, float]]] = {}
     by_share: dict[str, list[tuple[float, float]]] = {}
     for point in sorted(points, key=lambda p: p.share):

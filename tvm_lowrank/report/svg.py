@@ -45,7 +45,11 @@ def curves(
     height: float,
     title: str,
 ) -> list[str]:
-    """Named curves of positive points in a frame, both axes logarithmic, the names beside it."""
+    """Named curves of positive points in a frame, both axes logarithmic, the names beside it.
+
+    A curve's line joins its points that lie below all before them. Colours go by name, so that a
+    name has the same one in every frame of the same names.
+    """
     points = np.array([point for curve in series.values() for point in curve], float)
     points = np.maximum(points.reshape(-1, 2), 1e-9)
     parts = [
@@ -72,10 +76,13 @@ def curves(
                 parts.append(text(x + end * width, y + height + 15, label, "middle"))
             else:
                 parts.append(text(x - 4, y + (1 - end) * height + 4, label, "end"))
-    for index, (name, curve) in enumerate(series.items()):
-        colour = COLOURS[index % len(COLOURS)]
+    for index, name in enumerate(sorted(series)):
+        colour, curve = COLOURS[index % len(COLOURS)], series[name]
         placed = [place(point) for point in curve]
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
+        lowest = np.minimum.accumulate([point[1] for point in curve])
+        below = [n == 0 or value < lowest[n - 1] for n, value in enumerate(lowest)]
+        front = [where for where, kept in zip(placed, below, strict=True) if kept]
+        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in placed]
         row = y + 12 + 15 * index

@@ -14,10 +14,10 @@ from tvm_lowrank.plan import LayerPlan, Plan
 
 
 def render(plan: Plan) -> RenderableType:
-    """One row a convolution, the reasons of those left as they are, then the measured totals."""
+    """One row a layer, the reasons of those left as they are, then the measured totals."""
     times = "predicted microseconds" if plan.result.get("predicted") else "microseconds"
     table = Table(
-        title=f"convolutions: {times}, and megabytes of weights as the kernels keep them",
+        title=f"layers: {times}, and megabytes of weights as the kernels keep them",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -76,12 +76,16 @@ def _curve(plan: Plan) -> Table:
 
 
 def _reasons(plan: Plan) -> str:
-    """The layers left dense, grouped by why."""
+    """The layers left dense, grouped by why, and those fitted without data."""
     groups: dict[str, list[str]] = {}
     for layer in plan.layers:
         if layer.reason:
             groups.setdefault(layer.reason, []).append(layer.name)
-    return "".join(f"dense: {', '.join(names)} ({why})\n" for why, names in groups.items())
+    lines = [f"dense: {', '.join(names)} ({why})\n" for why, names in groups.items()]
+    blind = [layer.name for layer in plan.rewritten if layer.fitted == "weights"]
+    if blind:
+        lines.append(f"fitted to the weights alone, not to data: {', '.join(blind)}\n")
+    return "".join(lines)
 
 
 def summary(plan: Plan) -> str:
@@ -113,7 +117,8 @@ def summary(plan: Plan) -> str:
     )
     lines.append(
         f"weights   {result['weight_bytes_before'] / 1e6:.2f} MB -> "
-        f"{result['weight_bytes_after'] / 1e6:.2f} MB (convolutions, float32); "
+        f"{result['weight_bytes_after'] / 1e6:.2f} MB (convolutions and fully connected layers, "
+        f"float32); "
         f"{result['kernel_weight_bytes'] / 1e6:.2f} MB as the kernels keep them"
     )
     return "\n".join(lines)
