@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_lowrank.geometry import ConvGeometry
 
+_DIRECT: Mapping[str, float] = {"direct": 1.0}
 # Outputs of a tile along one axis that Winograd kernels are predicted with, and additions of a
 # transform for each point and axis.
-_TILES = (2, 4, 6)
+_TILES = (2, 4)
 _ADDITIONS = 3
 # Starting a parallel kernel and calling it from the VM, in microseconds.
 _LAUNCH = 2.0
@@ -31,27 +32,30 @@ class Roofline:
         self,
         stages: Sequence[ConvGeometry],
         lanes: int,
-        algorithms: Collection[str] = ("direct",),
+        algorithms: Mapping[str, float] = _DIRECT,
     ) -> float:
         """Predicted time of a chain of convolutions, each by the fastest of the algorithms.
 
-        Output channels are counted in whole vectors of ``lanes``, as the kernels compute them. Good
-        enough to rank candidates; what is chosen is measured.
+        ``algorithms`` says how many times as long as at best each takes: 1 where nothing like it
+        was measured. Output channels are counted in whole vectors of ``lanes``, as the kernels
+        compute them. Good enough to rank candidates; what is chosen is measured.
         """
         return sum(self._one(stage, lanes, algorithms) for stage in stages)
 
-    def _one(self, stage: ConvGeometry, lanes: int, algorithms: Collection[str]) -> float:
+    def _one(self, stage: ConvGeometry, lanes: int, algorithms: Mapping[str, float]) -> float:
         padded = -(-stage.out_channels // lanes) * lanes / stage.out_channels
         maps = (
             stage.batch * stage.in_channels * stage.height * stage.width
             + stage.batch * stage.out_channels * stage.out_height * stage.out_width
         )
-        ways = [self._time(2 * stage.multiplications * padded, stage.weight_count + maps)]
+        direct = self._time(2 * stage.multiplications * padded, stage.weight_count + maps)
+        ways = [algorithms.get("direct", 1.0) * (direct + _LAUNCH)]
         if "winograd" in algorithms and _has_winograd(stage):
             for tile in _TILES:
                 operations, weights = _winograd(stage, tile, padded)
-                ways.append(self._time(operations, weights + maps))
-        return min(ways) + _LAUNCH
+                best = self._time(operations, weights + maps)
+                ways.append(algorithms["winograd"] * (best + _LAUNCH))
+        return min(ways)
 
     def _time(self, operations: float, floats: float) -> float:
         return max(operations / (self.gflops * 1e3), 4 * floats / (self.gigabytes * 1e3))

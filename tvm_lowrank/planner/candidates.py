@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -93,8 +93,12 @@ def propose(
     roofline: Roofline,
     timer: KernelTimer,
     limit: int = 8,
+    algorithms: Mapping[str, float] | None = None,
 ) -> tuple[list[Candidate], str | None]:
     """The best few candidates by predicted time and error, not measured yet.
+
+    ``algorithms`` says how many times as long as predicted each takes for the dense layer; its
+    candidates are expected to do alike.
 
     Returns
     -------
@@ -106,7 +110,8 @@ def propose(
     geometry, weight = layer.geometry, layer.weight
     assert geometry is not None
     exact = weight.astype(np.float64)
-    dense_us = roofline.microseconds([geometry], timer.isa.lanes, timer.algorithms)
+    algorithms = algorithms or dict.fromkeys(timer.algorithms, 1.0)
+    dense_us = roofline.microseconds([geometry], timer.isa.lanes, algorithms)
     refusals: list[str] = []
     plausible: dict[str, list[_Priced]] = {}
     for name in forms_for(layer, forms):
@@ -120,7 +125,7 @@ def propose(
             stages = tuple(form.stages(geometry, rank))
             moved = FLOAT32_BYTES * form.values_moved(geometry, rank)
             extra = moved / (1e3 * roofline.gigabytes)
-            predicted = roofline.microseconds(stages, timer.isa.lanes, timer.algorithms)
+            predicted = roofline.microseconds(stages, timer.isa.lanes, algorithms)
             predicted += extra
             if predicted < gain * dense_us:
                 priced.append(_Priced(rank, stages, predicted, extra))

@@ -15,6 +15,7 @@ from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.candidates import Candidate, confirm, confirm_memory, forms_for, propose
 from tvm_lowrank.planner.options import Options
+from tvm_lowrank.schedules.kernels import algorithm_of
 
 # Told the stage, how many of its steps are done, and how many there are.
 Report = Callable[[str, int, int], None]
@@ -79,7 +80,7 @@ class Survey:
         predicted = math.nan
         if not lossless:
             predicted = self.roofline.microseconds(
-                stages, self.timer.isa.lanes, self.timer.algorithms
+                stages, self.timer.isa.lanes, dict.fromkeys(self.timer.algorithms, 1.0)
             )
         if us == math.inf:
             raise LowRankError(
@@ -96,6 +97,23 @@ class Survey:
             predicted,
             math.nan if us is None else us,
         )
+
+    def _slowness(self, geometry: ConvGeometry) -> dict[str, float]:
+        """How many times as long as predicted each algorithm takes for a dense layer, 1 if unknown.
+
+        On small maps and few channels Winograd kernels are far from what their operations promise.
+        """
+        lanes, (workload,) = self.timer.isa.lanes, self.timer.workloads([geometry])
+        found = dict.fromkeys(self.timer.algorithms, 1.0)
+        for us, schedule in reversed(self.timer.measured_schedules(workload)):
+            name = algorithm_of(schedule)
+            if name in found:
+                # The time of this algorithm alone.
+                others = {name: 1.0, "direct": 1.0 if name == "direct" else math.inf}
+                predicted = self.roofline.microseconds([geometry], lanes, others)
+                if math.isfinite(predicted):
+                    found[name] = us / predicted
+        return found
 
     def eligible(self) -> list[ConvLayer]:
         """The layers that an allowed form can compute; the others get their reason."""
@@ -130,7 +148,14 @@ class Survey:
             dense, geometry = self.dense[layer.name], layer.geometry
             assert geometry is not None
             given = moments.pop(layer.name, None) or InputMoments.identity(geometry)
-            proposed, reason = propose(layer, given, self.options.lossy, self.roofline, self.timer)
+            proposed, reason = propose(
+                layer,
+                given,
+                self.options.lossy,
+                self.roofline,
+                self.timer,
+                algorithms=self._slowness(geometry),
+            )
             if layer.fully_connected:
                 found = confirm_memory(proposed, dense, self.timer, self.roofline.gigabytes)
             else:
