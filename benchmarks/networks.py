@@ -22,6 +22,7 @@ class Network:
     name: str
     model: Path
     data: Callable[[], tuple[Part, Part | None]]
+    metric: str | None = None
 
     @property
     def missing(self) -> str | None:
@@ -78,7 +79,7 @@ NETWORKS = (
         SHARED / "models" / "resnet20-cifar10.onnx",
         lambda: _cifar(*_IMAGENET, scale=255.0),
     ),
-    Network("crepe-tiny", SHARED / "models" / "crepe-tiny.onnx", _tones),
+    Network("crepe-tiny", SHARED / "models" / "crepe-tiny.onnx", _tones, "pitch"),
     Network(
         "resnet50-imagenet",
         SHARED / "models" / "resnet50-imagenet.onnx",

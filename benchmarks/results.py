@@ -1,9 +1,13 @@
-"""Tunes the networks at hand, keeps their figures in results.json and writes docs/results.md."""
+"""Tunes the networks at hand, races what was built, and writes docs/results.md.
+
+Planning and racing are two commands, so that a race can have the machine for itself.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -16,94 +20,139 @@ from machine import processor
 from networks import NETWORKS, Network
 from peers import Timing, take_turns
 
-from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.data import Samples, input_shape
 from tvm_lowrank.deploy import load
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.metrics import resolution
 from tvm_lowrank.planner import Options, search
-from tvm_lowrank.target import host_target, parse_target, target_key
+from tvm_lowrank.report.curve import draw_curve
+from tvm_lowrank.target import host_target, target_key
 from tvm_lowrank.threads import set_threads
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 ROWS = Path(__file__).with_name("results.json")
 CHECKED = 100
+PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO f32", "torch": "PyTorch f32"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="networks to measure again (default: all)")
     parser.add_argument("--max-drop", type=float, default=1.0)
+    parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--folder", type=Path, help="keeps records and libraries, and goes on from them"
+    )
+    parser.add_argument("--only", choices=("plan", "race"), help="one of the two steps (--folder)")
     args = parser.parse_args()
     threads = set_threads()
-    machine = f"{processor()}, {threads} threads, target `{target_key(host_target())}`"
-    rows: dict[str, dict[str, Any]] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
-    for network in NETWORKS:
-        if args.names and network.name not in args.names:
-            continue
-        if network.missing:
-            print(f"{network.name}: skipped, {network.missing}")
-            continue
-        row = _measure(network, args, threads)
-        rows[network.name] = {"machine": machine, **row}
-        ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        DOCS.write_text(_page(list(rows.values())), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        for network in NETWORKS:
+            if args.names and network.name not in args.names:
+                continue
+            if network.missing:
+                print(f"{network.name}: skipped, {network.missing}")
+                continue
+            kept = folder / (network.name + ("-recovered" if args.recover else ""))
+            kept.mkdir(parents=True, exist_ok=True)
+            if args.only != "race":
+                _plan(network, args, kept)
+            if args.only != "plan":
+                _race(network, kept, threads)
     return 0
 
 
-def _measure(network: Network, args: argparse.Namespace, threads: int) -> dict[str, Any]:
+def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
+    """Search, and leave the libraries, the plan and its figures in the folder."""
     print(f"== {network.name}", flush=True)
     mod = load_model(network.model)
     data, final = network.data()
     judged = len(final[0]) if final is not None else len(data[0]) // 3
-    max_drop = max(args.max_drop, resolution("top1", judged))
+    max_drop = max(args.max_drop, resolution(network.metric or "top1", judged))
+    stages: dict[str, list[float]] = {}
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path, dense = Path(folder) / "model.so", Path(folder) / "lossless.so"
-        plan = search(
-            mod,
-            data=Samples(*data),
-            final=None if final is None else Samples(*final),
-            options=Options(max_drop=max_drop, seed=args.seed),
-            records=Path(folder) / "records.jsonl",
-            directory=Path(folder),
-        )
-        seconds = time.perf_counter() - start
-        export(compile_module(plan.dense().apply(mod), parse_target(plan.target)), dense)
-        error = _against_onnxruntime(network, dense, data[0], threads)
-        jobs = {
-            "transformed": ("tvm", path),
-            "dense": ("tvm", dense),
-            "onnxruntime": ("onnxruntime", network.model),
-            "openvino": ("openvino", network.model),
-        }
-        timings = take_turns(jobs, input_shape(mod), threads)
+
+    def report(stage: str, done: int, total: int) -> None:
+        now = time.perf_counter() - start
+        stages.setdefault(stage.split(",")[0], [now, now])[1] = now
+
+    plan = search(
+        mod,
+        data=Samples(*data),
+        final=None if final is None else Samples(*final),
+        options=Options(
+            max_drop=max_drop, seed=args.seed, metric=network.metric, recover=args.recover
+        ),
+        records=folder / "records.jsonl",
+        directory=folder,
+        report=report,
+    )
+    # What was built with no form changed; the plan's own library where that won.
+    built = [folder / "dense.so", folder / "original.so", folder / "model.so"]
+    shutil.copy(next(path for path in built if path.exists()), folder / "lossless.so")
+    for path in (*built[:2], *folder.glob("attempt*.so")):
+        path.unlink(missing_ok=True)
+    plan.save(folder / "plan.json")
+    (folder / "curve.svg").write_text(draw_curve(plan), encoding="utf-8")
+    figures = {
+        "name": network.name,
+        "max_drop": max_drop,
+        "recover": args.recover,
+        "metric": plan.metric,
+        "seconds": time.perf_counter() - start,
+        "planning_seconds": sum(
+            end - begin for name, (begin, end) in stages.items() if name in _AFTER_CALIBRATION
+        ),
+        "result": plan.result,
+        "curve": list(plan.curve),
+        "transformed": plan.transformed,
+        "reason": plan.reason,
+        "forms": dict(sorted(Counter(layer.form for layer in plan.layers).items())),
+        "algorithms": dict(
+            sorted(Counter(name for layer in plan.layers for name in layer.algorithms).items())
+        ),
+    }
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    print({key: figures[key] for key in ("result", "forms", "seconds", "reason")}, flush=True)
+
+
+# Stages of a search that are planning, measuring of kernels left out.
+_AFTER_CALIBRATION = ("sensitivity of layers", "refitting", "building and judging")
+
+
+def _race(network: Network, folder: Path, threads: int) -> None:
+    """Time the folder's libraries and the peers, in turns; keep the row and write the page."""
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    mod = load_model(network.model)
+    error = _against_onnxruntime(network, folder / "lossless.so", threads)
+    jobs = {
+        "transformed": ("tvm", folder / "model.so"),
+        "lossless": ("tvm", folder / "lossless.so"),
+        **{peer: (peer, network.model) for peer in PEERS},
+    }
+    timings = take_turns(jobs, input_shape(mod), threads)
     latency = {
         name: timing.median_ms if isinstance(timing, Timing) else timing
         for name, timing in timings.items()
     }
-    print(plan.result, latency, f"dense error {error:.1e}, {seconds:.0f} s", flush=True)
-    return {
-        "name": network.name,
-        "max_drop": max_drop,
-        "latency": latency,
-        "error": error,
-        "seconds": seconds,
-        "result": plan.result,
-        "transformed": plan.transformed,
-        "reason": plan.reason,
-        "forms": dict(sorted(Counter(layer.form for layer in plan.layers).items())),
-    }
+    print(latency, f"lossless error {error:.1e}", flush=True)
+    machine = f"{processor()}, {threads} threads, target `{target_key(host_target())}`"
+    rows: dict[str, dict[str, Any]] = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    rows[folder.name] = {"machine": machine, **figures, "latency": latency, "error": error}
+    ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    DOCS.write_text(_page(list(rows.values())), encoding="utf-8")
 
 
-def _against_onnxruntime(network: Network, dense: Path, inputs: np.ndarray, threads: int) -> float:
-    """Largest relative difference of the dense library from ONNX Runtime over 100 inputs."""
+def _against_onnxruntime(network: Network, library: Path, threads: int) -> float:
+    """Largest relative difference of the lossless library from ONNX Runtime over 100 inputs."""
     import onnxruntime
 
+    inputs = network.data()[0][0][:CHECKED]
     session = onnxruntime.InferenceSession(str(network.model), providers=["CPUExecutionProvider"])
-    name, built, worst = session.get_inputs()[0].name, load(dense, threads), 0.0
-    for x in inputs[:CHECKED]:
+    name, built, worst = session.get_inputs()[0].name, load(library, threads), 0.0
+    for x in inputs:
         expected = session.run(None, {name: x[None]})[0]
         worst = max(worst, float(np.abs(built(x[None]) - expected).max() / np.abs(expected).max()))
     return worst
@@ -115,51 +164,83 @@ def _page(rows: list[dict[str, Any]]) -> str:
         "",
         "Written by `make results` (`benchmarks/results.py`). Latencies are medians in",
         "milliseconds, batch 1, float32, each runtime in a process of its own, the processes",
-        "taking turns. *Dense* is the network as it is, in tuned direct kernels.",
-        "Accuracy is of the built library on samples that neither fitted factors nor chose among",
-        "plans (they may reject a plan: see [architecture](architecture.md)). Where no peer was",
-        "measured, dense and transformed took turns in one process.",
+        "taking turns. *Lossless* is the same network with no form changed, in the fastest kernels",
+        "found; speed-ups are over the fastest of the other runtimes. Accuracy is of the built",
+        "library on samples that neither fitted factors nor chose among plans (they may reject a",
+        "plan: see [architecture](architecture.md)): top-1, for crepe-tiny raw pitch accuracy",
+        "within 50 cents on synthetic tones. *Trained* rows add label-free recovery",
+        "(`--recover`).",
         "",
-        "| network | dense | transformed | speed-up | ONNX Runtime | OpenVINO f32 | top-1 before | "
-        "after | budget | samples | agreement | weights | dense against ONNX Runtime | tuning |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network | transformed | speed-up | lossless | speed-up | "
+        + " | ".join(PEERS.values())
+        + " | accuracy | drop (95 % interval) | agreement | samples |",
+        "|" + "---|" * (10 + len(PEERS) - 1),
     ]
-    for row in rows:
-        result, latency = row["result"], row["latency"]
-        speedup = latency["dense"] / latency["transformed"]
-        cells = [
-            row["name"],
-            _ms(latency["dense"]),
-            _ms(latency["transformed"]),
-            f"{speedup:.2f}x" if row["transformed"] else "original kept",
-            _ms(latency["onnxruntime"]),
-            _ms(latency["openvino"]),
-            f"{result['accuracy_before']:.2f} %",
-            f"{result['accuracy_after']:.2f} %",
-            f"{row['max_drop']:.3g}",
-            str(result["samples"]),
-            f"{result['agreement']:.1f} %",
-            f"{result['weight_bytes_before'] / 1e6:.2f} -> "
-            f"{result['weight_bytes_after'] / 1e6:.2f} MB",
-            f"{row['error']:.0e}",
-            f"{row['seconds']:.0f} s",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    lines += ["", "## Choices tried", ""]
     lines += [
+        "Microseconds of all convolutions that a form can change, with the drop on the selection",
+        "samples; the first is with no form changed.",
         "",
-        "*Dense against ONNX Runtime*: the largest difference over the largest output, the",
     ]
-    lines += [f"worst of {CHECKED} inputs. *Tuning*: the whole search, from no records.", ""]
-    lines += ["## Forms chosen", ""]
     for row in rows:
-        text = ", ".join(f"{count} {form}" for form, count in row["forms"].items())
+        lines.append(f"- {_name(row)}: {_curve(row['curve'])}")
+    lines += ["", "## What was chosen", ""]
+    for row in rows:
+        forms, algorithms = (
+            ", ".join(f"{count} {name}" for name, count in row[key].items())
+            for key in ("forms", "algorithms")
+        )
         reason = "" if row["transformed"] else f" ({row['reason']})"
-        lines.append(f"- {row['name']}: {text}{reason}")
+        weights = [row["result"][f"weight_bytes_{when}"] / 1e6 for when in ("before", "after")]
+        lines.append(
+            f"- {_name(row)}: {forms}{reason}; stages by {algorithms}; weights "
+            f"{weights[0]:.2f} -> {weights[1]:.2f} MB; budget {row['max_drop']:.3g}; planning after "
+            f"calibration {row['planning_seconds']:.0f} s; lossless differs from ONNX Runtime by "
+            f"{row['error']:.0e} of the largest output at most, over {CHECKED} inputs"
+        )
     lines += ["", "## Machine", ""]
     for machine in dict.fromkeys(row["machine"] for row in rows):
-        names = ", ".join(row["name"] for row in rows if row["machine"] == machine)
+        names = ", ".join(_name(row) for row in rows if row["machine"] == machine)
         lines.append(f"- {names}: {machine}")
     return "\n".join(lines) + "\n"
+
+
+def _name(row: dict[str, Any]) -> str:
+    return row["name"] + (f", trained {row['recover']:g} min" if row["recover"] else "")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    result, latency = row["result"], row["latency"]
+    peers = [latency[peer] for peer in PEERS if isinstance(latency[peer], float)]
+    gains = [
+        f"{min(peers) / latency[name]:.2f}x" if peers else ""
+        for name in ("transformed", "lossless")
+    ]
+    before, after = result["accuracy_before"], result["accuracy_after"]
+    low, high = result["drop_interval"] or (float("nan"),) * 2
+    return [
+        _name(row),
+        _ms(latency["transformed"]),
+        f"**{gains[0]}**" if row["transformed"] else "original kept",
+        _ms(latency["lossless"]),
+        gains[1],
+        *(_ms(latency[peer]) for peer in PEERS),
+        f"{before:.2f} -> {after:.2f} %",
+        f"{result['drop']:.2f} ({low:.2f} to {high:.2f})",
+        f"{result['agreement']:.1f} %",
+        str(result["samples"]),
+    ]
+
+
+def _curve(points: list[dict[str, Any]]) -> str:
+    if not points:
+        return "none"
+    found = [f"{points[0]['dense_us']:.0f}"]
+    for point in points:
+        word = " trained" if point["recovered"] else ""
+        found.append(f"{point['microseconds']:.0f} ({point['drop']:+.2f}{word})")
+    return ", ".join(found)
 
 
 def _ms(value: float | str) -> str:
