@@ -195,9 +195,9 @@ def _page(rows: list[dict[str, Any]]) -> str:
         weights = [row["result"][f"weight_bytes_{when}"] / 1e6 for when in ("before", "after")]
         lines.append(
             f"- {_name(row)}: {forms}{reason}; stages by {algorithms}; weights "
-            f"{weights[0]:.2f} -> {weights[1]:.2f} MB; budget {row['max_drop']:.3g}; planning after "
-            f"calibration {row['planning_seconds']:.0f} s; lossless differs from ONNX Runtime by "
-            f"{row['error']:.0e} of the largest output at most, over {CHECKED} inputs"
+            f"{weights[0]:.2f} -> {weights[1]:.2f} MB; budget {row['max_drop']:.3g}; planning "
+            f"after calibration {row['planning_seconds']:.0f} s; lossless differs from ONNX "
+            f"Runtime by {row['error']:.0e} of the largest output at most, over {CHECKED} inputs"
         )
     lines += ["", "## Machine", ""]
     for machine in dict.fromkeys(row["machine"] for row in rows):

@@ -30,7 +30,7 @@ def gain(geometry):
         (layer(64, 56), 3.0, 4.0),
         (layer(128, 28), 2.8, 4.0),
         (layer(256, 14), 2.4, 3.6),
-        (layer(512, 7), 1.0, 1.5),
+        (layer(512, 7), 1.0, 1.8),
         # Along one axis the products fall to a half at most, for F(4, 3).
         (layer(64, 56, (3, 1)), 1.3, 2.3),
         (layer(64, 56, stride=2), 1.0, 1.0),
