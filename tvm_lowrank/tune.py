@@ -18,6 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tvm_lowrank import demo
+from tvm_lowrank.cost.batch import candidates_of, export_batch, import_results
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.predicting import records_for
 from tvm_lowrank.data import Samples, read_npz
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
@@ -111,6 +114,18 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=1, metavar="N", help="samples a call (default: 1)")
     add("--threads", type=int, metavar="N", help="default: all physical cores")
     add("--seed", type=int, default=0, metavar="N")
+    add(
+        "--export-batch",
+        type=Path,
+        metavar="FOLDER",
+        help="compile kernels to be measured elsewhere, with the script that does it, and stop",
+    )
+    add(
+        "--import-results",
+        type=Path,
+        metavar="FOLDER",
+        help="take the times of such a folder into DIR/records.jsonl, and stop",
+    )
     return make
 
 
@@ -122,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings(), _interruptible() as check:
             warnings.showwarning = _show_warning
+            if args.import_results or args.export_batch:
+                console.print(_travel(args))
+                return 0
             plan = _tune(args, console, check)
     except LowRankError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -202,6 +220,28 @@ def _tune(args: argparse.Namespace, console: Console, check: Callable[[], None])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return plan
+
+
+def _travel(args: argparse.Namespace) -> str:
+    """Export or import kernels that are measured on another machine; what was done, in words."""
+    path = args.output / "records.jsonl"
+    if args.import_results:
+        added, missing = import_results(args.import_results, path)
+        left = f"; {missing} candidates have no result yet" if missing else ""
+        return f"{added} times from {args.import_results} added to {path}{left}"
+    target, threads = parse_target(args.target), args.threads or 1
+    records = records_for(path, target, threads, shipped=False)
+    algorithms, forms = args.algorithms or ALGORITHMS, args.forms or tuple(FORMS)
+    timer = KernelTimer(target, records, args.trials, algorithms, args.seed, args.exact)
+    mod = load_model(args.model or demo.model_path(), args.batch)
+    lossy = [] if args.lossless else [name for name in forms if name != "dense"]
+    candidates = candidates_of(mod, timer, lossy, args.trials)
+    export_batch(candidates, target, threads, args.export_batch)
+    return (
+        f"{len(candidates)} candidates compiled into {args.export_batch}; on a machine with "
+        f"{target_key(target)} and TVM's runtime run 'python measure.py' there, then give the "
+        f"folder back with --import-results {args.export_batch} -o {args.output}"
+    )
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

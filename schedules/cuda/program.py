@@ -36,6 +36,13 @@ class Program:
     operands: tuple[str, ...] = ()
     dtypes: Mapping[str, str] | None = None
 
+    @classmethod
+    def of_function(cls, func: tirx.PrimFunc) -> Program:
+        """A kernel of a processor, whose last parameter is its result, as a program."""
+        shapes = {p.name: tuple(int(extent) for extent in p.shape) for p in func.params}
+        *reads, writes = shapes
+        return cls((Stage(func, tuple(reads), writes),), shapes, tuple(reads[2:]))
+
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of what the caller gives, in order."""
