@@ -27,8 +27,9 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 import tvm_lowrank
 from tvm_lowrank import tune
 from tvm_lowrank.cost import metaschedule
-from tvm_lowrank.cost.features import features
+from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.model import AnalyticModel, features
 from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
@@ -71,6 +72,7 @@ def test_a_process_that_cannot_start_is_one_sentence():
 def test_the_process_ends_with_its_parent():
     code = """
 import os, signal
+from tvm_lowrank.cost.model import AnalyticModel, features
 from tvm_lowrank.cost.worker import Worker
 worker = Worker(1, function="tuner_support:behave")
 print(worker.ask("a")["pid"], flush=True)
@@ -140,7 +142,7 @@ def test_when_nothing_runs_the_time_is_infinite():
 def test_unsteady_times_are_counted():
     class Unsteady:
         def ask(self, request):
-            return {"us": 1.0, "steady": False}
+            return {"us": 1.0, "spread": 0.25}
 
     unsteady = timer(worker=Unsteady(), trials=2)
     unsteady.microseconds(workload())
@@ -176,11 +178,13 @@ def test_the_model_finds_what_the_families_own_order_misses():
 
 
 def test_every_schedule_of_every_family_has_features():
+    model = AnalyticModel(Roofline(100.0, 10.0), timer().isa, 2)
     for each in NETWORK:
         for family, space in spaces(each, timer().isa).items():
-            for position, schedule in enumerate(space):
-                found = features(each, schedule.to_json(), position, 16, 2)
+            for schedule in space:
+                found = features(each, schedule.to_json(), model)
                 assert all(math.isfinite(value) for value in found.values()), family
+                assert model.predict(each, [schedule.to_json()])[0] > 0
 
 
 @pytest.mark.parametrize("trials", [1, 2, 4, 7])

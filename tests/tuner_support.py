@@ -26,7 +26,10 @@ def one_order_crashes(request):
     """A made-up time; schedules that finish rows first bring the process down."""
     if request["schedule"].get("order") == "rows":
         os.abort()
-    return {"us": 10.0 + request["schedule"]["tile"], "steady": request["schedule"]["tile"] != 3}
+    return {
+        "us": 10.0 + request["schedule"]["tile"],
+        "spread": 0.2 * (request["schedule"]["tile"] == 3),
+    }
 
 
 class Invented:
@@ -39,4 +42,4 @@ class Invented:
         """A time that grows with the vectors of a register tile."""
         self.asked.append(request)
         schedule = request["schedule"]
-        return {"us": 100.0 + 50.0 * schedule["vectors"] + schedule["tile"], "steady": True}
+        return {"us": 100.0 + 50.0 * schedule["vectors"] + schedule["tile"], "spread": 0.0}

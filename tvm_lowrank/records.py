@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,8 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.threads import processor
 
 FORMAT = 3
+# Two measurements of one candidate that differ by more than this share disagree.
+AGREEMENT = 0.1
 
 # Processor, threads, and whether the record was shipped: times of one place can be compared with
 # each other, and with no others.
@@ -26,9 +28,13 @@ class TuningRecords:
     """Measured times of kernels for one instruction set, kept in text files.
 
     Each line holds ``{"format", "isa", "threads", "machine", "mcpu", "workload", "schedule",
-    "us"}`` and is flushed to the disk as it is written, so a run that is killed loses at most the
-    kernel it was at. A last line that was cut off by that is dropped on reading; any other damage
-    is an error, and the file is then left as it is.
+    "us"}``, ``"spread"`` if it is known, and ``"device"`` if another machine measured. It is
+    flushed to the disk as it is written, so a run that is killed loses at most the kernel it was
+    at. A last line that was cut off by that is dropped on reading; any other damage is an error,
+    and the file is then left as it is.
+
+    Of two measurements of one candidate the lesser time counts; `disagreements` knows those that
+    differ by more than 10 %.
 
     Records of another machine or thread count, and all that are shipped, tell which schedules are
     good (`elsewhere`), never how long they take: `time` and `measured` know only what was measured
@@ -63,6 +69,8 @@ class TuningRecords:
     shipped: Sequence[Path] = ()
     # Workload, then place, then schedule as text: microseconds, infinite for a failure.
     _times: dict[str, dict[Place, dict[str, float]]] = field(default_factory=dict)
+    # The same of candidates that were measured twice with times that disagree: their ratio.
+    _ratios: dict[tuple[str, Place, str], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for path in self.shipped:
@@ -103,20 +111,37 @@ class TuningRecords:
 
     def _keep(self, workload: str, place: Place, schedule: str, microseconds: float) -> None:
         times = self._times.setdefault(workload, {}).setdefault(place, {})
-        times[schedule] = min(microseconds, times.get(schedule, math.inf))
+        known = times.get(schedule)
+        times[schedule] = microseconds if known is None else min(microseconds, known)
+        if known is not None:
+            low, high = sorted((known, microseconds))
+            if high > (1 + AGREEMENT) * low:
+                name = (workload, place, schedule)
+                self._ratios[name] = max(high / low, self._ratios.get(name, 1.0))
 
     @property
     def here(self) -> Place:
         """This machine with these threads."""
         return self.machine, self.threads, False
 
-    def add(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:
-        """Append one measurement; an infinite time says that the candidate failed."""
+    def add(
+        self,
+        workload: str,
+        schedule: dict[str, Any],
+        microseconds: float,
+        spread: float | None = None,
+        device: str | None = None,
+    ) -> None:
+        """Append one measurement; an infinite time says that the candidate failed.
+
+        ``spread`` is the share by which repeated minima differed, ``device`` which of several
+        machines of this name measured.
+        """
         microseconds = round(microseconds, 3)  # as it will be read again
         self._keep(workload, self.here, _text(schedule), microseconds)
         if self.path is None:
             return
-        record = {
+        record: dict[str, Any] = {
             "format": FORMAT,
             "isa": self.isa,
             "threads": self.threads,
@@ -126,6 +151,10 @@ class TuningRecords:
             "schedule": schedule,
             "us": microseconds if math.isfinite(microseconds) else None,
         }
+        if spread is not None:
+            record["spread"] = round(spread, 3)
+        if device is not None:
+            record["device"] = device
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, sort_keys=True) + "\n")
@@ -165,6 +194,30 @@ class TuningRecords:
                 ]
         turns.sort(key=lambda item: item[:3])
         return [schedule for *_, schedule in turns if self.time(workload, schedule) != math.inf]
+
+    def best(
+        self, workload: str, place: Place | None = None, families: Collection[str] = ()
+    ) -> tuple[dict[str, Any], float] | None:
+        """Fastest schedule of a workload at a place, by default here, and its microseconds.
+
+        ``families``, if any, restrict it to schedules of those kernels. None if nothing ran.
+        """
+        for schedule, time in _ranked(self._times.get(workload, {}).get(place or self.here, {})):
+            if not families or schedule.get("kernel") in families:
+                return schedule, time
+        return None
+
+    def places(self) -> list[Place]:
+        """Where the records were measured, in a fixed order."""
+        return sorted({place for places in self._times.values() for place in places})
+
+    def disagreements(self) -> list[tuple[str, dict[str, Any], float]]:
+        """Workload, schedule and ratio of what was measured twice here more than 10 % apart."""
+        return [
+            (workload, json.loads(schedule), ratio)
+            for (workload, place, schedule), ratio in self._ratios.items()
+            if place == self.here
+        ]
 
     def rows(self) -> Iterator[tuple[str, Place, dict[str, Any], float]]:
         """Every schedule that ran: its workload, its place, itself, and its microseconds."""

@@ -95,7 +95,7 @@ def require_runnable(target: tvm.target.Target) -> None:
         return  # what cannot be measured here is ranked by a model
     architecture, here = architecture_of(target), platform.machine()
     missing = []
-    if architecture and architecture != here.replace("arm64", "aarch64").replace("AMD64", "x86_64"):
+    if architecture and architecture != host_architecture():
         missing.append(architecture)
     elif flags := _cpu_flags():
         missing += [
@@ -123,6 +123,11 @@ def is_measurable(target: tvm.target.Target) -> bool:
     return version_of(here) // 10 == version_of(wanted) // 10 and version_of(here) >= version_of(
         wanted
     )
+
+
+def host_architecture() -> str:
+    """This machine's family of processors as in a target's triple."""
+    return platform.machine().replace("arm64", "aarch64").replace("AMD64", "x86_64")
 
 
 def target_key(target: tvm.target.Target) -> str:

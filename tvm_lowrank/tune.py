@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -18,18 +19,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tvm_lowrank import demo
+from tvm_lowrank.cost import learned
 from tvm_lowrank.cost.batch import candidates_of, export_batch, import_results
+from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import records_for
+from tvm_lowrank.cost.sampling import Survey
+from tvm_lowrank.cost.trees import FILE
 from tvm_lowrank.data import Samples, read_npz
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
+from tvm_lowrank.layer import collect_layers
 from tvm_lowrank.metrics import BUILT_IN
+from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import ALGORITHMS, Options, search
 from tvm_lowrank.report import render
-from tvm_lowrank.target import is_measurable, parse_target, target_key
+from tvm_lowrank.target import is_measurable, parse_target, require_runnable, target_key
+from tvm_lowrank.threads import set_threads
 
 NOT_MEASURED = (
     "no GPU that runs {} is at hand, so kernels and forms are ranked by the cost model and the "
@@ -44,6 +52,11 @@ examples:
       images.npz holds 'inputs' (samples first, preprocessed) and, optionally, 'labels'
   python -m tvm_lowrank.tune resnet.onnx --data images.npz --lossless -o out
       the same network with tuned kernels, nothing approximated
+
+  python -m tvm_lowrank.tune resnet.onnx --data images.npz --rpc-tracker host:9190 --rpc-key xeon
+      kernels are measured on all servers of that key, side by side
+  python -m tvm_lowrank.tune --survey --shapes 200 -o out
+      measures kernels of many shapes, which trains the cost model for this machine
 
 out receives model.so, plan.json, plan.npz and records.jsonl. A run that was interrupted goes on
 from the records when it is started again. Kernels that the records shipped with the package cover
@@ -126,6 +139,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="take the times of such a folder into DIR/records.jsonl, and stop",
     )
+    add("--rpc-tracker", metavar="HOST:PORT", help="measure on the servers of this TVM RPC tracker")
+    add("--rpc-key", metavar="KEY", help="which of its servers")
+    add("--survey", action="store_true", help="measure shapes for the cost model, build nothing")
+    add("--shapes", type=int, default=200, metavar="N", help="of a survey (default: 200)")
     return make
 
 
@@ -135,12 +152,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A file or a pipe has no width of its own; the table takes what it needs.
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        with warnings.catch_warnings(), _interruptible() as check:
+        with (
+            warnings.catch_warnings(),
+            _interruptible() as check,
+            _fleet(args, console) as fleet,
+        ):
             warnings.showwarning = _show_warning
             if args.import_results or args.export_batch:
                 console.print(_travel(args))
                 return 0
-            plan = _tune(args, console, check)
+            if args.survey:
+                _survey(args, console, check, fleet)
+                return 0
+            plan = _tune(args, console, check, fleet)
     except LowRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -186,7 +210,65 @@ def _interruptible() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _tune(args: argparse.Namespace, console: Console, check: Callable[[], None]) -> Plan:
+@contextmanager
+def _fleet(args: argparse.Namespace, console: Console) -> Iterator[Fleet | None]:
+    """The devices of the tracker, if one is named; in the end, which of them measured what."""
+    if (args.rpc_tracker is None) != (args.rpc_key is None):
+        raise LowRankError("--rpc-tracker and --rpc-key belong together; give both or neither")
+    if args.rpc_tracker is None:
+        yield None
+        return
+    parsed = parse_target(args.target)
+    if parsed.kind.name != "llvm":
+        raise LowRankError("--rpc-tracker measures on processors only; name an llvm --target")
+    target = dict(json.loads(str(parsed)))
+    fleet = Fleet(args.rpc_tracker, args.rpc_key, target, args.threads)
+    try:
+        yield fleet
+    finally:
+        console.print(fleet.table())
+        fleet.close()
+
+
+def _survey(
+    args: argparse.Namespace,
+    console: Console,
+    check: Callable[[], None],
+    fleet: Fleet | None,
+) -> None:
+    target = parse_target(args.target)
+    if fleet is None:
+        require_runnable(target)
+    if not is_measurable(target):
+        raise LowRankError("a survey measures, and no GPU that runs this --target is at hand")
+    _make_writable(args.output)
+    layers = None
+    if args.model is not None:
+        collected = collect_layers(normalise(load_model(args.model, args.batch)))
+        layers = [layer.geometry for layer in collected if layer.geometry is not None]
+    path = args.output / "records.jsonl"
+    threads = fleet.threads if fleet else set_threads(args.threads)
+    records = records_for(path, target, threads, not args.no_shipped_records, fleet)
+    timer = KernelTimer(target, records, args.trials, seed=args.seed, worker=fleet)
+    survey = Survey(timer, layers, args.shapes, max(2, args.trials - 1), args.seed)
+    try:
+        with _Bars(console, check) as bars:
+            survey.run(bars.report)
+    finally:
+        console.print(survey.table())
+    trees = learned.renew(records, timer.isa, args.output, args.seed, None)
+    if complaint := timer.complaint():
+        warnings.warn(complaint, stacklevel=2)
+    model = "" if trees is None else f", {FILE}"
+    console.print(f"written   {args.output}/records.jsonl{model}")
+
+
+def _tune(
+    args: argparse.Namespace,
+    console: Console,
+    check: Callable[[], None],
+    fleet: Fleet | None,
+) -> Plan:
     target = parse_target(args.target)
     options = Options(
         max_drop=args.max_drop,
@@ -214,7 +296,7 @@ def _tune(args: argparse.Namespace, console: Console, check: Callable[[], None])
     try:
         with _Bars(console, check) as bars:
             records = args.output / "records.jsonl"
-            plan = search(mod, target, data, final, options, records, scratch, bars.report)
+            plan = search(mod, target, data, final, options, records, scratch, bars.report, fleet)
         plan.save(args.output / "plan.json")
         os.replace(scratch / "model.so", args.output / "model.so")
     finally:

@@ -28,6 +28,9 @@ class Roofline:
     gflops: float
     gigabytes: float
 
+    def __str__(self) -> str:
+        return f"{self.gflops:.0f} GF/s, {self.gigabytes:.1f} GB/s"
+
     def microseconds(
         self,
         stages: Sequence[ConvGeometry],

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import tvm
 
+from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.fleet import Fleet
+from tvm_lowrank.cost.model import CostModel
+from tvm_lowrank.cost.trees import Trees
 from tvm_lowrank.cost.tuner import Tuner
+from tvm_lowrank.cost.watch import Watch
 from tvm_lowrank.cost.worker import Worker, shared_worker
-from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.passes.blocked_rewriter import PLAIN_CHANNELS
-from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.records import AGREEMENT, TuningRecords
 from tvm_lowrank.schedules.kernels import (
     ALGORITHMS,
     Schedule,
@@ -34,10 +36,6 @@ from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-_REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
-# Also on record: a search that goes on from its records must predict what it predicted.
-_COPY = "copy of 64 MiB"
-_COPY_BYTES = 64 << 20
 # Batches whose records serve another that has none.
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -61,14 +59,18 @@ class KernelTimer:
         Of the tuner.
     exact : bool
         Leave out kernels whose stated error exceeds `kernels.EXACT`.
-    worker : Worker, optional
+    worker : Worker or Fleet, optional
         Runs the candidates; by default the one that this process shares.
+    trees : Trees, optional
+        A cost model trained before; it is trained further on the records.
 
     Attributes
     ----------
     measured, failed, unsteady : int
         Candidates measured by this timer, those among them that did not run, and those whose time
         varied by more than 10 %.
+    spread : float
+        The largest share by which repeated minima of one of them differed.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class KernelTimer:
         algorithms: Collection[str] = ALGORITHMS,
         seed: int = 0,
         exact: bool = False,
-        worker: Worker | None = None,
+        worker: Worker | Fleet | None = None,
+        trees: Trees | None = None,
     ) -> None:
         self.target = target
         self.isa = machine_of(target)
@@ -87,8 +90,10 @@ class KernelTimer:
         self.algorithms = tuple(algorithms)
         self.exact = exact
         self.measured = self.failed = self.unsteady = 0
+        self.spread = 0.0
+        self._watch = Watch(self)
         self._worker = worker
-        self._tuner = Tuner(records, self.isa, trials, seed)
+        self._tuner = Tuner(records, self.isa, trials, seed, trees)
         self._usable: dict[tuple[str, str], Schedule | None] = {}
 
     def refuse(self, stages: Sequence[ConvGeometry]) -> str:
@@ -119,13 +124,62 @@ class KernelTimer:
 
         Infinite if no schedule runs.
         """
-        for schedule in self._elsewhere(workload):
-            if self.time(workload, schedule) < math.inf:
-                return self._best(workload)[0]
-        allowed = self._allowed(workload) or spaces(workload, self.isa)
-        while (schedule := self._tuner.propose(workload, allowed)) is not None:
+        while (schedule := self._next(workload)) is not None:
             self.time(workload, schedule)
         return self._best(workload)[0]
+
+    def _next(self, workload: ConvWorkload) -> Schedule | None:
+        """The schedule to measure next for a workload, None when enough were."""
+        for schedule in self._elsewhere(workload):
+            known = self.records.time(workload.key(), schedule.to_json())
+            if known is None or known < math.inf:
+                return schedule if known is None else None
+        allowed = self._allowed(workload) or spaces(workload, self.isa)
+        return self._tuner.propose(workload, allowed)
+
+    def measure_all(self, workloads: Iterable[ConvWorkload]) -> None:
+        """What `microseconds` measures for each workload, on all devices side by side.
+
+        One worker alone measures one after the other anyway, when the times are asked for.
+        """
+        if not isinstance(self._worker, Fleet):
+            return
+        left = [w for w in dict.fromkeys(workloads) if not refuse(w, self.isa)]
+        while left:
+            batch = [(w, s) for w in left if (s := self._next(w)) is not None]
+            left = [workload for workload, _ in batch]
+            self.time_all(batch)
+
+    def time_all(self, pairs: Sequence[tuple[ConvWorkload, Schedule]]) -> None:
+        """Measure schedules that are not on record yet, side by side if there are many devices."""
+        pairs = [p for p in pairs if self.records.time(p[0].key(), p[1].to_json()) is None]
+        if isinstance(self._worker, Fleet):
+            for index, answer in self._worker.ask_all([self._request(*pair) for pair in pairs]):
+                self._keep(*pairs[index], answer)
+            self._watch.look()
+        else:
+            for pair in pairs:
+                self.time(*pair)
+
+    @property
+    def model(self) -> CostModel:
+        """The cost model of this machine, as far as it is trained."""
+        return self._tuner.model
+
+    def is_trusted(self) -> bool:
+        """Whether the cost model knows this machine well enough to pick what is measured."""
+        return self._tuner.is_trusted()
+
+    def predict(self, stages: Sequence[ConvGeometry]) -> float:
+        """Predicted microseconds of a chain in the best schedules; infinite where one has none."""
+        if self.refuse(stages):
+            return math.inf
+        total = 0.0
+        for workload in self.workloads(stages):
+            allowed = self._allowed(workload) or spaces(workload, self.isa)
+            schedules = [s.to_json() for space in allowed.values() for s in space]
+            total += float(self.model.predict(workload, schedules).min())
+        return total
 
     def time_of(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
         """Microseconds of a schedule here if they are on record, whatever the epilogue."""
@@ -165,38 +219,24 @@ class KernelTimer:
         return sorted(((us, s) for s, us in found.items()), key=lambda pair: pair[0])
 
     def roofline(self) -> Roofline:
-        """Peak of our own kernel on a layer that suits it, and bandwidth of a large copy.
+        """Peak of our own direct kernel on a layer that suits it, and bandwidth of a large copy.
 
         Raises
         ------
         LowRankError
             The kernel does not run on this machine.
         """
-        workload = ConvWorkload(_REFERENCE, self.isa.block, ("bias", "relu"))
-        microseconds = self.microseconds(workload)
-        if math.isinf(microseconds):
-            raise LowRankError(
-                f"kernels for target {self.target} do not run on this machine; name one that it "
-                "can run with --target"
-            )
-        copy = self.records.time(_COPY, {})
-        if copy is None:
-            copy = _copy_microseconds()
-            self.records.add(_COPY, {}, copy)
-        gflops = 2 * _REFERENCE.multiplications / (microseconds * 1e3)
-        return Roofline(gflops=gflops, gigabytes=2 * _COPY_BYTES / (copy * 1e3))
+        return self._watch.roofline()
+
+    def tune(self, workload: ConvWorkload, algorithms: Collection[str]) -> None:
+        """Measure the schedules of some algorithms, whatever other machines know."""
+        allowed = spaces(workload, self.isa, algorithms)
+        while (schedule := self._tuner.propose(workload, allowed)) is not None:
+            self.time(workload, schedule)
 
     def complaint(self) -> str:
         """One sentence on what went wrong with this timer's measurements; empty if nothing."""
-        parts = []
-        if self.failed:
-            parts.append(f"{self.failed} of {self.measured} kernels did not run")
-        if self.unsteady:
-            parts.append(
-                f"the times of {self.unsteady} of {self.measured} kernels varied by more than 10 %"
-                " (is the machine busy?)"
-            )
-        return "; ".join(parts)
+        return "; ".join(self._watch.complaints())
 
     def _allowed(self, workload: ConvWorkload) -> dict[str, list[Any]]:
         return spaces(workload, self.isa, self.algorithms, self.exact)
@@ -251,20 +291,39 @@ class KernelTimer:
         known = self.records.time(key, data)
         if known is not None:
             return known
-        worker = self._worker or shared_worker(self.records.threads)
-        answer = worker.ask(
-            {
-                "target": json.loads(str(self.target)),
-                "workload": workload.to_json(),
-                "schedule": data,
-            }
-        )
-        self.measured += 1
-        self.failed += answer is None
-        self.unsteady += answer is not None and not answer["steady"]
-        microseconds = math.inf if answer is None else float(answer["us"])
-        self.records.add(key, data, microseconds)
+        microseconds = self._keep(workload, schedule, self.ask(workload, schedule))
+        self._watch.look()
         return microseconds
+
+    def _keep(self, workload: Any, schedule: Any, answer: Any) -> float:
+        """Put an answer on record; returns its microseconds."""
+        self.measured += 1
+        microseconds = math.inf if answer is None else float(answer["us"])
+        spread = None if answer is None else float(answer["spread"])
+        self.failed += answer is None
+        self.unsteady += spread is not None and spread > AGREEMENT
+        self.spread = max(self.spread, spread or 0.0)
+        device = None if answer is None else answer.get("device")
+        self.records.add(workload.key(), schedule.to_json(), microseconds, spread, device)
+        return microseconds
+
+    def copy_microseconds(self) -> float:
+        """Time now of a copy of 64 MiB where kernels are measured."""
+        if isinstance(self._worker, Fleet):
+            return self._worker.copy_microseconds()
+        return machine.copy_microseconds()
+
+    def ask(self, workload: Any, schedule: Any) -> Any:
+        """The worker's answer for a schedule, put on no record; None if it does not run."""
+        worker = self._worker or shared_worker(self.records.threads)
+        return worker.ask(self._request(workload, schedule))
+
+    def _request(self, workload: Any, schedule: Any) -> dict[str, Any]:
+        return {
+            "target": json.loads(str(self.target)),
+            "workload": workload.to_json(),
+            "schedule": schedule.to_json(),
+        }
 
 
 def _same(workload: ConvWorkload) -> list[ConvWorkload]:
@@ -284,14 +343,3 @@ def _other_batches(workload: ConvWorkload) -> list[ConvWorkload]:
     return [
         replace(workload, geometry=replace(workload.geometry, batch=batch)) for batch in batches
     ]
-
-
-def _copy_microseconds() -> float:
-    source = np.ones(_COPY_BYTES // 4, np.float32)
-    sink = np.empty_like(source)
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        np.copyto(sink, source)
-        best = min(best, time.perf_counter() - start)
-    return 1e6 * best

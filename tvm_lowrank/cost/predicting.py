@@ -11,6 +11,7 @@ from typing import Any
 import tvm
 
 from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cuda import gpu_name
 from tvm_lowrank.records import TuningRecords, shipped_records
@@ -29,7 +30,11 @@ NO_CARD = "no card"
 
 
 def records_for(
-    path: Path | None, target: tvm.target.Target, threads: int, shipped: bool
+    path: Path | None,
+    target: tvm.target.Target,
+    threads: int,
+    shipped: bool,
+    fleet: Fleet | None = None,
 ) -> TuningRecords:
     """The records of a target, for the place whose times this machine can use.
 
@@ -42,6 +47,8 @@ def records_for(
         Threads of the runtime; kernels of a GPU do not depend on them and count as of one.
     shipped : bool
         Also read the records that are installed with the package.
+    fleet : Fleet, optional
+        Devices that measure instead of this machine.
 
     Returns
     -------
@@ -53,6 +60,8 @@ def records_for(
     more: dict[str, Any] = {"shipped": shipped_records(name) if shipped else ()}
     if target.kind.name != "cuda":
         mcpu = str(target.attrs.get("mcpu", "")) if target.attrs else ""
+        if fleet is not None:
+            return TuningRecords(path, name, fleet.threads, mcpu, fleet.machine, **more)
         return TuningRecords(path, name, threads, mcpu=mcpu, **more)
     if is_measurable(target):
         return TuningRecords(path, name, 1, machine=gpu_name(), **more)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tvm_lowrank.records import AGREEMENT
 from tvm_lowrank.schedules.kernels import emit, schedule_from_json
 from tvm_lowrank.schedules.x86 import fused
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
-from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
+from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 # In a network, the kernels in between push a layer's weights out of the second-level cache. Calls
@@ -24,7 +25,7 @@ _MOST_COPIES = 32
 # Seconds of one of the measurements that have to agree, and of what its minimum is taken over.
 _SECONDS = 0.02
 _BLOCK = 1e-4
-_AGREEMENT = 1.1
+_AGREEMENT = 1 + AGREEMENT
 
 
 def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,11 +42,12 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``us``, the minimum of repeated runs in microseconds, and ``steady``: whether two of at most
-        three such minima agreed within 10 %.
+        ``us``, the minimum of repeated runs in microseconds, and ``spread``: by which share of it
+        the second of at most three such minima is above. A third is taken only where the first two
+        differ by more than 10 %.
     """
     target = tvm.target.Target(request["target"])
-    funcs = _functions(request, isa_of(target))
+    funcs = kernels_of(request, target)
     calls = [_compile(func, target) for func in funcs]
     turns = itertools.cycle(_arguments(funcs))
 
@@ -60,7 +62,7 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     minima = sorted(min(_blocks(run, number, count)) for _ in range(2))
     if minima[1] > _AGREEMENT * minima[0]:
         minima = sorted([*minima, min(_blocks(run, number, count))])
-    return {"us": 1e6 * minima[0], "steady": minima[1] <= _AGREEMENT * minima[0]}
+    return {"us": 1e6 * minima[0], "spread": minima[1] / minima[0] - 1}
 
 
 def _blocks(run: Callable[[], None], number: int, count: int) -> Iterator[float]:
@@ -72,8 +74,9 @@ def _blocks(run: Callable[[], None], number: int, count: int) -> Iterator[float]
         yield (time.perf_counter() - start) / number
 
 
-def _functions(request: Mapping[str, Any], isa: VectorISA) -> list[tvm.tirx.PrimFunc]:
-    """The kernels of a request in the order of their calls."""
+def kernels_of(request: Mapping[str, Any], target: tvm.target.Target) -> list[tvm.tirx.PrimFunc]:
+    """The kernels of a request to `time_kernel` in the order of their calls."""
+    isa = isa_of(target)
     if "stages" not in request["workload"]:
         workload = ConvWorkload.from_json(request["workload"])
         return [emit(workload, schedule_from_json(request["schedule"]), isa)]

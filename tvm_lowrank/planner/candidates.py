@@ -22,6 +22,8 @@ _WORST_ERROR = 0.6
 # Predicted times are good to about this factor; what is predicted slower is not measured.
 _PREDICTED_GAIN = 0.95
 _MEASURED_GAIN = 0.97
+# What the trained cost model predicts behind by more than this factor is not measured.
+_MODEL_MARGIN = 1.15
 # Forms that save memory need not gain time, but may not lose any.
 _NO_LOSS = 1.0
 # Layers that read more inputs an output are fitted to their weights alone: their second moments
@@ -199,7 +201,13 @@ def _most_promising(probes: dict[str, Candidate], count: int) -> list[str]:
 def confirm(
     candidates: Sequence[Candidate], dense: Candidate, timer: KernelTimer
 ) -> list[Candidate]:
-    """The candidates that are measured faster than the dense layer, on the front, fastest first."""
+    """The candidates that are measured faster than the dense layer, on the front, fastest first.
+
+    Where the cost model knows this machine, what it predicts far behind is not measured.
+    """
+    if timer.is_trusted():
+        candidates = _worth_measuring(candidates, dense, timer)
+    timer.measure_all(w for c in candidates for w in timer.workloads(c.stages))
     measured = [_measured(candidate, timer) for candidate in candidates]
     faster = [c for c in measured if c.measured_us < _MEASURED_GAIN * dense.measured_us]
     return _front(faster, lambda candidate: candidate.measured_us)
@@ -225,6 +233,22 @@ def confirm_memory(
         if c.weight_count < dense.weight_count and c.measured_us <= _NO_LOSS * dense.measured_us
     ]
     return [*_front(kept, lambda candidate: candidate.cost_us), priced(dense)]
+
+
+def _worth_measuring(
+    candidates: Sequence[Candidate], dense: Candidate, timer: KernelTimer
+) -> list[Candidate]:
+    """Those that the model does not put behind the dense layer or behind another candidate."""
+    times = {id(candidate): timer.predict(candidate.stages) for candidate in candidates}
+    return [
+        one
+        for one in candidates
+        if times[id(one)] < _MODEL_MARGIN * dense.measured_us
+        and not any(
+            other.error <= one.error and _MODEL_MARGIN * times[id(other)] < times[id(one)]
+            for other in candidates
+        )
+    ]
 
 
 def _measured(candidate: Candidate, timer: KernelTimer) -> Candidate:

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tvm_lowrank.cost import learned
+from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import PredictingTimer, records_for
+from tvm_lowrank.cost.trees import Trees
+from tvm_lowrank.cost.trees import find as find_trees
 from tvm_lowrank.cuda import prepare_compiler
 from tvm_lowrank.data import Samples, input_shape, split
 from tvm_lowrank.extras import require_torch
@@ -32,6 +36,7 @@ from tvm_lowrank.planner.sensitivity import remembered, sensitivities
 from tvm_lowrank.planner.survey import Report, Survey
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.target import host_target, is_measurable, parse_target, require_runnable
 from tvm_lowrank.threads import set_threads
 
@@ -52,16 +57,18 @@ def search(
     records: Path | None = None,
     directory: Path | None = None,
     report: Report = _silent,
+    fleet: Fleet | None = None,
 ) -> Plan:
     """Plan, build and judge; ``directory``, if given, receives ``model.so``.
 
-    See `tvm_lowrank.plan` for the parameters and errors.
+    See `tvm_lowrank.plan` for the parameters and errors. With a ``fleet`` kernels are measured on
+    its devices; the network is tried and judged here.
     """
     options = options or Options()
     if directory is not None:
-        return _search(mod, target, data, final, options, records, directory, report)
+        return _search(mod, target, data, final, options, records, directory, report, fleet)
     with tempfile.TemporaryDirectory(prefix="tvm_lowrank-") as scratch:
-        return _search(mod, target, data, final, options, records, Path(scratch), report)
+        return _search(mod, target, data, final, options, records, Path(scratch), report, fleet)
 
 
 def _search(
@@ -73,6 +80,7 @@ def _search(
     records_path: Path | None,
     directory: Path,
     report: Report,
+    fleet: Fleet | None,
 ) -> Plan:
     target = parse_target(target_spec)
     require_runnable(target)
@@ -83,16 +91,19 @@ def _search(
     labelled = parts.final.labels is not None and parts.select.labels is not None
     metric = metric_of(options.metric, labelled, parts.synthetic)
     threads = set_threads(options.threads)
-    records = records_for(records_path, target, threads, options.shipped_records)
+    records = records_for(records_path, target, threads, options.shipped_records, fleet)
     if not options.lossless:
         check_resolution(metric, options.max_drop, len(parts.final), labelled)
 
     measured = is_measurable(target)
-    timer = _timer(target, records, options, options.algorithms)
+    isa, folder = machine_of(target), records_path.parent if records_path else None
+    trees, complaint = find_trees(folder, isa)
+    trees = learned.train(records, isa, options.seed, trees)
+    timer = _timer(target, records, options, options.algorithms, fleet, trees)
     # What "before" means everywhere: the network as it is, in tuned direct kernels.
     plain = timer
     if options.algorithms != ("direct",) or options.max_weight_bytes is not None:
-        plain = _timer(target, records, options, ("direct",))
+        plain = _timer(target, records, options, ("direct",), fleet, trees)
     # Plans are tried out on this machine's processor, whatever they are for.
     trial_timer = timer if target.kind.name == "llvm" else _host_timer(threads, options)
     normalised = normalise(mod)
@@ -161,7 +172,8 @@ def _search(
         report,
     )
     plan = judge.conclude(make_curve)
-    complaints = dict.fromkeys((timer.complaint(), plain.complaint(), *judge.complaints))
+    learned.renew(records, isa, folder, options.seed, trees)
+    complaints = dict.fromkeys((complaint, timer.complaint(), plain.complaint(), *judge.complaints))
     for complaint in filter(None, complaints):
         warnings.warn(complaint, stacklevel=3)
     return plan
@@ -210,9 +222,12 @@ def _timer(
     records: TuningRecords,
     options: Options,
     algorithms: tuple[str, ...],
+    fleet: Fleet | None,
+    trees: Trees | None,
 ) -> KernelTimer:
     make = KernelTimer if is_measurable(target) else PredictingTimer
-    return make(target, records, options.trials, algorithms, options.seed, options.exact)
+    trials, seed, exact = options.trials, options.seed, options.exact
+    return make(target, records, trials, algorithms, seed, exact, fleet, trees)
 
 
 def _host_timer(threads: int, options: Options) -> KernelTimer:

@@ -56,6 +56,7 @@ class Survey:
         """Time every layer as it is; without other forms, only what no record covers."""
         if not self.options.lossless:
             self.roofline = self.plain.roofline()
+        self._prepare()
         for done, layer in enumerate(self.layers):
             reason, geometry = layer.reason, layer.geometry
             if reason is None and geometry is not None:
@@ -65,6 +66,18 @@ class Survey:
             elif geometry is not None:
                 self.dense[layer.name] = self._dense(layer, geometry)
             self.report("measuring dense layers", done + 1, len(self.layers))
+
+    def _prepare(self) -> None:
+        """Measure all layers side by side if there are several devices."""
+        shapes = [layer.geometry for layer in self.layers if layer.geometry is not None]
+        shapes = [geometry for geometry in shapes if not self.timer.refuse([geometry])]
+        for timer in dict.fromkeys((self.plain, self.timer)):
+            workloads = [
+                workload for geometry in shapes for workload in timer.workloads([geometry])
+            ]
+            if self.options.lossless:
+                workloads = [workload for workload in workloads if timer.known(workload) is None]
+            timer.measure_all(workloads)
 
     def _dense(self, layer: ConvLayer, geometry: ConvGeometry) -> Candidate:
         stages, lossless = (geometry,), self.options.lossless

@@ -11,6 +11,8 @@ COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
     "#bcbd22", "#17becf", "#000000", "#aec7e8", "#98df8a",
 )  # fmt: skip
+# Height of a group of bars in pixels.
+BAR_HEIGHT = 28
 _FONT = 'font-family="sans-serif" font-size="11"'
 
 
@@ -90,4 +92,59 @@ def curves(
             f'<rect x="{x + width + 10}" y="{row - 8}" width="9" height="9" fill="{colour}"/>'
         )
         parts.append(text(x + width + 24, row, name))
+    return parts
+
+
+def scatter(
+    points: Sequence[tuple[float, float]], x: float, y: float, size: float, across: str, up: str
+) -> list[str]:
+    """Positive points in a square frame, both axes of one logarithmic scale, with the diagonal."""
+    values = np.maximum(np.array(points, float).reshape(-1, 2), 1e-9)
+    low, high = float(np.log10(values.min())), float(np.log10(values.max()))
+    shares = (np.log10(values) - low) / max(high - low, 1e-3)
+    parts = [
+        f'<rect x="{x}" y="{y}" width="{size}" height="{size}" fill="none" stroke="black"/>',
+        f'<line x1="{x}" y1="{y + size}" x2="{x + size}" y2="{y}" stroke="#bbbbbb"/>',
+        text(x + size / 2, y + size + 32, across, "middle"),
+        text(x, y - 8, up),
+    ]
+    for share in (0.0, 0.5, 1.0):
+        label = f"{10 ** (low + share * (high - low)):.3g}"
+        parts.append(text(x + share * size, y + size + 15, label, "middle"))
+        parts.append(text(x - 4, y + (1 - share) * size + 4, label, "end"))
+    parts += [
+        f'<circle cx="{x + a * size:.1f}" cy="{y + (1 - b) * size:.1f}" r="1.5" '
+        f'fill="{COLOURS[0]}" fill-opacity="0.5"/>'
+        for a, b in shares
+    ]
+    return parts
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+    x: float,
+    y: float,
+    width: float,
+) -> list[str]:
+    """Groups of horizontal bars from ``x`` on, one a name, their values behind them.
+
+    A group takes `BAR_HEIGHT` pixels.
+    """
+    most = max((value for group in groups.values() for value in group.values()), default=1.0)
+    height = (BAR_HEIGHT - 4) / len(names)
+    parts = []
+    for row, (label, group) in enumerate(groups.items()):
+        top = y + row * BAR_HEIGHT
+        parts.append(text(x - 6, top + BAR_HEIGHT / 2, label, "end"))
+        for index, name in enumerate(names):
+            value = group.get(name, 0.0)
+            at, colour = top + index * height, COLOURS[index % len(COLOURS)]
+            length = width * value / most
+            parts.append(
+                f'<rect x="{x}" y="{at:.1f}" width="{length:.1f}" height="{height - 1:.1f}" '
+                f'fill="{colour}"/>'
+            )
+            words = f"{value:.1f}" + (f" {name}" if row == 0 else "")
+            parts.append(text(x + length + 4, at + height - 2, words))
     return parts

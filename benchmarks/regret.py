@@ -1,0 +1,280 @@
+"""What the cost model's choices cost: regret against exhaustive measurement, by network held out.
+
+A layer counts where records hold at least two algorithms at one place (processor and threads). The
+model is trained without every layer of the network it is judged on. `tune --survey` makes such
+records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tvm_lowrank.schedules.x86 import isa as instruction_sets
+from tvm_lowrank.schedules.x86.isa import VectorISA
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
+from tvm_lowrank.cost.model import AnalyticModel
+from tvm_lowrank.cost.sampling import algorithm_class, recorded_layers
+from tvm_lowrank.cost.trees import signature
+from tvm_lowrank.cost.work import work_of
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.records import Place, TuningRecords, shipped_records
+from tvm_lowrank.report import svg
+
+# Given a workload and its schedules, a score of each; the least is picked.
+Score = Callable[[ConvWorkload, Sequence[Mapping[str, Any]]], np.ndarray]
+ISAS = {isa.name: isa for isa in (instruction_sets.AVX512, instruction_sets.AVX2)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A workload with what was measured of it at the place."""
+
+    workload: ConvWorkload
+    schedules: list[dict[str, Any]]
+    microseconds: np.ndarray
+
+    @property
+    def classes(self) -> list[str]:
+        """The algorithm of each schedule: family and tile."""
+        return [algorithm_class(schedule) for schedule in self.schedules]
+
+    def algorithm_regret(self, scores: np.ndarray) -> float:
+        """The best measured time of the picked algorithm over the best of all, less one."""
+        classes = self.classes
+        picked = classes[int(np.argmin(scores))]
+        own = [us for us, name in zip(self.microseconds, classes, strict=True) if name == picked]
+        return float(min(own) / self.microseconds.min() - 1)
+
+    def schedule_regret(self, scores: np.ndarray) -> float:
+        """The time of the picked schedule over the best of all, less one."""
+        picked = self.microseconds[int(np.argmin(scores))]
+        return float(picked / self.microseconds.min() - 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("records", nargs="*", type=Path, help="files of a survey, besides shipped")
+    parser.add_argument("--isa", choices=sorted(ISAS), default="avx512")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="predicted against measured")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table, also printed")
+    args = parser.parse_args()
+    isa, shipped = ISAS[args.isa], shipped_records(args.isa)
+    records = TuningRecords(None, isa.name, 1, shipped=[*shipped, *args.records])
+    place = _place(TuningRecords(None, isa.name, 1, shipped=args.records or shipped))
+    if place is None:
+        print("error: no records; run python -m tvm_lowrank.tune --survey first", file=sys.stderr)
+        return 2
+    networks: dict[str, set[ConvGeometry]] = {}
+    for geometry, names in recorded_layers(shipped).items():
+        for name in names:
+            networks.setdefault(name, set()).add(geometry)
+    judged = _judge(records, isa, place, networks, args.seed)
+    text = _table(judged, place, len(records))
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text + "\n", encoding="utf-8")
+    if args.svg:
+        args.svg.write_text(_plot(judged), encoding="utf-8")
+    return 0
+
+
+def _place(records: TuningRecords) -> Place | None:
+    """The place with most records."""
+    counts: dict[Place, int] = {}
+    for _, place, *_ in records.rows():
+        counts[place] = counts.get(place, 0) + 1
+    return max(counts, key=lambda place: counts[place], default=None)
+
+
+def _layers(
+    records: TuningRecords, place: Place, geometries: set[ConvGeometry], isa: VectorISA
+) -> list[Layer]:
+    found: dict[str, tuple[list[dict[str, Any]], list[float]]] = {}
+    kernels = signature(isa)
+    for key, where, schedule, us in records.rows():
+        current = kernels.get(schedule.get("kernel", "")) == sorted(schedule)
+        if current and where == place and key.startswith('{"epilogue"'):
+            schedules, times = found.setdefault(key, ([], []))
+            schedules.append(schedule)
+            times.append(us)
+    layers = []
+    for key, (schedules, times) in found.items():
+        workload = ConvWorkload.from_json(json.loads(key))
+        if workload.geometry in geometries:
+            layers.append(Layer(workload, schedules, np.array(times)))
+    return layers
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A network: its layers, and for each model the scores of each layer's schedules."""
+
+    name: str
+    layers: list[Layer]
+    scores: dict[str, list[np.ndarray]]
+
+    def with_choice(self) -> list[int]:
+        """Layers measured in two algorithms or more."""
+        return [i for i, layer in enumerate(self.layers) if len(set(layer.classes)) > 1]
+
+    def network_error(self, model: str) -> float:
+        """Predicted over measured time of the network in the kernels that the model picks, less 1.
+
+        Each distinct layer counts once.
+        """
+        predicted = measured = 0.0
+        for layer, scores in zip(self.layers, self.scores[model], strict=True):
+            picked = int(np.argmin(scores))
+            predicted += scores[picked]
+            measured += layer.microseconds[picked]
+        return predicted / measured - 1
+
+
+def _judge(
+    records: TuningRecords,
+    isa: VectorISA,
+    place: Place,
+    networks: Mapping[str, set[ConvGeometry]],
+    seed: int,
+) -> list[Judged]:
+    analytic = AnalyticModel(roofline_of(records, isa, place), isa, place[1])
+    judged = []
+    for name, geometries in sorted(networks.items()):
+        layers = _layers(records, place, geometries, isa)
+        if not any(len(set(layer.classes)) > 1 for layer in layers):
+            continue
+        held = {layer.workload.geometry for layer in layers} | geometries
+
+        def keep(key: str, held: set[ConvGeometry] = held) -> bool:
+            if not key.startswith('{"epilogue"'):
+                return False
+            return ConvGeometry.from_json(json.loads(key)["geometry"]) not in held
+
+        trees = train(records, isa, seed, keep=keep)
+        models: dict[str, Score] = {"analytic": analytic.predict}
+        if trees is not None:
+            models = {"learned": LearnedModel(trees, analytic, place).predict, **models}
+        models["fewest operations"] = _operations(isa)
+        models["the paper's formula"] = _paper
+        models["always direct"] = _direct
+        scores = {
+            model: [score(layer.workload, layer.schedules) for layer in layers]
+            for model, score in models.items()
+        }
+        judged.append(Judged(name, layers, scores))
+    return judged
+
+
+def _operations(isa: VectorISA) -> Score:
+    def score(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        works = [work_of(workload, schedule, isa.lanes) for schedule in schedules]
+        return np.array([2 * work.products + work.transforms for work in works])
+
+    return score
+
+
+def _paper(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The costs of section 4.1, tiles M~ along both axes.
+
+    ``F M N / Delta^2`` of the spatial convolution against
+    ``N / (M~ - M) (M~ log M~ + F M~ / Delta^2 log (M~ / Delta^2))``.
+    The transform of the weights is left out: it is done beforehand. The paper knows no Winograd.
+    """
+    g = workload.geometry
+    decimation = g.stride[0] * g.stride[1]
+    scores = []
+    for schedule in schedules:
+        if schedule["kernel"] == "winograd":
+            scores.append(math.inf)
+        elif schedule["kernel"] == "fft":
+            chunks, size = 1.0, schedule["tile"][0] * schedule["tile"][1]
+            for tile, taps, extent in zip(
+                schedule["tile"], g.kernel, (g.height, g.width), strict=True
+            ):
+                chunks *= extent / max(tile - taps, 1) if tile > 1 else extent
+            kept = max(size / decimation, 2.0)
+            scores.append(
+                chunks * (size * math.log2(size) + g.out_channels * kept * math.log2(kept))
+            )
+        else:
+            taps = g.kernel[0] * g.kernel[1]
+            scores.append(g.out_channels * taps * g.height * g.width / decimation)
+    return np.array(scores)
+
+
+def _direct(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([schedule["kernel"] in ("winograd", "fft") for schedule in schedules], float)
+
+
+def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
+    layers = sum(len(network.with_choice()) for network in judged)
+    lines = [
+        f"{place[0]}, {place[1]} threads; {count} records. {layers} layers with a choice of "
+        f"algorithm in {len(judged)} networks; the trees that predict one saw none of its layers.",
+        "",
+        "| picks by | regret of the algorithm, median | 95th percentile | worst | of the schedule, "
+        "median | 95th percentile |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in judged[0].scores if judged else ():
+        algorithm, schedule = [], []
+        for network in judged:
+            for index in network.with_choice():
+                scores = network.scores[model][index]
+                algorithm.append(network.layers[index].algorithm_regret(scores))
+                schedule.append(network.layers[index].schedule_regret(scores))
+        cells = [np.median(algorithm), np.percentile(algorithm, 95), max(algorithm)]
+        cells += [np.median(schedule), np.percentile(schedule, 95)]
+        if model in ("fewest operations", "the paper's formula", "always direct"):
+            cells[3:] = []
+        row = [f"{cell:.1%}" for cell in cells] + ["-"] * (5 - len(cells))
+        lines.append(f"| {model} | {' | '.join(row)} |")
+    lines += [
+        "",
+        "| network | layers | with a choice | learned: time predicted over measured | analytic |",
+        "|---|---|---|---|---|",
+    ]
+    for network in judged:
+        errors = [
+            f"{network.network_error(model):+.1%}" if model in network.scores else "-"
+            for model in ("learned", "analytic")
+        ]
+        choice = len(network.with_choice())
+        lines.append(
+            f"| {network.name} | {len(network.layers)} | {choice} | {' | '.join(errors)} |"
+        )
+    return "\n".join(lines)
+
+
+def _plot(judged: Sequence[Judged]) -> str:
+    """Predicted against measured microseconds of every kernel, a panel for each model."""
+    size, left, top, parts = 380.0, 60.0, 30.0, list[str]()
+    for panel, model in enumerate(("learned", "analytic")):
+        points = [
+            (us, score)
+            for network in judged
+            if model in network.scores
+            for layer, scores in zip(network.layers, network.scores[model], strict=True)
+            for us, score in zip(layer.microseconds, scores, strict=True)
+        ]
+        if points:
+            x = left + panel * (size + 90)
+            parts += svg.scatter(points, x, top, size, "measured us", f"{model}: predicted us")
+    return svg.document(left + 2 * (size + 90), top + size + 60, parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

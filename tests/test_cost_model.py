@@ -1,0 +1,256 @@
+"""The cost model: counts, trees that learn what counts cannot know, files, and surveys."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tvm_lowrank.schedules.kernels import spaces
+from tvm_lowrank.schedules.x86.isa import AVX2, AVX512
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.learned import LearnedModel, renew, roofline_of, train
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.model import AnalyticModel
+from tvm_lowrank.cost.sampling import Survey, algorithm_class, form_stages, random_layers
+from tvm_lowrank.cost.trees import FILE, Trees, find
+from tvm_lowrank.cost.work import work_of
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.target import parse_target
+
+ROOFLINE = Roofline(200.0, 20.0)
+
+
+def workload(channels=64, size=28, kernel=3, groups=1):
+    pad = (kernel // 2,) * 4
+    geometry = ConvGeometry(
+        channels, channels, size, size, (kernel, kernel), padding=pad, groups=groups
+    )
+    return ConvWorkload(geometry, 16, ("bias", "relu"))
+
+
+def test_the_direct_algorithm_is_counted_by_the_definition():
+    work = work_of(workload(64, 28), {"kernel": "direct", "tile": 7, "vectors": 2}, 16)
+    assert work.products == 64 * 64 * 9 * 28 * 28
+    assert work.weight_bytes == 4 * 64 * 64 * 9
+    assert work.map_bytes == 4 * 2 * 64 * 28 * 28
+    overhanging = work_of(workload(60, 27), {"kernel": "direct", "tile": 7, "vectors": 2}, 16)
+    assert overhanging.products == 60 * 64 * 9 * 27 * 28
+
+
+def test_winograd_is_counted_as_its_tiles():
+    """Lavin and Gray: F(4x4, 3x3) needs 36 products for 16 outputs of 9 taps each."""
+    schedule = {"kernel": "winograd", "tile": [4, 4], "rows": 7, "vectors": 2, "blocks": 1}
+    work = work_of(workload(64, 28), schedule, 16)
+    direct = work_of(workload(64, 28), {"kernel": "direct", "tile": 7, "vectors": 2}, 16)
+    assert direct.products / work.products == pytest.approx(16 * 9 / 36)
+    assert work.weight_bytes == 4 * 36 * 64 * 64
+    assert work.transforms > 0 and work.tasks == 7
+
+
+def test_fourier_tiles_cost_less_the_larger_the_kernel():
+    """The paper's section 4.1: the larger the kernel, the more the transform saves."""
+    saved = []
+    for kernel in (3, 5, 9):
+        layer = workload(64, 32, kernel)
+        schedule = {"kernel": "fft", "tile": [16, 16], "rows": 1, "vectors": 2, "blocks": 0}
+        work = work_of(layer, schedule, 16)
+        saved.append(layer.geometry.multiplications / work.products)
+    assert saved == sorted(saved) and saved[-1] > 4
+
+
+def test_more_work_and_slower_machines_take_longer():
+    model = AnalyticModel(ROOFLINE, AVX512, 2)
+    schedule = {"kernel": "direct", "tile": 7, "vectors": 2}
+    times = [model.predict(workload(64, size), [schedule])[0] for size in (14, 28, 56)]
+    assert times == sorted(times)
+    for slow in (Roofline(100.0, 20.0), Roofline(200.0, 0.1)):
+        assert AnalyticModel(slow, AVX512, 2).predict(workload(), [schedule])[0] > times[1]
+
+
+def invented(key, schedule):
+    """Times as no count knows: one kernel family is six times, single vectors twice as slow."""
+    model = AnalyticModel(ROOFLINE, AVX512, 2)
+    work = ConvWorkload.from_json(json.loads(key))
+    factor = 6.0 if schedule["kernel"] == "winograd" else 1.0
+    factor *= 2.0 if schedule.get("vectors") == 1 else 1.0
+    return factor * float(model.predict(work, [schedule])[0])
+
+
+def records_of(layers, machine_name="chip", slower=1.0, path=None):
+    records = TuningRecords(path, "avx512", 2, machine=machine_name)
+    for layer in layers:
+        for space in spaces(layer, AVX512).values():
+            for schedule in space[:6]:
+                data = schedule.to_json()
+                records.add(layer.key(), data, slower * invented(layer.key(), data))
+    return records
+
+
+LAYERS = [workload(c, s, k) for c in (32, 64, 128) for s in (7, 14, 28) for k in (1, 3, 5)]
+LAYERS += [workload(64, size, 3, groups=64) for size in (14, 28)]
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return train(records_of(LAYERS), AVX512)
+
+
+def test_trees_learn_what_counts_cannot_know(trees):
+    fresh = workload(96, 20)
+    schedules = [s.to_json() for space in spaces(fresh, AVX512).values() for s in space[:8]]
+    truth = np.array([invented(fresh.key(), schedule) for schedule in schedules])
+    analytic = AnalyticModel(roofline_of(records_of([]), AVX512, ("chip", 2, False)), AVX512, 2)
+    model = LearnedModel(trees, analytic, ("chip", 2, False))
+    assert truth[model.pick(fresh, schedules)] < 1.15 * truth.min()
+    assert truth[analytic.pick(fresh, schedules)] > 1.5 * truth.min()
+    ratio = model.predict(fresh, schedules) / truth
+    assert np.median(np.abs(np.log(ratio))) < 0.3
+
+
+def test_a_place_calibrates_its_own_level():
+    records = records_of(LAYERS[:9])
+    for key, _, schedule, us in list(records_of(LAYERS[:9], "slow", 5.0).rows()):
+        records._keep(key, ("slow", 2, False), json.dumps(schedule, sort_keys=True), us)
+    trees = train(records, AVX512)
+    analytic = AnalyticModel(ROOFLINE, AVX512, 2)
+    schedule = [{**spaces(workload(), AVX512)["direct"][0].to_json()}]
+    fast, slow = (
+        LearnedModel(trees, analytic, (name, 2, False)).predict(workload(), schedule)[0]
+        for name in ("chip", "slow")
+    )
+    assert slow / fast == pytest.approx(5.0, rel=0.2)
+
+
+def test_a_saved_model_predicts_the_same(trees, tmp_path):
+    trees.save(tmp_path / FILE)
+    again, complaint = find(tmp_path, AVX512)
+    assert complaint == ""
+    analytic = AnalyticModel(ROOFLINE, AVX512, 2)
+    schedules = [s.to_json() for space in spaces(workload(), AVX512).values() for s in space]
+    before, after = (
+        LearnedModel(each, analytic, ("chip", 2, False)).predict(workload(), schedules)
+        for each in (trees, again)
+    )
+    np.testing.assert_allclose(before, after, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(format=0), "format 0, expected 1"),
+        (lambda data: data["families"]["direct"].append("colour"), "direct differ"),
+        (lambda data: data["families"].pop("winograd"), "winograd differ"),
+        (lambda data: data["names"].pop(), "features"),
+        (lambda data: data.pop("trees"), "'trees'"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_and_another_one_looked_for(
+    trees, tmp_path, change, message
+):
+    path = tmp_path / FILE
+    trees.save(path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(LowRankError, match=message) as error:
+        Trees.load(path, AVX512)
+    assert "train it again" in str(error.value) and "\n" not in str(error.value)
+    _, complaint = find(tmp_path, AVX512)
+    assert complaint == str(error.value)
+
+
+def test_a_model_of_other_vectors_or_fields_is_refused(trees, tmp_path):
+    with pytest.raises(LowRankError, match="does not fit"):
+        trees.check(AVX2)
+    schedule = {**spaces(workload(), AVX512)["direct"][0].to_json(), "colour": 1}
+    model = LearnedModel(trees, AnalyticModel(ROOFLINE, AVX512, 2))
+    with pytest.raises(LowRankError, match="knows kernel 'direct' with"):
+        model.predict(workload(), [schedule])
+
+
+def test_training_goes_on_from_the_trees_before(trees, tmp_path):
+    records = records_of(LAYERS)
+    assert train(records, AVX512, before=trees) is trees
+    fresh = [workload(48, size, kernel) for size in (9, 17, 33) for kernel in (1, 3, 5)]
+    for key, place, schedule, us in list(records_of(fresh).rows()):
+        records._keep(key, place, json.dumps(schedule, sort_keys=True), us)
+    more = renew(records, AVX512, tmp_path, 0, trees)
+    assert more.rows > trees.rows and more.first_rows == trees.first_rows
+    assert more.booster.num_boosted_rounds() > trees.booster.num_boosted_rounds()
+    assert (tmp_path / FILE).exists()
+    assert train(TuningRecords(None, "avx512", 2), AVX512) is None
+
+
+def test_shipped_models_fit_the_kernels_of_this_version():
+    for isa in (AVX512, AVX2):
+        _, complaint = find(None, isa)
+        assert complaint == ""
+
+
+class Counted:
+    """A worker with invented times."""
+
+    def __init__(self, most=10**9):
+        self.asked, self.most = 0, most
+
+    def ask(self, request):
+        if self.asked >= self.most:
+            raise KeyboardInterrupt
+        self.asked += 1
+        key = ConvWorkload.from_json(request["workload"]).key()
+        return {"us": invented(key, request["schedule"]), "spread": 0.0}
+
+
+def surveyed(path, worker, shapes=6):
+    records = TuningRecords(path, "avx512", 2, machine="chip")
+    timer = KernelTimer(parse_target("llvm:skylake-avx512"), records, worker=worker)
+    layers = [layer.geometry for layer in LAYERS[:3]]
+    return Survey(timer, layers, shapes, each=2)
+
+
+def test_a_survey_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
+    monkeypatch.setattr(machine, "is_busy", lambda: False)
+    path, whole = tmp_path / "records.jsonl", Counted()
+    surveyed(tmp_path / "whole.jsonl", whole).run(lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        surveyed(path, Counted(15)).run(lambda *_: None)
+    rest, steps = Counted(), []
+    survey = surveyed(path, rest)
+    survey.run(lambda *step: steps.append(step))
+    assert 15 + rest.asked <= whole.asked + 1  # one look at the reference kernel
+    assert sum(map(len, survey.origins.values())) == 6
+    assert {name for name, *_ in steps} == set(survey.origins)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({(r["workload"], json.dumps(r["schedule"])) for r in lines}) == len(lines)
+
+
+def test_a_survey_covers_every_algorithm_of_a_layer(tmp_path):
+    survey = surveyed(None, Counted())
+    layer = survey._workload(workload(64, 28).geometry)
+    space = [s.to_json() for found in spaces(layer, AVX512).values() for s in found]
+    chosen = [algorithm_class(schedule.to_json()) for schedule in survey._candidates(layer)]
+    assert set(chosen) == {algorithm_class(schedule) for schedule in space}
+    assert max(map(chosen.count, chosen)) <= 2
+
+
+def test_drawn_shapes_are_the_same_for_one_seed():
+    assert random_layers(20, 3) == random_layers(20, 3) != random_layers(20, 4)
+    layers = [workload(64, 28).geometry, workload(128, 14, 5).geometry]
+    stages = form_stages(layers, 10, 16, 0)
+    assert stages == form_stages(layers, 10, 16, 0) and len(stages) == 10
+    assert any(last for _, last in stages) and not all(last for _, last in stages)
+
+
+def test_shipped_records_name_their_networks():
+    from tvm_lowrank.cost.sampling import recorded_layers
+
+    layers = recorded_layers(shipped_records("avx512"))
+    stem = ConvGeometry(3, 64, 224, 224, (7, 7), (2, 2), (3, 3, 3, 3))
+    assert {"resnet18", "resnet50"} <= layers[stem]

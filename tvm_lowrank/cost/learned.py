@@ -1,0 +1,230 @@
+"""Boosted trees on the time of kernels: trained on records, kept as JSON, trained further."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.model import AnalyticModel, CostModel, features
+from tvm_lowrank.cost.trees import FILE, Trees, signature
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+# Fewer rows than this teach nothing; with so much more the trees grow, and when there are twice as
+# many as at the last training from scratch, they are trained from scratch.
+LEAST_ROWS = 32
+_GROWTH = 1.15
+_RENEWAL = 2.0
+_ROUNDS, _MORE_ROUNDS = 240, 40
+_TREES = {
+    "objective": "reg:squarederror",
+    "tree_method": "hist",
+    "max_depth": 6,
+    "eta": 0.08,
+    "subsample": 0.8,
+    "colsample_bytree": 0.6,
+    "min_child_weight": 2.0,
+    "base_score": 0.0,
+    "nthread": 1,
+}
+# Rows of a place that weigh as much as the belief that it is like all the others.
+_PRIOR = 4.0
+# A machine of which nothing is known, a thread.
+_NOMINAL = Roofline(60.0, 10.0)
+# Of a record: its workload, place, schedule and microseconds.
+Row = tuple[str, Place, dict[str, Any], float]
+
+
+class LearnedModel(CostModel):
+    """The trees on one machine; see `CostModel`.
+
+    A family of kernels that no record was of is counted, as `AnalyticModel` does; `predict` raises
+    LowRankError for a known one with other fields.
+
+    Attributes
+    ----------
+    rows : int
+        Records of this very place that the trees were trained on.
+    """
+
+    def __init__(self, trees: Trees, analytic: AnalyticModel, place: Place | None = None) -> None:
+        self.trees = trees
+        self.analytic = analytic
+        # What is shipped of this place calibrates it until it has measured itself.
+        names = [_text(place), _text((*place[:2], True))] if place else []
+        known = next((name for name in names if name in trees.offsets), "")
+        self._offset = trees.offsets.get(known, 0.0)
+        self.rows = trees.counts.get(known, 0)
+
+    def predict(self, workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """See `CostModel.predict`."""
+        offsets = np.full(len(schedules), self._offset)
+        known = []
+        for index, schedule in enumerate(schedules):
+            fields = self.trees.families.get(schedule["kernel"])
+            if fields is None:
+                continue  # never seen: counted only
+            if fields != sorted(schedule):
+                raise LowRankError(
+                    f"the cost model knows kernel {schedule['kernel']!r} with {fields}, not with "
+                    f"{sorted(schedule)}; train it again with python -m tvm_lowrank.tune --survey"
+                )
+            known.append(index)
+        if known:
+            rows = [features(workload, schedules[index], self.analytic) for index in known]
+            offsets[known] += _evaluate(self.trees, rows)
+        return self.analytic.predict(workload, schedules) * np.exp(offsets)
+
+
+def train(
+    records: TuningRecords,
+    isa: Machine,
+    seed: int = 0,
+    before: Trees | None = None,
+    keep: Callable[[str], bool] = lambda _: True,
+) -> Trees | None:
+    """Trees trained on all records of an instruction set, whatever machine measured them.
+
+    Parameters
+    ----------
+    records : TuningRecords
+    isa : Machine
+    seed : int
+        The same records and seed give the same trees.
+    before : Trees, optional
+        Returned as they are if there is not enough that they have not seen; else they grow, or are
+        trained from scratch if records have doubled.
+    keep : callable
+        Which workloads, by their key, to train on.
+
+    Returns
+    -------
+    Trees or None
+        None if there are too few records.
+    """
+    import xgboost
+
+    rows = _rows(records, isa, keep)
+    if len(rows) < max(LEAST_ROWS, _GROWTH * before.rows if before else 0):
+        return before
+    models = _models(records, isa, {place for _, _, place, _, _ in rows})
+    table = [
+        features(workload, schedule, models[place]) for _, workload, place, schedule, _ in rows
+    ]
+    bases = [
+        math.log(models[place].predict(workload, [schedule])[0])
+        for _, workload, place, schedule, _ in rows
+    ]
+    targets = np.array([math.log(us) for *_, us in rows]) - np.array(bases)
+    grows = before is not None and len(rows) < _RENEWAL * before.first_rows
+    if before is not None and grows and not {*before.names} >= {n for row in table for n in row}:
+        grows = False
+    names = before.names if before and grows else sorted(set().union(*table))
+    # What is nearly the best of its workload has to be told apart, what is slow only to be known.
+    best: dict[Any, float] = {}
+    for key, _, place, _, us in rows:
+        best[key, place] = min(us, best.get((key, place), math.inf))
+    weights = np.array([best[key, place] / us for key, _, place, _, us in rows])
+    places = [_text(place) for _, _, place, _, _ in rows]
+    offsets = _offsets(targets, places)
+    data = xgboost.DMatrix(
+        _matrix(table, names), targets - np.array([offsets[p] for p in places]), weight=weights
+    )
+    booster = xgboost.train(
+        {**_TREES, "seed": seed},
+        data,
+        _MORE_ROUNDS if grows else _ROUNDS,
+        xgb_model=before.booster if before and grows else None,
+    )
+    first = before.first_rows if before and grows else len(rows)
+    families: dict[str, list[str]] = {}
+    for _, _, _, schedule, _ in rows:
+        families[schedule["kernel"]] = sorted(schedule)
+    counts = dict(Counter(places))
+    return Trees(isa.name, names, families, offsets, counts, len(rows), first, booster)
+
+
+def renew(
+    records: TuningRecords,
+    isa: Machine,
+    folder: Path | None,
+    seed: int,
+    before: Trees | None,
+) -> Trees | None:
+    """Train on what was measured since, and keep the trees in a folder if they are new.
+
+    Trees that know not all kernels of this version are not kept: `Trees.load` would refuse them.
+    """
+    trees = train(records, isa, seed, before)
+    new = trees is not None and trees is not before and trees.families == signature(isa)
+    if folder is not None and trees is not None and new:
+        trees.save(folder / FILE)
+    return trees
+
+
+def _rows(
+    records: TuningRecords, isa: Machine, keep: Callable[[str], bool]
+) -> list[tuple[str, ConvWorkload, Place, dict[str, Any], float]]:
+    """Records of single convolutions in this version's kernels."""
+    known, rows = signature(isa), []
+    parsed: dict[str, ConvWorkload | None] = {}
+    for key, place, schedule, us in records.rows():
+        if known.get(schedule.get("kernel", "")) != sorted(schedule) or not keep(key):
+            continue
+        if key not in parsed:
+            try:
+                parsed[key] = ConvWorkload.from_json(json.loads(key))
+            except (ValueError, KeyError, TypeError):
+                parsed[key] = None
+        workload = parsed[key]
+        if workload is not None:
+            rows.append((key, workload, place, schedule, us))
+    return rows
+
+
+def _models(records: TuningRecords, isa: Machine, places: set[Place]) -> dict[Place, AnalyticModel]:
+    """The analytic model of each place, with nominal figures where none are on record."""
+    return {
+        place: AnalyticModel(roofline_of(records, isa, place), isa, place[1]) for place in places
+    }
+
+
+def roofline_of(records: TuningRecords, isa: Machine, place: Place) -> Roofline:
+    """Figures on record of a place, or of a nominal machine of as many threads."""
+    found = machine.figures(records, isa, place)
+    return found or Roofline(_NOMINAL.gflops * place[1] * isa.lanes / 16, _NOMINAL.gigabytes)
+
+
+def _offsets(targets: np.ndarray, places: Sequence[str]) -> dict[str, float]:
+    """The median of each place's targets, drawn to that of all where there are few; "" is all."""
+    everywhere = float(np.median(targets))
+    offsets = {"": everywhere}
+    for place in set(places):
+        own = targets[[other == place for other in places]]
+        share = len(own) / (len(own) + _PRIOR)
+        offsets[place] = everywhere + share * (float(np.median(own)) - everywhere)
+    return offsets
+
+
+def _evaluate(trees: Trees, rows: Sequence[Mapping[str, float]]) -> np.ndarray:
+    import xgboost
+
+    return np.asarray(trees.booster.predict(xgboost.DMatrix(_matrix(rows, trees.names))), float)
+
+
+def _matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> np.ndarray:
+    return np.array([[row.get(name, 0.0) for name in names] for row in rows], np.float32)
+
+
+def _text(place: Place) -> str:
+    return f"{place[0]}, {place[1]} threads" + (", shipped" if place[2] else "")

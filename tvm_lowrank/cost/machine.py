@@ -1,0 +1,90 @@
+"""How fast a machine is: its peak and its bandwidth, measured once and kept in the records."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.schedules.kernels import families_of
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from tvm_lowrank.threads import physical_cores
+
+_REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
+# Also on record: a search that goes on from its records must predict what it predicted.
+COPY = "copy of 64 MiB"
+_COPY_BYTES = 64 << 20
+# Machines whose figures differ by more than this factor do not price each other. Other work on the
+# machine at hand makes it look slower too, so the factor is generous; from the lower one on it is
+# said.
+ANOTHER_MACHINE = 1.5
+NOTABLE = 1.1
+
+
+def reference(isa: Machine) -> ConvWorkload:
+    """The convolution whose best kernel stands for a machine's peak."""
+    return ConvWorkload(_REFERENCE, isa.block, ("bias", "relu"))
+
+
+def direct_families(isa: Machine) -> tuple[str, ...]:
+    """The kernel families whose time says how near to its peak a machine comes."""
+    return tuple(n for n, family in families_of(isa).items() if family.algorithm == "direct")
+
+
+def roofline(kernel_us: float, copy_us: float) -> Roofline:
+    """Peak and bandwidth from the microseconds of the reference kernel and of the copy."""
+    return Roofline(
+        gflops=2 * _REFERENCE.multiplications / (kernel_us * 1e3),
+        gigabytes=2 * _COPY_BYTES / (copy_us * 1e3),
+    )
+
+
+def figures(records: TuningRecords, isa: Machine, place: Place | None = None) -> Roofline | None:
+    """Peak and bandwidth that the records state of a place, by default this one, or None."""
+    copy = records.best(COPY, place)
+    kernel = records.best(reference(isa).key(), place, direct_families(isa))
+    return None if copy is None or kernel is None else roofline(kernel[1], copy[1])
+
+
+def apart(one: Roofline, other: Roofline) -> float:
+    """The factor, 1 or more, by which two machines differ in peak or bandwidth, the larger one."""
+    ratios = (one.gflops / other.gflops, one.gigabytes / other.gigabytes)
+    return max(max(ratio, 1 / ratio) for ratio in ratios)
+
+
+def nearest(
+    found: Roofline, places: Iterable[tuple[Place, Roofline]]
+) -> tuple[Place, float] | None:
+    """The place whose figures come nearest to these, and the factor that is left between them."""
+    return min(
+        ((place, apart(found, known)) for place, known in places),
+        key=lambda pair: pair[1],
+        default=None,
+    )
+
+
+def is_busy() -> bool:
+    """Whether more processes want to run than there are cores for, over the last minute."""
+    try:
+        return os.getloadavg()[0] > 1.5 * physical_cores()
+    except OSError:
+        return False
+
+
+def copy_microseconds() -> float:
+    """Time of a copy of 64 MiB by one thread, in microseconds: the least of four."""
+    source = np.ones(_COPY_BYTES // 4, np.float32)
+    sink = np.empty_like(source)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        np.copyto(sink, source)
+        best = min(best, time.perf_counter() - start)
+    return 1e6 * best

@@ -1,0 +1,202 @@
+"""Which convolutions, and which kernels of each, a survey measures to train the cost model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.decompose import FORMS
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.records import shipped_records
+from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.schedules.kernels import refuse, spaces
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+# What random shapes are drawn from: those of real networks, and odd ones in between.
+_CHANNELS = (3, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
+_SIZES = (6, 7, 8, 12, 13, 14, 16, 20, 24, 27, 28, 32, 40, 48, 56, 64, 80, 96, 112)
+_KERNELS = ((1, 1), (3, 3), (3, 3), (3, 3), (5, 5), (7, 7), (3, 1), (1, 3), (5, 1), (1, 7), (2, 2))
+_BATCHES = (1, 1, 1, 1, 2, 4, 8, 16)
+# Above this a candidate takes too long to measure, and below it only the launch counts.
+_MOST = 1 << 31
+_LEAST = 1 << 17
+# Workloads between two reports of progress, whose kernels several devices share.
+_BATCH = 8
+
+
+def algorithm_class(schedule: dict[str, Any]) -> str:
+    """What is chosen among before any schedule: the kernel family and the tile of a transform.
+
+    ``schedule`` is given as JSON values; for example ``"direct"``, ``"winograd 4x4"``.
+    """
+    tile = schedule.get("tile")
+    return schedule["kernel"] + (f" {tile[0]}x{tile[1]}" if isinstance(tile, list) else "")
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(workload: ConvWorkload, isa: Machine, each: int, seed: int) -> tuple[Any, ...]:
+    """Schedules of every algorithm class: the first of each, and one at random among the rest.
+
+    ``each`` is their number a class; spaces of fewer are taken whole.
+    """
+    classes: dict[str, list[Any]] = {}
+    for space in spaces(workload, isa).values():
+        for schedule in space:
+            classes.setdefault(algorithm_class(schedule.to_json()), []).append(schedule)
+    rng = random.Random(zlib.crc32(workload.key().encode()) + seed)
+    chosen = []
+    for members in classes.values():
+        first, rest = members[: max(1, each - 1)], members[max(1, each - 1) :]
+        chosen += first + (rng.sample(rest, 1) if rest and each > 1 else [])
+    return tuple(chosen)
+
+
+def recorded_layers(files: Iterable[Path]) -> dict[ConvGeometry, set[str]]:
+    """The convolutions in files of records, each with the names of the files: the networks."""
+    found: dict[ConvGeometry, set[str]] = {}
+    for path in files:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            workload = json.loads(line)["workload"]
+            if workload.startswith('{"epilogue"'):  # not a chain, nor a copy
+                geometry = ConvGeometry.from_json(json.loads(workload)["geometry"])
+                found.setdefault(geometry, set()).add(path.stem)
+    return found
+
+
+def random_layers(count: int, seed: int) -> list[ConvGeometry]:
+    """Convolutions drawn at random, most of them as networks have them."""
+    rng = random.Random(seed)
+    found: dict[ConvGeometry, None] = {}
+    while len(found) < count:
+        kernel, size = rng.choice(_KERNELS), rng.choice(_SIZES)
+        inputs, outputs = rng.choice(_CHANNELS), rng.choice(_CHANNELS[1:])
+        groups = 1
+        if inputs == outputs and kernel != (1, 1) and rng.random() < 0.5:
+            groups = inputs
+        stride = rng.choice((1, 1, 1, 2))
+        height, width = kernel[0] // 2, kernel[1] // 2
+        geometry = ConvGeometry(
+            inputs,
+            outputs,
+            size,
+            max(kernel[1], size + rng.choice((0, 0, 0, -1, 3))),
+            kernel,
+            (stride, stride),
+            (height, width, height, width),
+            groups=groups,
+            batch=rng.choice(_BATCHES),
+        )
+        if _LEAST <= geometry.multiplications <= _MOST:
+            found[geometry] = None
+    return list(found)
+
+
+def form_stages(
+    layers: Sequence[ConvGeometry], count: int, lanes: int, seed: int
+) -> list[tuple[ConvGeometry, bool]]:
+    """Stages of forms of these layers at random ranks, and whether each is the last of its form."""
+    rng = random.Random(seed)
+    found: dict[tuple[ConvGeometry, bool], None] = {}
+    names = list(FORMS)
+    for _ in range(20 * count):
+        if len(found) >= count or not layers:
+            break
+        layer, form = rng.choice(layers), FORMS[rng.choice(names)]
+        if form.refuse(layer) is not None:
+            continue
+        ranks = form.ranks(layer, lanes)
+        if ranks:
+            stages = form.stages(layer, rng.choice(ranks))
+            index = rng.randrange(len(stages))
+            found[stages[index], index == len(stages) - 1] = None
+    return list(found)
+
+
+@dataclass
+class Survey:
+    """Workloads to measure, by where they come from, and how far the records cover them.
+
+    Parameters
+    ----------
+    timer : KernelTimer
+    layers : list of ConvGeometry, optional
+        Known layers, of networks; by default those of the shipped records.
+    shapes : int
+        Workloads in all: the layers first, then as many stages of their forms as random shapes.
+    each : int
+        Schedules of an algorithm class to measure.
+    seed : int
+    """
+
+    timer: KernelTimer
+    layers: Sequence[ConvGeometry] | None
+    shapes: int
+    each: int = 3
+    seed: int = 0
+    origins: dict[str, list[ConvWorkload]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.shapes < 1:
+            raise LowRankError(f"shapes is {self.shapes}; give 1 or more")
+        isa, given = self.timer.isa, self.layers
+        if given is None:
+            given = list(recorded_layers(shipped_records(isa.name)))
+        layers = list(dict.fromkeys(given))
+        random.Random(self.seed).shuffle(layers)
+        # Convolutions with a choice of algorithm teach most.
+        layers.sort(key=lambda g: max(g.kernel) == 1 or g.groups > 1 or max(g.stride) > 1)
+        known = layers[: self.shapes]
+        rest = self.shapes - len(known)
+        stages = form_stages(known, (rest + 1) // 2, isa.lanes, self.seed)
+        drawn = random_layers(rest - len(stages), self.seed)
+        self.origins = {
+            "layers of networks": [self._workload(g) for g in known],
+            "stages of forms": [self._workload(g, last) for g, last in stages],
+            "random shapes": [self._workload(g) for g in drawn],
+        }
+        for name, workloads in self.origins.items():
+            kept = [w for w in dict.fromkeys(workloads) if not refuse(w, isa)]
+            self.origins[name] = kept
+
+    def _workload(self, geometry: ConvGeometry, last: bool = True) -> ConvWorkload:
+        found = self.timer.workloads([geometry])[0]
+        return found if last else ConvWorkload(geometry, found.in_block)
+
+    def run(self, report: Callable[[str, int, int], None]) -> None:
+        """Measure what the records lack; ``report`` is told the origin, what is done and all."""
+        self.timer.roofline()
+        for name, workloads in self.origins.items():
+            for start in range(0, len(workloads), _BATCH):
+                batch = workloads[start : start + _BATCH]
+                pairs = [(w, schedule) for w in batch for schedule in self._candidates(w)]
+                self.timer.time_all(pairs)
+                report(name, min(start + _BATCH, len(workloads)), len(workloads))
+
+    def _candidates(self, workload: ConvWorkload) -> tuple[Any, ...]:
+        return candidates(workload, self.timer.isa, self.each, self.seed)
+
+    def table(self) -> Table:
+        """Coverage: of each origin the workloads measured whole, and the records by class."""
+        made = Table("shapes from", "measured", "kernels on record", title="coverage")
+        for name, workloads in self.origins.items():
+            done, counts = 0, Counter[str]()
+            for workload in workloads:
+                wanted = [(s, s.to_json()) for s in self._candidates(workload)]
+                key, records = workload.key(), self.timer.records
+                known = [data for _, data in wanted if records.time(key, data) is not None]
+                done += len(known) == len(wanted)
+                counts.update(algorithm_class(data) for data in known)
+            classes = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+            made.add_row(name, f"{done} of {len(workloads)}", classes or "none")
+        return made

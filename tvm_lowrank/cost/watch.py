@@ -1,0 +1,148 @@
+"""Whether the machine that measures is the one of the records, and as fast as it was."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.records import AGREEMENT
+from tvm_lowrank.schedules.kernels import schedule_from_json
+
+if TYPE_CHECKING:
+    from tvm_lowrank.cost.measure import KernelTimer
+
+# Measurements between two of the reference kernel.
+_EVERY = 64
+
+
+class Watch:
+    """Keeps an eye on the machine for a timer: its figures, its name, its steadiness.
+
+    Parameters
+    ----------
+    timer : KernelTimer
+    """
+
+    def __init__(self, timer: KernelTimer) -> None:
+        self.timer = timer
+        self._slowest = 1.0
+        self._looked = 0
+        self._checked = False
+        self._remarks: list[str] = []
+
+    def roofline(self) -> Roofline:
+        """Peak of our own kernel on a layer that suits it, and bandwidth of a large copy.
+
+        What the records say of this machine is believed only if it still is as fast: records that
+        were brought along from another machine of the same name must not price this one.
+
+        Raises
+        ------
+        LowRankError
+            The kernel does not run on this machine.
+        """
+        known = machine.figures(self.timer.records, self.timer.isa)
+        if known is None:
+            self.timer.tune(machine.reference(self.timer.isa), ("direct",))
+            if self.timer.records.time(machine.COPY, {}) is None:
+                self.timer.records.add(machine.COPY, {}, self.timer.copy_microseconds())
+            known = machine.figures(self.timer.records, self.timer.isa)
+            if known is None:
+                raise LowRankError(
+                    f"kernels for target {self.timer.target} do not run on this machine; "
+                    "name one that it can run with --target"
+                )
+            self._checked = True
+        elif not self._checked:
+            known = self._recognise(known)
+        return known
+
+    def _recognise(self, known: Roofline) -> Roofline:
+        """The figures on record that this machine still has; a place of its own if there are none.
+
+        A machine that is busy looks slower than it is: the best of three looks counts, and while
+        others work on it, slower figures are no proof of another machine.
+        """
+        self._checked = True
+        kernel = copy = math.inf
+        for _ in range(3):
+            kernel = min(kernel, self._witness() or math.inf)
+            copy = min(copy, self.timer.copy_microseconds())
+            if math.isinf(kernel):
+                return known  # the kernel on record does not run; measuring will tell
+            now = machine.roofline(kernel, copy)
+            if machine.apart(now, known) < machine.NOTABLE:
+                return known
+        here, name = self.timer.records.here, self.timer.records.machine.partition(" [")[0]
+        places = [
+            (place, found)
+            for place in self.timer.records.places()
+            if place[1:] == here[1:] and place[0].partition(" [")[0] == name
+            if (found := machine.figures(self.timer.records, self.timer.isa, place)) is not None
+        ]
+        nearest = machine.nearest(now, places)
+        slower = now.gflops < known.gflops and now.gigabytes < machine.NOTABLE * known.gigabytes
+        if nearest is not None and (
+            nearest[1] < machine.ANOTHER_MACHINE or (slower and machine.is_busy())
+        ):
+            (self.timer.records.machine, *_), factor = nearest
+            if factor > machine.NOTABLE:
+                self._remarks.append(
+                    f"peak or bandwidth differ from those on record by {factor - 1:.0%} "
+                    f"(now {now}): is the machine busy, or another one?"
+                )
+            return machine.figures(self.timer.records, self.timer.isa) or known
+        self.timer.records.machine = f"{name} [{now}]"
+        self._remarks.append(
+            f"the records come from a machine of the same name with {known}, this one has {now}: "
+            "their times are not used, and what has to be compared is measured anew"
+        )
+        self.timer.records.add(machine.COPY, {}, copy)
+        self.timer.tune(machine.reference(self.timer.isa), ("direct",))
+        return machine.figures(self.timer.records, self.timer.isa) or now
+
+    def _witness(self) -> float | None:
+        """Microseconds now of the reference kernel, if one is on record."""
+        workload = machine.reference(self.timer.isa)
+        families = machine.direct_families(self.timer.isa)
+        best = self.timer.records.best(workload.key(), families=families)
+        answer = None if best is None else self.timer.ask(workload, schedule_from_json(best[0]))
+        return None if answer is None else float(answer["us"])
+
+    def look(self) -> None:
+        """Now and then, compare the reference kernel with what it took before."""
+        if self.timer.measured - self._looked < _EVERY:
+            return
+        self._looked = self.timer.measured
+        key = machine.reference(self.timer.isa).key()
+        families = machine.direct_families(self.timer.isa)
+        known = self.timer.records.best(key, families=families)
+        now = None if known is None else self._witness()
+        if known is not None and now is not None:
+            self._slowest = max(self._slowest, now / known[1])
+
+    def complaints(self) -> list[str]:
+        """What went wrong with the timer's measurements."""
+        parts = list(self._remarks)
+        if self.timer.failed:
+            parts.append(f"{self.timer.failed} of {self.timer.measured} kernels did not run")
+        if self.timer.unsteady:
+            parts.append(
+                f"the times of {self.timer.unsteady} of {self.timer.measured} kernels varied by "
+                f"more than 10 %, one by {self.timer.spread:.0%} (is the machine busy?)"
+            )
+        if ratios := [ratio for *_, ratio in self.timer.records.disagreements()]:
+            parts.append(
+                f"{len(ratios)} candidates were measured twice with times more than 10 % apart, "
+                f"one with {max(ratios) - 1:.0%}; the lesser counts"
+            )
+        if self._slowest > 1 + AGREEMENT:
+            parts.append(
+                f"the reference kernel, measured again in between, took up to "
+                f"{self._slowest - 1:.0%} longer than at first: some of these times are that much "
+                "too long (is the machine busy?)"
+            )
+        return parts
