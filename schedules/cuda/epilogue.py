@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
@@ -52,19 +52,29 @@ class Epilogue:
 
     def apply(self, value: ir.Expr, place: Sequence[ir.Expr]) -> ir.Expr:
         """The steps on the value at ``place``, its NCHW indices."""
-        channel = place[1]
-        for index, step in enumerate(self._steps):
-            name, numbers = parse_step(step)
-            if name == "bias":
-                value = value + self._buffers[f"bias{index}"][channel]
-            elif name == "residual":
-                value = value + self._buffers[f"residual{index}"][tuple(place)]
-            elif name == "affine":
-                scale, shift = self._buffers[f"scale{index}"], self._buffers[f"shift{index}"]
-                value = value * scale[channel] + shift[channel]
-            else:
-                value = activation(name, value, numbers)
-        return value
+        return apply_steps(self._steps, self._buffers, value, place)
+
+
+def apply_steps(
+    steps: Sequence[str],
+    buffers: Mapping[str, tirx.Buffer],
+    value: ir.Expr,
+    place: Sequence[ir.Expr],
+) -> ir.Expr:
+    """Epilogue steps on the value at ``place``, with ``buffers`` named as in `operand_shapes`."""
+    channel = place[1]
+    for index, step in enumerate(steps):
+        name, numbers = parse_step(step)
+        if name == "bias":
+            value = value + buffers[f"bias{index}"][channel]
+        elif name == "residual":
+            value = value + buffers[f"residual{index}"][tuple(place)]
+        elif name == "affine":
+            scale, shift = buffers[f"scale{index}"], buffers[f"shift{index}"]
+            value = value * scale[channel] + shift[channel]
+        else:
+            value = activation(name, value, numbers)
+    return value
 
 
 def activation(name: str, value: ir.Expr, numbers: Sequence[float] = ()) -> ir.Expr:

@@ -8,9 +8,10 @@ from tvm_lowrank.schedules.family import KernelFamily
 from tvm_lowrank.schedules.x86.accuracy import stated_error
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import depthwise, direct
+from . import depthwise, direct, winograd
 from .depthwise import DepthwiseSchedule
 from .direct import DirectSchedule
+from .winograd import WinogradSchedule
 
 
 def _direct_error(workload: ConvWorkload, schedule: Any) -> float:
@@ -38,5 +39,15 @@ FAMILIES: dict[str, KernelFamily] = {
         DepthwiseSchedule.from_json,
         _direct_error,
         depthwise.predict,
+    ),
+    WinogradSchedule.kernel: KernelFamily(
+        "winograd",
+        winograd.refuse,
+        winograd.space,
+        winograd.emit,
+        winograd.pack,
+        WinogradSchedule.from_json,
+        winograd.error_bound,
+        winograd.predict,
     ),
 }
