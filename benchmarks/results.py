@@ -24,7 +24,7 @@ from tvm_lowrank.data import Samples, input_shape
 from tvm_lowrank.deploy import load
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.metrics import resolution
-from tvm_lowrank.planner import Options, search
+from tvm_lowrank.planner import ALGORITHMS, Options, search
 from tvm_lowrank.report.curve import draw_curve
 from tvm_lowrank.target import host_target, target_key
 from tvm_lowrank.threads import set_threads
@@ -41,6 +41,8 @@ def main() -> int:
     parser.add_argument("--max-drop", type=float, default=1.0)
     parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS))
     parser.add_argument(
         "--folder", type=Path, help="keeps records and libraries, and goes on from them"
     )
@@ -83,7 +85,12 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         data=Samples(*data),
         final=None if final is None else Samples(*final),
         options=Options(
-            max_drop=max_drop, seed=args.seed, metric=network.metric, recover=args.recover
+            max_drop=max_drop,
+            algorithms=tuple(args.algorithms),
+            seed=args.seed,
+            trials=args.trials,
+            metric=network.metric,
+            recover=args.recover,
         ),
         records=folder / "records.jsonl",
         directory=folder,
@@ -100,6 +107,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         "name": network.name,
         "max_drop": max_drop,
         "recover": args.recover,
+        "trials": args.trials,
         "metric": plan.metric,
         "seconds": time.perf_counter() - start,
         "planning_seconds": sum(
@@ -195,9 +203,10 @@ def _page(rows: list[dict[str, Any]]) -> str:
         weights = [row["result"][f"weight_bytes_{when}"] / 1e6 for when in ("before", "after")]
         lines.append(
             f"- {_name(row)}: {forms}{reason}; stages by {algorithms}; weights "
-            f"{weights[0]:.2f} -> {weights[1]:.2f} MB; budget {row['max_drop']:.3g}; planning "
-            f"after calibration {row['planning_seconds']:.0f} s; lossless differs from ONNX "
-            f"Runtime by {row['error']:.0e} of the largest output at most, over {CHECKED} inputs"
+            f"{weights[0]:.2f} -> {weights[1]:.2f} MB; budget {row['max_drop']:.3g}; "
+            f"{row['trials']} schedules tried a family and kernel; planning after calibration "
+            f"{row['planning_seconds']:.0f} s; lossless differs from ONNX Runtime by "
+            f"{row['error']:.0e} of the largest output at most, over {CHECKED} inputs"
         )
     lines += ["", "## Machine", ""]
     for machine in dict.fromkeys(row["machine"] for row in rows):

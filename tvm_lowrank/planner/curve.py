@@ -91,9 +91,7 @@ class Curve:
         By bisection of the time that the convolutions may take, each choice refitted in sequence.
         """
         low, high = self.fastest, self.slowest
-        for _ in range(_POINTS):
-            if high < _SAME * low:
-                break
+        while high > _SAME * low and len(self.points) < _POINTS:
             middle = math.sqrt(low * high)
             choice = self._choice(middle)
             spent = allocate.microseconds(choice)
