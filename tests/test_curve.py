@@ -1,0 +1,117 @@
+"""The search along the curve, on a network that is made up: its drop is known for every choice."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tvm_lowrank.data import DataSplit, Samples
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.metrics import Metric
+from tvm_lowrank.planner import curve as module
+from tvm_lowrank.planner.candidates import Candidate
+from tvm_lowrank.planner.curve import Curve
+
+GEOMETRY = ConvGeometry(1, 1, 1, 1, (1, 1))
+SAMPLES = 4000
+
+
+def candidate(form, us, error):
+    weight = np.full((1, 1, 1, 1), error, np.float32)
+    return Candidate(form, 0, (GEOMETRY,), (weight,), np.zeros(1), error, us, us)
+
+
+class Trial:
+    """Gets a share of the samples wrong: the sum of the weights it is given."""
+
+    def run(self, inputs, weights=None):
+        wrong = sum(float(w.sum()) for w, _ in (weights or {}).values())
+        outputs = np.tile(np.float32([1, 0]), (len(inputs), 1))
+        outputs[: round(wrong * len(inputs))] = [0, 1]
+        return outputs
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """A curve of eight layers, each as it is or, faster, with 1 % of the samples wrong."""
+
+    def refitted(segments, choice, inputs, seed, report):
+        return choice
+
+    monkeypatch.setattr(module, "refit", refitted)
+    # "dense" keeps the candidate's weight as it is: no form has to reconstruct it.
+    samples = Samples(np.zeros((SAMPLES, 1)), np.zeros(SAMPLES, int))
+    options = {
+        f"conv{i}": [candidate("dense", 50.0 - i, 0.01), candidate("dense", 100.0 + i, 0.0)]
+        for i in range(8)
+    }
+    split = DataSplit(samples, samples, samples)
+
+    def make(max_drop, train=None):
+        return Curve(
+            Trial(), SimpleNamespace(), options, {}, dict.fromkeys(options, 1.0), split,
+            Metric("top1"), max_drop, 0, lambda *step: None, train,
+        )  # fmt: skip
+
+    return make
+
+
+def test_the_fastest_choice_within_the_budget_is_found(made):
+    curve = made(3.3)
+    found = curve.search()
+    # Three layers lose 3 points; a fourth would be over, half a standard error included.
+    assert found.quality.drop == pytest.approx(3.0, abs=0.05)
+    faster = [p for p in curve.points if p.microseconds < found.microseconds]
+    assert faster and not any(curve.keeps(point) for point in faster)
+    assert len(curve.points) <= 7
+    times = [point["microseconds"] for point in curve.to_json()]
+    assert times == sorted(times, reverse=True)
+    assert {point["keeps"] for point in curve.to_json()} == {True, False}
+
+
+def test_nothing_within_the_budget_is_none(made):
+    assert made(0.2).search() is None
+
+
+def test_a_step_back_takes_what_was_tried(made):
+    curve = made(3.3)
+    found, tried = curve.search(), len(curve.points)
+    slower = curve.step_back(found)
+    assert slower.microseconds > found.microseconds and curve.keeps(slower)
+    kept = [p.microseconds for p in curve.points if curve.keeps(p)]
+    if any(us > found.microseconds for us in kept[:tried]):
+        assert slower.microseconds == min(us for us in kept if us > found.microseconds)
+
+
+def halved(choice, share):
+    """Training that takes away half of what is wrong."""
+    return {
+        name: candidate("dense", c.measured_us, 0.5 * float(c.factors[0].sum()))
+        for name, c in choice.items()
+    }
+
+
+def test_trained_choices_are_points_that_have_to_keep_the_budget(made):
+    shares = []
+
+    def train(choice, share):
+        shares.append(share)
+        return halved(choice, share)
+
+    curve = made(2.2, train)
+    found, alone = curve.search(), made(2.2).search()
+    assert sum(shares) == pytest.approx(1.0) and len(shares) == 2
+    assert found.recovered and found.microseconds < alone.microseconds
+    assert curve.keeps(found)
+    assert [point["recovered"] for point in curve.to_json()].count(True) == 2
+
+
+def test_training_in_vain_is_dropped(made):
+    curve = made(2.2, lambda choice, share: choice)
+    found = curve.search()
+    assert not found.recovered and found.microseconds == made(2.2).search().microseconds
+    trained = [point for point in curve.points if point.recovered]
+    # The second choice trained is slower than the first, which missed the budget.
+    assert trained[1].microseconds > trained[0].microseconds
