@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -317,6 +318,24 @@ def test_a_family_that_was_not_measured_here_is_believed_from_elsewhere(tmp_path
     assert KernelTimer(target, mine).known(work) == winograd
     mine.add(work.key(), winograd.to_json(), 4.0)
     assert KernelTimer(target, mine).known(work) == direct
+
+
+def test_a_batch_without_records_takes_the_schedule_of_the_nearest_one():
+    target = parse_target("llvm:skylake-avx512")
+    geometry = ConvGeometry(32, 32, 14, 14, (3, 3), padding=(1, 1, 1, 1))
+    one, two, four, sixteen = (
+        ConvWorkload(replace(geometry, batch=n), 16, ("bias", "relu")) for n in (1, 2, 4, 16)
+    )
+    first, second, third = spaces(one, isa_of(target))["direct"][:3]
+    records = TuningRecords(None, "avx512", 2)
+    timer = KernelTimer(target, records)
+    records.add(one.key(), second.to_json(), 3.0)
+    assert timer.known(sixteen) == second
+    records.add(four.key(), third.to_json(), 9.0)
+    assert timer.known(sixteen) == third and timer.known(one) == second
+    assert timer.known(two) in (second, third)
+    records.add(sixteen.key(), first.to_json(), 99.0)
+    assert timer.known(sixteen) == first
 
 
 @pytest.mark.parametrize(("option", "message"), [("trials", "1 or more"), (
