@@ -26,11 +26,21 @@ def vgg16(batch: int = 1) -> tuple[Graph, str]:
 def alexnet(batch: int = 1) -> tuple[Graph, str]:
     """AlexNet in one column (Krizhevsky, 2014), as torchvision has it."""
     g = Graph("alexnet", batch=batch)
+    return g, _perceptron(g, _alexnet_features(g))
+
+
+def alexnet_convolutions(batch: int = 1) -> tuple[Graph, str]:
+    """AlexNet up to its last pooling: its dense layers wait for memory, its convolutions do not."""
+    g = Graph("alexnet_convolutions", batch=batch)
+    return g, _alexnet_features(g)
+
+
+def _alexnet_features(g: Graph) -> str:
     x = g.max_pool(g.relu(g.conv("input", 64, 11, 4, 2)), 3, 2)
     x = g.max_pool(g.relu(g.conv(x, 192, 5)), 3, 2)
     for filters in (384, 256, 256):
         x = g.relu(g.conv(x, filters, 3))
-    return g, _perceptron(g, g.max_pool(x, 3, 2))
+    return g.max_pool(x, 3, 2)
 
 
 def _perceptron(g: Graph, x: str) -> str:
@@ -191,6 +201,7 @@ def convnext_tiny(batch: int = 1) -> tuple[Graph, str]:
 NETWORKS: dict[str, Callable[[int], tuple[Graph, str]]] = {
     "vgg16": vgg16,
     "alexnet": alexnet,
+    "alexnet_convolutions": alexnet_convolutions,
     "resnet18": resnet18,
     "resnet50": resnet50,
     "googlenet": googlenet,

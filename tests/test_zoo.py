@@ -18,6 +18,7 @@ import zoo
 LITERATURE = {
     "vgg16": (138.36, 15470),
     "alexnet": (61.10, 714),
+    "alexnet_convolutions": (2.47, 656),
     "resnet18": (11.69, 1814),
     "resnet50": (25.56, 4089),
     "googlenet": (6.62, 1498),
@@ -39,8 +40,8 @@ def test_parameters_and_multiply_adds_are_those_of_the_literature(name):
     parameters, multiply_adds = LITERATURE[name]
     assert graph.parameters / 1e6 == pytest.approx(parameters, abs=0.006)
     assert graph.multiply_adds / 1e6 == pytest.approx(multiply_adds, abs=1)
-    expected = (3, 128, 128) if name == "super_resolution" else (1000,)
-    assert graph.shapes[output] == expected
+    maps = {"super_resolution": (3, 128, 128), "alexnet_convolutions": (256, 6, 6)}
+    assert graph.shapes[output] == maps.get(name, (1000,))
 
 
 @pytest.mark.parametrize("name", [name for name in LITERATURE if name not in BIG])

@@ -16,6 +16,7 @@ from .fft_tiles import TileTransform
 from .fourier import real_frequencies
 from .groups import is_depthwise, merge_groups, merge_weight
 from .isa import VectorISA
+from .layout import move_map
 from .workload import ConvWorkload
 
 
@@ -44,7 +45,10 @@ def emit(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> tirx.
     y = em.argument("y", y_shape)
     grid = grid_of(workload, schedule, isa)
     if plain:
-        x = _emit_blocks(em, given.batch, given.in_channels, given.height * given.width, x)
+        pixels = given.height * given.width
+        blocked = em.workspace(given.batch * pixels * lanes)
+        move_map(em, x, blocked, given.batch, given.in_channels, pixels, True)
+        x = blocked
     tile = TileTransform(em, grid)
     if is_depthwise(given):
         emit_depthwise(em, grid, tile, (x, weights, y), epilogue)
@@ -148,18 +152,3 @@ def _spectra(taps: np.ndarray, grid: FFTGrid) -> Iterator[tuple[np.ndarray, np.n
                 for at in (real, pairs)
             ]
             yield found[0].real, 2 * found[1]
-
-
-def _emit_blocks(
-    em: Emitter, batch: int, channels: int, pixels: int, x: tirx.Buffer
-) -> tirx.Buffer:
-    """Copy a plain map to blocks of channels, in a workspace; the other lanes are zero."""
-    lanes = em.lanes
-    blocked = em.workspace(batch * pixels * lanes)
-    with em.loop(batch * pixels, prefix="pixel") as pixel:
-        em.store(blocked, em.constant(0), pixel * lanes)
-    with em.loop(batch, prefix="image") as image, em.loop(pixels, prefix="pixel") as pixel:
-        for c in range(channels):
-            value = em.scalar(x, (image * channels + c) * pixels + pixel)
-            em.store_scalar(blocked, value, (image * pixels + pixel) * lanes + c)
-    return blocked

@@ -42,13 +42,28 @@ def transpose(em: Emitter, rows: Sequence[ir.Expr]) -> list[ir.Expr]:
 def _emit(
     batch: int, channels: int, height: int, width: int, isa: VectorISA, to_blocks: bool
 ) -> tirx.PrimFunc:
-    lanes, pixels = isa.lanes, height * width
-    blocks = -(-channels // lanes)
+    blocks = -(-channels // isa.lanes)
     plain_shape = (batch, channels, height, width)
-    blocked_shape = (batch, blocks, height, width, lanes)
+    blocked_shape = (batch, blocks, height, width, isa.lanes)
     em = Emitter(isa)
     source = em.argument("x", plain_shape if to_blocks else blocked_shape)
     target = em.argument("y", blocked_shape if to_blocks else plain_shape)
+    move_map(em, source, target, batch, channels, height * width, to_blocks)
+    return em.finish()
+
+
+def move_map(
+    em: Emitter,
+    source: tirx.Buffer,
+    target: tirx.Buffer,
+    batch: int,
+    channels: int,
+    pixels: int,
+    to_blocks: bool,
+) -> None:
+    """Emit the copy of a plain map to a blocked one, or back, as a parallel loop."""
+    lanes = em.lanes
+    blocks = -(-channels // lanes)
     squares = max(1, -(-pixels // lanes))
     with em.loop(batch * blocks * squares, "parallel", prefix="task") as task:
         map_index = em.bind_index(quotient(task, squares), "map")
@@ -73,7 +88,6 @@ def _emit(
                 move(lanes)
             with em.when(tirx.EQ(block, blocks - 1)):
                 move(rest)
-    return em.finish()
 
 
 def _move_square(
