@@ -32,6 +32,7 @@ from tvm_lowrank.report import svg
 
 # Given a workload and its schedules, a score of each; the least is picked.
 Score = Callable[[ConvWorkload, Sequence[Mapping[str, Any]]], np.ndarray]
+BUDGETS = (1, 2, 4)
 ISAS = {isa.name: isa for isa in (instruction_sets.AVX512, instruction_sets.AVX2)}
 
 
@@ -242,6 +243,7 @@ def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
             cells[3:] = []
         row = [f"{cell:.1%}" for cell in cells] + ["-"] * (5 - len(cells))
         lines.append(f"| {model} | {' | '.join(row)} |")
+    lines += ["", *_budgets(judged)]
     lines += [
         "",
         "| network | layers | with a choice | learned: time predicted over measured | analytic |",
@@ -257,6 +259,34 @@ def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
             f"| {network.name} | {len(network.layers)} | {choice} | {' | '.join(errors)} |"
         )
     return "\n".join(lines)
+
+
+def _budgets(judged: Sequence[Judged]) -> list[str]:
+    """What a network loses where only the best predicted kernels of each layer are measured."""
+    lines = [
+        "Where only the best predicted kernels of each layer are measured, and the fastest of them "
+        "is taken:",
+        "",
+        "| network | candidates | "
+        + " | ".join(f"loss with {count} a layer (measured)" for count in BUDGETS)
+        + " |",
+        "|---|---|" + "---|" * len(BUDGETS),
+    ]
+    for network in judged:
+        if "learned" not in network.scores:
+            continue
+        sizes = [len(layer.schedules) for layer in network.layers]
+        best = sum(layer.microseconds.min() for layer in network.layers)
+        cells = []
+        for count in BUDGETS:
+            taken = sum(
+                layer.microseconds[np.argsort(scores)[:count]].min()
+                for layer, scores in zip(network.layers, network.scores["learned"], strict=True)
+            )
+            share = sum(min(size, count) for size in sizes) / sum(sizes)
+            cells.append(f"{taken / best - 1:.1%} ({share:.0%})")
+        lines.append(f"| {network.name} | {sum(sizes)} | {' | '.join(cells)} |")
+    return lines
 
 
 def _plot(judged: Sequence[Judged]) -> str:

@@ -6,19 +6,17 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tvm_lowrank import demo
+from tvm_lowrank.console import Bars, interruptible
 from tvm_lowrank.cost import learned
 from tvm_lowrank.cost.batch import candidates_of, export_batch, import_results
 from tvm_lowrank.cost.fleet import Fleet
@@ -154,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with (
             warnings.catch_warnings(),
-            _interruptible() as check,
+            interruptible() as check,
             _fleet(args, console) as fleet,
         ):
             warnings.showwarning = _show_warning
@@ -178,36 +176,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = ", records.jsonl" if (args.output / "records.jsonl").exists() else ""
     console.print(f"written   {args.output}/model.so, plan.json, plan.npz{measured}")
     return 0
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], None]]:
-    """Yields what raises KeyboardInterrupt once one was asked for.
-
-    Python drops the exception when it arises in a finalizer, and TVM turns it into another when it
-    arises in a callback.
-    """
-    asked = threading.Event()
-
-    def interrupt(*_: object) -> None:
-        asked.set()
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield check  # signals are the main thread's
-        return
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield check
-    except Exception:
-        check()
-        raise
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
@@ -252,7 +220,7 @@ def _survey(
     timer = KernelTimer(target, records, args.trials, seed=args.seed, worker=fleet)
     survey = Survey(timer, layers, args.shapes, max(2, args.trials - 1), args.seed)
     try:
-        with _Bars(console, check) as bars:
+        with Bars(console, check) as bars:
             survey.run(bars.report)
     finally:
         console.print(survey.table())
@@ -294,7 +262,7 @@ def _tune(
     _remove_leftovers(args.output)
     scratch = Path(tempfile.mkdtemp(dir=args.output, prefix=f".tune-{os.getpid()}-"))
     try:
-        with _Bars(console, check) as bars:
+        with Bars(console, check) as bars:
             records = args.output / "records.jsonl"
             plan = search(mod, target, data, final, options, records, scratch, bars.report, fleet)
         plan.save(args.output / "plan.json")
@@ -366,35 +334,6 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-class _Bars:
-    """A progress bar for each stage of the search."""
-
-    def __init__(self, console: Console, check: Callable[[], None]) -> None:
-        self.check = check
-        self.progress = Progress(
-            TextColumn("{task.description:28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self.tasks: dict[str, int] = {}
-
-    def __enter__(self) -> _Bars:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def report(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage; the place where an interruption that got lost is noticed."""
-        self.check()
-        if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=total)
-        self.progress.update(self.tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
