@@ -254,3 +254,20 @@ def test_shipped_records_name_their_networks():
     layers = recorded_layers(shipped_records("avx512"))
     stem = ConvGeometry(3, 64, 224, 224, (7, 7), (2, 2), (3, 3, 3, 3))
     assert {"resnet18", "resnet50"} <= layers[stem]
+
+
+def test_a_network_is_predicted_for_a_machine_that_is_not_at_hand(capsys):
+    from tvm_lowrank import predict
+
+    def total(*options):
+        command = ["--target", "llvm:haswell", "--bandwidth", "20", *options]
+        assert predict.main(command) == 0
+        lines = capsys.readouterr().out.splitlines()
+        row = next(line for line in lines if line.startswith("│ all"))
+        return [float(cell) for cell in row.replace("│", " ").split()[1:]]
+
+    fast, slow = total("--peak", "200"), total("--peak", "20")
+    assert fast[0] < fast[1] and slow[0] < slow[1]  # Winograd is worth it
+    assert 2 < slow[1] / fast[1] < 10.1
+    assert predict.main(["--peak", "0", "--bandwidth", "20"]) == 2
+    assert "must be positive" in capsys.readouterr().err

@@ -217,7 +217,9 @@ def _survey(
     path = args.output / "records.jsonl"
     threads = fleet.threads if fleet else set_threads(args.threads)
     records = records_for(path, target, threads, not args.no_shipped_records, fleet)
-    timer = KernelTimer(target, records, args.trials, seed=args.seed, worker=fleet)
+    options = Options(algorithms=args.algorithms or ALGORITHMS, trials=args.trials)
+    algorithms = options.algorithms
+    timer = KernelTimer(target, records, options.trials, algorithms, args.seed, worker=fleet)
     survey = Survey(timer, layers, args.shapes, max(2, args.trials - 1), args.seed)
     try:
         with Bars(console, check) as bars:

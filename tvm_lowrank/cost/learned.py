@@ -41,7 +41,7 @@ _TREES = {
 # Rows of a place that weigh as much as the belief that it is like all the others.
 _PRIOR = 4.0
 # Weight of rows of a machine whose figures are not on record: what it could do is a guess.
-_DOUBT = 0.1
+_DOUBT = 0.02
 # A machine of which nothing is known, a thread.
 _NOMINAL = Roofline(60.0, 10.0)
 # Of a record: its workload, place, schedule and microseconds.

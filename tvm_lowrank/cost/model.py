@@ -20,8 +20,6 @@ _LOOP, _CALL = 1.5, 0.5
 _ENOUGH_SUMS = 8.0
 # Loads that a cycle sustains while two multiply-adds start.
 _LOADS = 1.6
-# Operations of transforms, counted as those of dense matrices, come to this share of the peak.
-_TRANSFORM_SHARE = 0.7
 # Against the copy that the bandwidth was measured by: maps that were just written are this much
 # nearer, and weights so much that fit into the last cache.
 _NEAR, _SHARED = 8.0, 3.0
@@ -72,7 +70,7 @@ class AnalyticModel(CostModel):
         step = max(work.sums, 2 * work.inputs / _LOADS, _ENOUGH_SUMS) / work.sums
         uneven = math.ceil(work.tasks / self.threads) * self.threads / work.tasks
         products = 2 * work.products * step * uneven / peak
-        transforms = work.transforms * uneven / (_TRANSFORM_SHARE * peak)
+        transforms = work.transforms * uneven / (work.share * peak)
         near = (work.map_bytes + 2 * work.scratch_bytes) / (_NEAR * bandwidth)
         fetch = work.weight_bytes / bandwidth
         if work.weight_bytes < _SHARED_BYTES:

@@ -45,13 +45,15 @@ def algorithm_class(schedule: dict[str, Any]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(workload: ConvWorkload, isa: Machine, each: int, seed: int) -> tuple[Any, ...]:
+def candidates(
+    workload: ConvWorkload, isa: Machine, each: int, seed: int, algorithms: tuple[str, ...]
+) -> tuple[Any, ...]:
     """Schedules of every algorithm class: the first of each, and one at random among the rest.
 
     ``each`` is their number a class; spaces of fewer are taken whole.
     """
     classes: dict[str, list[Any]] = {}
-    for space in spaces(workload, isa).values():
+    for space in spaces(workload, isa, algorithms).values():
         for schedule in space:
             classes.setdefault(algorithm_class(schedule.to_json()), []).append(schedule)
     rng = random.Random(zlib.crc32(workload.key().encode()) + seed)
@@ -166,7 +168,9 @@ class Survey:
             "random shapes": [self._workload(g) for g in drawn],
         }
         for name, workloads in self.origins.items():
-            kept = [w for w in dict.fromkeys(workloads) if not refuse(w, isa)]
+            kept = [
+                w for w in dict.fromkeys(workloads) if not refuse(w, isa, self.timer.algorithms)
+            ]
             self.origins[name] = kept
 
     def _workload(self, geometry: ConvGeometry, last: bool = True) -> ConvWorkload:
@@ -184,7 +188,7 @@ class Survey:
                 report(name, min(start + _BATCH, len(workloads)), len(workloads))
 
     def _candidates(self, workload: ConvWorkload) -> tuple[Any, ...]:
-        return candidates(workload, self.timer.isa, self.each, self.seed)
+        return candidates(workload, self.timer.isa, self.each, self.seed, self.timer.algorithms)
 
     def table(self) -> Table:
         """Coverage: of each origin the workloads measured whole, and the records by class."""

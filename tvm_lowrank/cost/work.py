@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm_lowrank.cost.operations import FLOAT32_BYTES
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+# What transforms reach of the peak: counted as products with dense matrices, about half of which
+# are zeros, and as the fewest operations there are, most of them additions.
+_DENSE_SHARE, _FOURIER_SHARE = 0.7, 0.3
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Work:
         Parallel loops, one after the other.
     sums, inputs : float
         Accumulators of a register block, and vectors or scalars that it loads for each step.
+    share : float
+        Of the peak, that the transforms reach as they are counted.
     """
 
     products: float
@@ -47,6 +53,7 @@ class Work:
     stages: int = 1
     sums: float = 8.0
     inputs: float = 8.0
+    share: float = 1.0
 
 
 def work_of(workload: ConvWorkload, schedule: Mapping[str, Any], lanes: int) -> Work:
@@ -111,7 +118,8 @@ def _winograd(workload: ConvWorkload, schedule: Mapping[str, Any], lanes: int) -
     # Each one-dimensional transform is a small dense matrix, of which about half are zeros.
     forward = sum(p * size for p in points if p > 1)
     back = outputs[0] * points[1] * points[0] + outputs[0] * outputs[1] * points[1]
-    return _transformed(workload, schedule, lanes, tiles, size, 1.0, 1, forward, back)
+    work = _transformed(workload, schedule, lanes, tiles, size, 1.0, 1, forward, back)
+    return replace(work, share=_DENSE_SHARE)
 
 
 def _fft(workload: ConvWorkload, schedule: Mapping[str, Any], lanes: int) -> Work:
@@ -130,9 +138,10 @@ def _fft(workload: ConvWorkload, schedule: Mapping[str, Any], lanes: int) -> Wor
     # Real transforms, 2.5 n log2 n; complex products of half as many frequencies.
     transform = 2.5 * size * math.log2(size)
     products = 1.5 if schedule.get("gauss") else 2.0
-    return _transformed(
+    work = _transformed(
         workload, schedule, lanes, tiles, size, products, terms, transform, transform
     )
+    return replace(work, share=_FOURIER_SHARE)
 
 
 def _transformed(
