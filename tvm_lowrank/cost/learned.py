@@ -139,6 +139,7 @@ def train(
         best[key, place] = min(us, best.get((key, place), math.inf))
     doubts = {place: 1.0 if machine.figures(records, isa, place) else _DOUBT for place in models}
     weights = np.array([doubts[place] * best[key, place] / us for key, _, place, _, us in rows])
+    weights /= max(doubts.values())
     places = [_text(place) for _, _, place, _, _ in rows]
     offsets = _offsets(targets, places)
     data = xgboost.DMatrix(
