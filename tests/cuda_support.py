@@ -19,6 +19,8 @@ from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from x86_support import apply_steps, reference_convolution
 
+from tvm_lowrank.build import compile_module
+
 SM80, SM90 = ARCHITECTURES["sm_80"], ARCHITECTURES["sm_90"]
 LOOPS = replace(SM80, loops=True)
 _PLAIN = VectorISA("plain", 1, 1)
@@ -26,17 +28,21 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 
 def run_on_host(program: Program, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """Run a program whose kernels are loops; what no kernel writes stays NaN."""
+    """Run a program whose kernels are loops."""
+    return run_program(program, inputs, tvm.target.Target("llvm"), tvm.cpu())
+
+
+def run_program(program: Program, inputs: dict[str, np.ndarray], target, device) -> np.ndarray:
+    """Compile and run the kernels in order; what none of them writes stays NaN."""
     functions = {
         f"stage{index}": stage.func.with_attr("global_symbol", f"stage{index}")
         for index, stage in enumerate(program.stages)
     }
-    library = tvm.compile(tvm.IRModule(functions), target="llvm")
-    library = library.mod if hasattr(library, "mod") else library
-    values = {name: tvm.runtime.tensor(array) for name, array in inputs.items()}
+    library = compile_module(tvm.IRModule(functions), target).jit()
+    values = {name: tvm.runtime.tensor(array, device) for name, array in inputs.items()}
     for index, stage in enumerate(program.stages):
         shape, dtype = program.shapes[stage.writes], program.dtype(stage.writes)
-        values[stage.writes] = tvm.runtime.tensor(np.full(shape, np.nan, dtype))
+        values[stage.writes] = tvm.runtime.tensor(np.full(shape, np.nan, dtype), device)
         library[f"stage{index}"](*(values[n] for n in stage.reads), values[stage.writes])
     return values["y"].numpy()
 

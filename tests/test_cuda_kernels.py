@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cuda_support import SM80, SM90, Case, needs_nvcc, resources_of, run_on_host, source_of
+import tvm
+from cuda_support import (
+    SM80,
+    SM90,
+    Case,
+    needs_nvcc,
+    resources_of,
+    run_on_host,
+    run_program,
+    source_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm_lowrank.schedules import kernels
@@ -23,10 +33,13 @@ from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.cuda.direct import DirectSchedule
 from tvm_lowrank.schedules.cuda.kernels import FAMILIES as CUDA_FAMILIES
 from tvm_lowrank.schedules.cuda.winograd import WinogradSchedule
+from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from x86_support import relative_error
 
+from tvm_lowrank.cost.timing import time_program
 from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.target import parse_target
 
 TOLERANCE = 2e-5
 
@@ -192,3 +205,20 @@ def test_packed_weights_are_what_the_program_reads() -> None:
         assert case.inputs["weights"].dtype == np.float32
         bytes_kept = kernels.weight_bytes(case.workload, schedule, SM80)
         assert bytes_kept == case.inputs["weights"].nbytes
+
+
+def test_programs_are_timed_stage_by_stage() -> None:
+    case = Case(ConvWorkload(SAME3, 1), WinogradSchedule(32, 64, 8, 4, 4, outputs=(2, 2)))
+    answer = time_program(case.program, tvm.target.Target("llvm"), tvm.cpu())
+    assert answer["us"] > 0 and answer["spread"] >= 0
+
+
+@pytest.mark.skipif(not tvm.cuda(0).exist, reason="this machine has no GPU")
+@pytest.mark.parametrize(("geometry", "schedule", "steps"), CASES)
+def test_kernels_on_the_gpu_compute_the_convolution(geometry, schedule, steps) -> None:
+    target = parse_target("cuda")
+    workload = ConvWorkload(geometry, 1, steps)
+    case = Case(workload, schedule)
+    program = kernels.emit(workload, schedule, machine_of(target))
+    result = run_program(program, case.inputs, target, tvm.cuda())
+    assert relative_error(result, case.expected) < TOLERANCE

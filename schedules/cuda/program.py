@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -51,6 +52,19 @@ class Program:
     def dtype(self, name: str) -> str:
         """Type of a value."""
         return (self.dtypes or {}).get(name, "float32")
+
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """What the script of a batch has to know: stages under the given names, and all values."""
+        return {
+            "stages": [
+                {"function": name, "reads": list(stage.reads), "writes": stage.writes}
+                for name, stage in zip(names, self.stages, strict=True)
+            ],
+            "values": {
+                name: {"shape": list(shape), "dtype": self.dtype(name)}
+                for name, shape in self.shapes.items()
+            },
+        }
 
     @property
     def weight_bytes(self) -> int:

@@ -158,14 +158,7 @@ def _entry(
         "library": library,
         "workload": candidate.workload.to_json(),
         "schedule": candidate.schedule.to_json(),
-        "stages": [
-            {"function": name, "reads": list(stage.reads), "writes": stage.writes}
-            for name, stage in zip(names, program.stages, strict=True)
-        ],
-        "values": {
-            name: {"shape": list(shape), "dtype": program.dtype(name)}
-            for name, shape in program.shapes.items()
-        },
+        **program.to_json(names),
     }
 
 
