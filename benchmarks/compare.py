@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import compare_gpu
 import numpy as np
 from cases import BadInput, Case, Parser, check_folder, check_positive, find_case, names
 from lossless import build_lossless
@@ -35,6 +36,7 @@ examples:
   python benchmarks/compare.py resnet18 vgg16
   python benchmarks/compare.py mymodel.onnx --batch 1 16 --against onnxruntime,openvino-default
   python benchmarks/compare.py resnet18 --against onnxruntime,{METASCHEDULE}
+  python benchmarks/compare.py resnet50 --target cuda --batch 1 128
 
 networks: {", ".join(NETWORKS)}
 Exit codes: 0 done (a runtime that fails is a row with the reason), 2 bad input, 130 interrupted.
@@ -61,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = make.add_argument
     add("networks", nargs="*", metavar="NETWORK", help="names or .onnx files (default: all names)")
-    add("--batch", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
+    add("--batch", type=int, nargs="+", metavar="N", help="default: 1; on a GPU 1 and 128")
+    add("--target", default="llvm", help="cuda compares on this machine's GPU (default: llvm)")
     add("--threads", type=int, default=physical_cores(), help="default: all physical cores")
     add("--against", default=",".join(_DEFAULT_PEERS), metavar="A,B", help=f"of {', '.join(PEERS)}")
     add("--algorithms", default=",".join(ALGORITHMS), metavar="A,B", help=", ".join(ALGORITHMS))
@@ -85,7 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         check_folder(args.markdown)
         if args.build_only and not args.libraries:
             raise BadInput("--build-only needs --libraries, a folder to build into")
-        cases = [find_case(name, n) for name in args.networks or NETWORKS for n in args.batch]
+        if args.target.startswith("cuda"):
+            return _report(compare_gpu.compare(args), args.markdown)
+        batches = args.batch or [1]
+        cases = [find_case(name, n) for name in args.networks or NETWORKS for n in batches]
         if args.build_only:
             for case in cases:
                 library, how, _ = _ours(case, args, Path())
@@ -111,8 +117,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("compare: interrupted; tuning records are kept", file=sys.stderr)
         return 130
-    if args.markdown:
-        args.markdown.write_text("\n".join(sections) + "\n", encoding="utf-8")
+    return _report(sections, args.markdown)
+
+
+def _report(sections: list[str], path: Path | None) -> int:
+    if path:
+        path.write_text("\n".join(sections) + "\n", encoding="utf-8")
     return 0
 
 

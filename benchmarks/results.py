@@ -34,6 +34,18 @@ ROWS = Path(__file__).with_name("results.json")
 CHECKED = 100
 PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO f32", "torch": "PyTorch f32"}
 
+# What `compare.py --target cuda` would show; no GPU was there to show it.
+_GPU = """\
+## On a GPU
+
+| goal | batch | result |
+|---|---|---|
+| dense 3x3 and 1x1 layers at equal precision: as fast as cuDNN or faster | 128 | not measured |
+| ResNet-50 against PyTorch: 1.5 times as fast | 1 | not measured |
+| transformed against dense networks, within 1 point: 1.5 times as fast | 1, 128 | not measured |
+
+What was checked without one: [CUDA](cuda.md).""".splitlines()
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -212,7 +224,7 @@ def _page(rows: list[dict[str, Any]]) -> str:
     for machine in dict.fromkeys(row["machine"] for row in rows):
         names = ", ".join(_name(row) for row in rows if row["machine"] == machine)
         lines.append(f"- {names}: {machine}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_GPU]) + "\n"
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -1,0 +1,145 @@
+"""Networks and convolutions on a GPU: milliseconds of single runs, by CUDA events."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+RUNS = 50
+_WARM_UP = 10
+
+
+def ours(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """A library of ours, by TVM's evaluator, which records events around each run."""
+    import tvm
+    from tvm.runtime import vm
+
+    device = tvm.cuda()
+    machine = vm.VirtualMachine(tvm.runtime.load_module(path), [device, tvm.cpu()])
+    x = tvm.runtime.tensor(_noise(shape), device)
+    output = machine["main"](x).numpy()
+    machine.time_evaluator("main", device, number=1, repeat=_WARM_UP)(x)
+    result = machine.time_evaluator("main", device, number=1, repeat=RUNS)(x)
+    return _answer([1e3 * s for s in result.results], f"TVM {tvm.__version__}, float32", output)
+
+
+def torch_variant(
+    path: str, shape: tuple[int, ...], tf32: bool, channels_last: bool, compiled: bool
+) -> dict[str, Any]:
+    """PyTorch with cuDNN's own choice of algorithms by measurement."""
+    import torch
+    from torch_model import load_torch
+
+    _use_tf32(tf32)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model: Any = load_torch(path).cuda().to(memory_format=layout)
+    if compiled:
+        model = torch.compile(model, mode="max-autotune")
+    x = torch.from_numpy(_noise(shape)).cuda().to(memory_format=layout)
+    with torch.inference_mode():
+        output = model(x).cpu().numpy()
+        times = _events(lambda: model(x))
+    parts = [f"PyTorch {torch.__version__}", "TF32" if tf32 else "float32"]
+    parts += ["channels last"] * channels_last + ["torch.compile"] * compiled
+    return _answer(times, ", ".join(parts), output)
+
+
+def onnxruntime_cuda(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """ONNX Runtime's CUDA provider, inputs and outputs on the GPU, by the clock around each run."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise RuntimeError("this ONNX Runtime has no CUDA provider")
+    session = onnxruntime.InferenceSession(path, providers=["CUDAExecutionProvider"])
+    binding = session.io_binding()
+    x = onnxruntime.OrtValue.ortvalue_from_numpy(_noise(shape), "cuda", 0)
+    binding.bind_ortvalue_input(session.get_inputs()[0].name, x)
+    binding.bind_output(session.get_outputs()[0].name, "cuda")
+    times = []
+    for _ in range(_WARM_UP + RUNS):
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        times.append(1e3 * (time.perf_counter() - start))
+    output = binding.copy_outputs_to_cpu()[0]
+    return _answer(times[_WARM_UP:], f"ONNX Runtime {onnxruntime.__version__}, float32", output)
+
+
+# Name to what runs it: a file of the network, or for ours the library.
+VARIANTS: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
+    "tvm_lowrank": ours,
+    "torch": lambda path, shape: torch_variant(path, shape, False, False, False),
+    "torch-tf32": lambda path, shape: torch_variant(path, shape, True, False, False),
+    "torch-channels-last": lambda path, shape: torch_variant(path, shape, False, True, False),
+    "torch-tf32-channels-last": lambda path, shape: torch_variant(path, shape, True, True, False),
+    "torch-compile": lambda path, shape: torch_variant(path, shape, False, False, True),
+    "torch-compile-tf32": lambda path, shape: torch_variant(path, shape, True, False, True),
+    "onnxruntime-cuda": onnxruntime_cuda,
+}
+
+
+def cudnn_layer(geometry: Mapping[str, Any], tf32: bool) -> float:
+    """Median microseconds of one convolution in PyTorch, without bias or activation."""
+    import torch
+
+    _use_tf32(tf32)
+    top, left, bottom, right = geometry["padding"]
+    if (top, left) != (bottom, right):
+        raise ValueError("cuDNN pads both sides alike")
+    g = geometry
+    x = torch.randn(g["batch"], g["in_channels"], g["height"], g["width"], device="cuda")
+    shape = (g["out_channels"], g["in_channels"] // g["groups"], *g["kernel"])
+    weight = torch.randn(shape, device="cuda")
+    options = {"padding": (top, left), "groups": g["groups"]}
+    options |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"])}
+    with torch.inference_mode():
+        times = _events(lambda: torch.nn.functional.conv2d(x, weight, **options))
+    return 1e3 * statistics.median(times)
+
+
+def _use_tf32(enabled: bool) -> None:
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = enabled
+
+
+def _events(run: Callable[[], Any]) -> list[float]:
+    """Milliseconds of single runs between two events on the current stream."""
+    import torch
+
+    for _ in range(_WARM_UP):
+        run()
+    times = []
+    for _ in range(RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return times
+
+
+def _noise(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def _answer(times: list[float], about: str, output: np.ndarray) -> dict[str, Any]:
+    return {
+        "median_ms": statistics.median(times),
+        "minimum_ms": min(times),
+        "about": about,
+        "output": output.astype(float).reshape(-1)[:1000].tolist(),
+    }
+
+
+if __name__ == "__main__":
+    # The process of one variant: its name, the file, the shape as JSON.
+    print(json.dumps(VARIANTS[sys.argv[1]](sys.argv[2], tuple(json.loads(sys.argv[3])))))

@@ -1,0 +1,47 @@
+"""The comparison on a GPU: what can be said of it on machines without one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import tvm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+pytest.importorskip("onnxruntime")
+
+import compare
+import compare_gpu
+import gpu_runtimes
+
+
+@pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")
+def test_without_a_gpu_the_comparison_says_that_nothing_was_measured(tmp_path, capsys) -> None:
+    report = tmp_path / "report.md"
+    assert compare.main(["resnet18", "--target", "cuda", "--markdown", str(report)]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "nothing was measured" in said.err
+    assert said.out == "" and not report.exists()
+
+
+def test_the_peers_are_cudnn_with_and_without_tf32_and_onnx_runtime() -> None:
+    names = set(gpu_runtimes.VARIANTS)
+    assert {"torch", "torch-tf32", "torch-channels-last", "torch-compile"} < names
+    assert {"tvm_lowrank", "onnxruntime-cuda"} < names
+    assert compare_gpu.BATCHES == (1, 128)
+
+
+def test_rows_have_ratios_errors_and_reasons() -> None:
+    def row(median: float, output: list[float]) -> dict:
+        return {"median_ms": median, "minimum_ms": median, "about": "x", "output": output}
+
+    text = compare_gpu.table(
+        "net, batch 1",
+        {"tvm_lowrank": row(2.0, [1, 2]), "torch": row(3.0, [1, 2.2]), "torch-compile": "no gcc"},
+    )
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| t")]
+    assert [cells[4].strip() for cells in rows] == ["1.00", "1.50", "-"]
+    assert [cells[5].strip() for cells in rows] == ["9e-02", "0e+00", "-"]
+    assert rows[2][6].strip() == "no gcc"
