@@ -21,7 +21,7 @@ from tvm_lowrank.passes.pipeline import normalise
 
 from tvm_lowrank import demo
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.decompose import FORMS, InputMoments, bias_correction
+from tvm_lowrank.decompose import FORMS, Fitter, InputMoments, bias_correction
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.metrics import Quality, judge
@@ -33,9 +33,9 @@ from tvm_lowrank.target import host_target
 from tvm_lowrank.threads import set_threads
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-FORMS_TRIED = ("linear_combination", "separable", "tucker2")
-SHARES = (0.9, 0.75, 0.5, 0.25)
-NOISE = (0.2, 0.4, 0.6)
+FORMS_TRIED = ("linear_combination", "tucker2")
+SHARES = (0.75, 0.5, 0.25)
+NOISE = (0.3, 0.6)
 EPOCHS = {"under-trained": 6, "over-fitted": 60}
 
 
@@ -90,12 +90,9 @@ def main() -> int:
             first = subject.layers[0]
             pictures.append((name, weights[first.name][0]))
             for form in FORMS_TRIED:
-                pictures.append(
-                    (
-                        f"{form}, half",
-                        _approximation(first, weights[first.name][0], form, 0.5, None),
-                    )
-                )
+                noisy = weights[first.name][0]
+                whole = _approximation(first, noisy, form, 0.5, _fitter(first, noisy, form, None))
+                pictures.append((f"{form}, half", whole))
     for name, epochs in EPOCHS.items():
         subject = Subject(_small_network(epochs, args.seed))
         weights = {layer.name: (layer.weight, layer.bias) for layer in subject.changed}
@@ -127,12 +124,16 @@ def _try(
     found = []
     for form in FORMS_TRIED:
         for fitted, given in (("weights", {}), ("data", moments)):
+            fitters = {
+                layer.name: _fitter(layer, weights[layer.name][0], form, given.get(layer.name))
+                for layer in subject.changed
+            }
             for share in SHARES:
                 changed = {}
                 for layer in subject.changed:
                     weight, bias = weights[layer.name]
                     known = given.get(layer.name)
-                    whole = _approximation(layer, weight, form, share, known)
+                    whole = _approximation(layer, weight, form, share, fitters[layer.name])
                     shift = 0 if known is None else bias_correction(weight, whole, known)
                     changed[layer.name] = (whole, bias + shift)
                 after = subject.trial.run(subject.inputs, changed)
@@ -156,20 +157,29 @@ def _moments(
         observer.stream = kept
 
 
+def _fitter(
+    layer: ConvLayer, weight: np.ndarray, form_name: str, moments: InputMoments | None
+) -> Fitter | None:
+    """What fits the weight at any rank; None where the form does not suit the layer."""
+    form, geometry = FORMS[form_name], layer.geometry
+    if geometry is None or form.refuse(geometry):
+        return None
+    return form.fitter(weight.astype(np.float64), geometry, moments, refine=False)
+
+
 def _approximation(
     layer: ConvLayer,
     weight: np.ndarray,
     form_name: str,
     share: float,
-    moments: InputMoments | None,
+    fitter: Fitter | None,
 ) -> np.ndarray:
     """The weight that the form's factors stand for; the weight itself where it has no rank."""
     form, geometry = FORMS[form_name], layer.geometry
     assert geometry is not None
-    ranks = [] if form.refuse(geometry) else form.ranks(geometry, 1, (share,))
-    if not ranks:
+    ranks = form.ranks(geometry, 1, (share,))
+    if fitter is None or not ranks:
         return weight
-    fitter = form.fitter(weight.astype(np.float64), geometry, moments, refine=False)
     return form.reconstruct(fitter.fit(ranks[-1])).astype(np.float32)
 
 
