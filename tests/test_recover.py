@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import numpy as np
@@ -14,12 +15,13 @@ torch = pytest.importorskip("torch")
 from tvm_lowrank.passes.pipeline import normalise  # noqa: E402
 
 from tvm_lowrank import tune  # noqa: E402
+from tvm_lowrank.data import Samples  # noqa: E402
 from tvm_lowrank.decompose import FORMS  # noqa: E402
 from tvm_lowrank.errors import LowRankError  # noqa: E402
 from tvm_lowrank.frontend import load_model  # noqa: E402
 from tvm_lowrank.layer import collect_layers  # noqa: E402
+from tvm_lowrank.planner import Options, search  # noqa: E402
 from tvm_lowrank.planner.candidates import Candidate  # noqa: E402
-from tvm_lowrank.planner.options import Options  # noqa: E402
 from tvm_lowrank.planner.recover import recover  # noqa: E402
 from tvm_lowrank.torch_module import RelaxModule  # noqa: E402
 
@@ -68,7 +70,7 @@ def made(layer, form_name, rank):
 
 def test_training_brings_the_outputs_nearer(net, monkeypatch):
     # A clock that ticks with every look at it: as many steps on any machine.
-    clock = itertools.count(0.0, 0.04)
+    clock = itertools.count(0.0, 0.07)
     monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(clock))
     model, mod, layers, x = net
     by_name = {layer.name: layer for layer in layers}
@@ -126,3 +128,28 @@ def test_without_pytorch_the_command_says_what_to_install(tmp_path, monkeypatch,
     assert "needs PyTorch" in error and "tvm-lowrank[torch]" in error
     with pytest.raises(LowRankError, match="recover is -1"):
         Options(recover=-1)
+
+
+def test_a_search_tries_trained_choices(net, monkeypatch, tmp_path):
+    model, _, _, x = net
+    labels = reference(model, x).argmax(1)
+    ticks = itertools.count(0.0, 0.2)
+    monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(ticks))
+    # Nothing that approximates keeps this budget untrained.
+    planner = importlib.import_module("tvm_lowrank.planner.search")
+    monkeypatch.setattr(planner, "check_resolution", lambda *_: None)
+    options = Options(
+        max_drop=1.0,
+        forms=("dense", "separable"),
+        algorithms=("direct",),
+        exclude=("conv0", "conv3"),
+        trials=1,
+        recover=0.05,
+    )
+    plan = search(load_model(model), None, Samples(x, labels), None, options, directory=tmp_path)
+    trained = [point["recovered"] for point in plan.curve]
+    assert any(not point["keeps"] for point in plan.curve)
+    assert 1 <= trained.count(True) <= 2
+    # 96 samples: 32 fit, 32 choose, 16 of the rest are trained on and 16 judge.
+    assert plan.result["samples"] == 16
+    assert (tmp_path / "model.so").exists()
