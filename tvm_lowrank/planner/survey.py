@@ -16,6 +16,7 @@ from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.candidates import Candidate, confirm, confirm_memory, forms_for, propose
 from tvm_lowrank.planner.options import Options
 from tvm_lowrank.schedules.kernels import algorithm_of
+from tvm_lowrank.schedules.x86.isa import VectorISA
 
 # Told the stage, how many of its steps are done, and how many there are.
 Report = Callable[[str, int, int], None]
@@ -61,6 +62,8 @@ class Survey:
             reason, geometry = layer.reason, layer.geometry
             if reason is None and geometry is not None:
                 reason = self.timer.refuse([geometry])
+            if layer.fully_connected and not isinstance(self.timer.isa, VectorISA):
+                reason = "fully connected layers have no kernels here for this target"
             if reason:
                 self.reasons[layer.name] = reason
             elif geometry is not None:
@@ -69,8 +72,13 @@ class Survey:
 
     def _prepare(self) -> None:
         """Measure all layers side by side if there are several devices."""
-        shapes = [layer.geometry for layer in self.layers if layer.geometry is not None]
-        shapes = [geometry for geometry in shapes if not self.timer.refuse([geometry])]
+        shapes = [
+            layer.geometry
+            for layer in self.layers
+            if layer.geometry is not None
+            and not (layer.fully_connected and self.options.lossless)
+            and not self.timer.refuse([layer.geometry])
+        ]
         for timer in dict.fromkeys((self.plain, self.timer)):
             workloads = [
                 workload for geometry in shapes for workload in timer.workloads([geometry])
