@@ -271,3 +271,22 @@ def test_a_network_is_predicted_for_a_machine_that_is_not_at_hand(capsys):
     assert 2 < slow[1] / fast[1] < 10.1
     assert predict.main(["--peak", "0", "--bandwidth", "20"]) == 2
     assert "must be positive" in capsys.readouterr().err
+
+
+def test_a_trusted_model_picks_alone_and_measures_a_fraction(monkeypatch):
+    monkeypatch.setattr("tvm_lowrank.cost.tuner.TRUSTED_ROWS", 100)
+    target, fresh = parse_target("llvm:skylake-avx512"), workload(96, 20)
+    everything = [s.to_json() for space in spaces(fresh, AVX512).values() for s in space]
+    best = min(invented(fresh.key(), schedule) for schedule in everything)
+    counts = {}
+    for trust in (False, True):
+        records = records_of(LAYERS)
+        timer = KernelTimer(
+            target, records, worker=Counted(), trees=train(records, AVX512), trust=trust
+        )
+        assert timer.is_trusted() == trust
+        assert timer.microseconds(fresh) < 1.2 * best
+        counts[trust] = timer.measured
+    assert counts[True] == 2 <= len(everything) / 10 < counts[False]
+    few = KernelTimer(target, TuningRecords(None, "avx512", 2), worker=Counted(), trust=True)
+    assert not few.is_trusted()

@@ -37,6 +37,7 @@ def plan(
     records: str | Path | None = None,
     shipped_records: bool = True,
     exact: bool = False,
+    trust_model: bool = False,
     max_weight_bytes: int | None = None,
     metric: str | Scorer | None = None,
     recover: float = 0.0,
@@ -85,6 +86,9 @@ def plan(
         Restrict the algorithms, of dense layers and of forms, to direct convolution and what states
         an error of at most 1e-6 of the largest result. (Forms approximate by far more; together
         with ``lossless`` nothing does.)
+    trust_model : bool
+        Measure only the few kernels that the trained cost model picks, if it knows this machine
+        (docs/tuning.md).
     max_weight_bytes : int, optional
         Bound of the weights of all convolutions as their kernels keep them; transformed weights
         are up to several times the size of the network's own.
@@ -124,6 +128,7 @@ def plan(
         trials=trials,
         shipped_records=shipped_records,
         exact=exact,
+        trust_model=trust_model,
         max_weight_bytes=max_weight_bytes,
         metric=metric,
         recover=recover,

@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     add("--forms", type=_names, metavar="A,B", help=f"among dense,{','.join(FORMS)}")
     add("--algorithms", type=_names, metavar="A,B", help=f"among {','.join(ALGORITHMS)}")
     add("--exact", action="store_true", help="only algorithms that state an error of 1e-6 or less")
+    add("--trust-model", action="store_true", help="measure only what the cost model picks")
     add(
         "--max-weight-bytes",
         type=int,
@@ -251,6 +252,7 @@ def _tune(
         shipped_records=not args.no_shipped_records,
         metaschedule_trials=args.metaschedule_trials,
         exact=args.exact,
+        trust_model=args.trust_model,
         max_weight_bytes=args.max_weight_bytes,
         metric=args.metric,
         recover=args.recover,

@@ -63,6 +63,8 @@ class KernelTimer:
         Runs the candidates; by default the one that this process shares.
     trees : Trees, optional
         A cost model trained before; it is trained further on the records.
+    trust : bool
+        Measure only what a model that knows this machine picks.
 
     Attributes
     ----------
@@ -83,6 +85,7 @@ class KernelTimer:
         exact: bool = False,
         worker: Worker | Fleet | None = None,
         trees: Trees | None = None,
+        trust: bool = False,
     ) -> None:
         self.target = target
         self.isa = machine_of(target)
@@ -93,7 +96,7 @@ class KernelTimer:
         self.spread = 0.0
         self._watch = Watch(self)
         self._worker = worker
-        self._tuner = Tuner(records, self.isa, trials, seed, trees)
+        self._tuner = Tuner(records, self.isa, trials, seed, trees, trust)
         self._usable: dict[tuple[str, str], Schedule | None] = {}
 
     def refuse(self, stages: Sequence[ConvGeometry]) -> str:
@@ -167,7 +170,7 @@ class KernelTimer:
         return self._tuner.model
 
     def is_trusted(self) -> bool:
-        """Whether the cost model knows this machine well enough to pick what is measured."""
+        """Whether the cost model picks what is measured: asked to, and knowing this machine."""
         return self._tuner.is_trusted()
 
     def predict(self, stages: Sequence[ConvGeometry]) -> float:

@@ -27,8 +27,9 @@ class Tuner:
     """Proposes the schedules of a workload that are worth measuring, one after the other.
 
     The first few of each family come in the family's own order. The cost model then picks among the
-    rest: boosted trees that records of any machine teach. Once it knows enough of this place, it
-    picks alone: half as many as a family would have been allowed, whatever the family.
+    rest: boosted trees that records of any machine teach. If it is to be trusted and knows enough
+    of this place, it picks alone: half as many as a family would have been allowed, whatever the
+    family.
 
     Parameters
     ----------
@@ -40,6 +41,8 @@ class Tuner:
         Of the model; the same records and seed propose the same schedules.
     trees : Trees, optional
         Trained before, on these or other records.
+    trust : bool
+        Let the model pick alone from `TRUSTED_ROWS` records of this place on.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class Tuner:
         trials: int,
         seed: int = 0,
         trees: Trees | None = None,
+        trust: bool = False,
     ) -> None:
         self.records = records
         self.isa = isa
         self.trials = trials
         self.seed = seed
         self.trees = trees
+        self.trust = trust
         self._seen = 0
 
     @property
@@ -65,9 +70,10 @@ class Tuner:
         return analytic if self.trees is None else LearnedModel(self.trees, analytic, place)
 
     def is_trusted(self) -> bool:
-        """Whether the model knows this place well enough to pick alone."""
+        """Whether the model is to pick alone and knows this place well enough."""
         model = self.model
-        return isinstance(model, LearnedModel) and model.rows >= TRUSTED_ROWS
+        known = isinstance(model, LearnedModel) and model.rows >= TRUSTED_ROWS
+        return self.trust and known
 
     def propose(self, workload: ConvWorkload, allowed: Spaces) -> Any | None:
         """The schedule to measure next, or None when enough were.

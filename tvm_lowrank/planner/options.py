@@ -31,6 +31,7 @@ class Options:
     shipped_records: bool = True
     metaschedule_trials: int = 0
     exact: bool = False
+    trust_model: bool = False
     max_weight_bytes: int | None = None
     metric: str | Scorer | None = None
     recover: float = 0.0

@@ -172,6 +172,11 @@ def _search(
         report,
     )
     plan = judge.conclude(make_curve)
+    if options.trust_model and not timer.is_trusted():
+        complaint = complaint or (
+            "the cost model knows too few records of this machine to be trusted; all was measured "
+            "as without it; train it with python -m tvm_lowrank.tune --survey"
+        )
     learned.renew(records, isa, folder, options.seed, trees)
     complaints = dict.fromkeys((complaint, timer.complaint(), plain.complaint(), *judge.complaints))
     for complaint in filter(None, complaints):
@@ -227,7 +232,8 @@ def _timer(
 ) -> KernelTimer:
     make = KernelTimer if is_measurable(target) else PredictingTimer
     trials, seed, exact = options.trials, options.seed, options.exact
-    return make(target, records, trials, algorithms, seed, exact, fleet, trees)
+    trust = options.trust_model
+    return make(target, records, trials, algorithms, seed, exact, fleet, trees, trust)
 
 
 def _host_timer(threads: int, options: Options) -> KernelTimer:
