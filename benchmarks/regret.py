@@ -27,7 +27,7 @@ from tvm_lowrank.cost.sampling import algorithm_class, recorded_layers
 from tvm_lowrank.cost.trees import signature
 from tvm_lowrank.cost.work import work_of
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import Place, TuningRecords, shipped_records
+from tvm_lowrank.records import Place, TuningRecords, shipped_records, survey_records
 from tvm_lowrank.report import svg
 
 # Given a workload and its schedules, a score of each; the least is picked.
@@ -66,15 +66,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("records", nargs="*", type=Path, help="files of a survey, besides shipped")
+    parser.add_argument("records", nargs="*", type=Path, help="default: the shipped surveys")
     parser.add_argument("--isa", choices=sorted(ISAS), default="avx512")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="predicted against measured")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table, also printed")
     args = parser.parse_args()
     isa, shipped = ISAS[args.isa], shipped_records(args.isa)
-    records = TuningRecords(None, isa.name, 1, shipped=[*shipped, *args.records])
-    place = _place(TuningRecords(None, isa.name, 1, shipped=args.records or shipped))
+    surveys = args.records or survey_records(args.isa)
+    records = TuningRecords(None, isa.name, 1, shipped=[*shipped, *surveys])
+    place = _place(TuningRecords(None, isa.name, 1, shipped=surveys))
     if place is None:
         print("error: no records; run python -m tvm_lowrank.tune --survey first", file=sys.stderr)
         return 2

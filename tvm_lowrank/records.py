@@ -236,6 +236,12 @@ def shipped_records(isa: str) -> list[Path]:
     return sorted(folder.glob("*.jsonl"))
 
 
+def survey_records(isa: str) -> list[Path]:
+    """The files of surveys that are installed with the package: they teach the cost model only."""
+    folder = Path(str(files("tvm_lowrank.tuning_logs"))) / isa / "survey"
+    return sorted(folder.glob("*.jsonl"))
+
+
 def _text(schedule: dict[str, Any]) -> str:
     return json.dumps(schedule, sort_keys=True)
 

@@ -23,7 +23,7 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 # Fewer rows than this teach nothing; with so much more the trees grow, and when there are twice as
 # many as at the last training from scratch, they are trained from scratch.
 LEAST_ROWS = 32
-_GROWTH = 1.15
+_GROWTH = 0.15
 _RENEWAL = 2.0
 _ROUNDS, _MORE_ROUNDS = 240, 40
 _TREES = {
@@ -118,7 +118,10 @@ def train(
     import xgboost
 
     rows = _rows(records, isa, keep)
-    if len(rows) < max(LEAST_ROWS, _GROWTH * before.rows if before else 0):
+    counts = Counter(_text(place) for _, _, place, _, _ in rows)
+    seen = before.counts if before else {}
+    fresh = sum(max(0, count - seen.get(place, 0)) for place, count in counts.items())
+    if fresh < max(LEAST_ROWS, _GROWTH * before.rows if before else 0):
         return before
     models = _models(records, isa, {place for _, _, place, _, _ in rows})
     table = [
@@ -129,10 +132,13 @@ def train(
         for _, workload, place, schedule, _ in rows
     ]
     targets = np.array([math.log(us) for *_, us in rows]) - np.array(bases)
-    grows = before is not None and len(rows) < _RENEWAL * before.first_rows
-    if before is not None and grows and not {*before.names} >= {n for row in table for n in row}:
-        grows = False
-    names = before.names if before and grows else sorted(set().union(*table))
+    names, known = sorted(set().union(*table)), before
+    if known is not None and (
+        len(rows) >= _RENEWAL * known.first_rows or not {*known.names}.issuperset(names)
+    ):
+        known = None
+    if known is not None:
+        names = known.names
     # What is nearly the best of its workload has to be told apart, what is slow only to be known.
     best: dict[Any, float] = {}
     for key, _, place, _, us in rows:
@@ -141,22 +147,28 @@ def train(
     weights = np.array([doubts[place] * best[key, place] / us for key, _, place, _, us in rows])
     weights /= max(doubts.values())
     places = [_text(place) for _, _, place, _, _ in rows]
-    offsets = _offsets(targets, places)
+    if known is None:
+        offsets = _offsets(targets, places)
+    else:  # what the trees know of places stays; new ones are calibrated on what they predict
+        rest = targets - _evaluate(known, table)
+        offsets = {**_offsets(rest, places), **known.offsets}
     data = xgboost.DMatrix(
         _matrix(table, names), targets - np.array([offsets[p] for p in places]), weight=weights
     )
     booster = xgboost.train(
         {**_TREES, "seed": seed},
         data,
-        _MORE_ROUNDS if grows else _ROUNDS,
-        xgb_model=before.booster if before and grows else None,
+        _ROUNDS if known is None else _MORE_ROUNDS,
+        xgb_model=None if known is None else known.booster,
     )
-    first = before.first_rows if before and grows else len(rows)
-    families: dict[str, list[str]] = {}
+    families = {} if known is None else dict(known.families)
     for _, _, _, schedule, _ in rows:
         families[schedule["kernel"]] = sorted(schedule)
-    counts = dict(Counter(places))
-    return Trees(isa.name, names, families, offsets, counts, len(rows), first, booster)
+    if known is None:
+        return Trees(isa.name, names, families, offsets, counts, len(rows), len(rows), booster)
+    counts = Counter({**known.counts, **counts})
+    total = known.rows + fresh
+    return Trees(isa.name, names, families, offsets, counts, total, known.first_rows, booster)
 
 
 def renew(

@@ -1,0 +1,80 @@
+"""The benchmark of the cost model: what is regret, and what the paper's formula picks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.report import svg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import regret
+
+DIRECT = {"kernel": "direct", "tile": 7, "vectors": 2}
+
+
+def winograd(size):
+    return {"kernel": "winograd", "tile": [size, size], "rows": 4, "vectors": 2, "blocks": 1}
+
+
+def fourier(size):
+    return {"kernel": "fft", "tile": [size, size], "rows": 1, "vectors": 2, "blocks": 0}
+
+
+def workload(kernel=3, size=32):
+    pad = (kernel // 2,) * 4
+    geometry = ConvGeometry(64, 64, size, size, (kernel, kernel), padding=pad)
+    return ConvWorkload(geometry, 16, ("bias",))
+
+
+def layer():
+    schedules = [DIRECT, winograd(2), {**winograd(2), "rows": 8}, winograd(4)]
+    return regret.Layer(workload(), schedules, np.array([30.0, 15.0, 12.0, 10.0]))
+
+
+@pytest.mark.parametrize(
+    ("scores", "algorithm", "schedule"),
+    [([9, 9, 9, 1], 0.0, 0.0), ([9, 1, 2, 9], 0.2, 0.5), ([1, 9, 9, 9], 2.0, 2.0)],
+)
+def test_regret_is_the_time_over_the_best(scores, algorithm, schedule):
+    """An algorithm counts with its best schedule, a schedule with its own time."""
+    assert layer().algorithm_regret(np.array(scores)) == pytest.approx(algorithm)
+    assert layer().schedule_regret(np.array(scores)) == pytest.approx(schedule)
+
+
+def test_the_error_of_a_network_is_that_of_its_picks():
+    scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
+    judged = regret.Judged("net", [layer()], scores)
+    assert judged.network_error("learned") == pytest.approx(16 / 15 - 1)
+    assert judged.with_choice() == [0]
+
+
+def test_what_a_budget_of_measurements_loses():
+    scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
+    table = regret._budgets([regret.Judged("net", [layer()], scores)])
+    assert table[-1] == "| net | 4 | 50.0% (25%) | 20.0% (50%) | 0.0% (100%) |"
+
+
+def test_the_papers_formula_knows_no_winograd_and_turns_to_fourier_for_large_kernels():
+    schedules = [DIRECT, winograd(4), fourier(8), fourier(32)]
+    picks = [int(np.argmin(regret._paper(workload(k), schedules))) for k in (3, 11)]
+    assert picks[0] != 1 and picks[1] == 3
+    assert np.isinf(regret._paper(workload(), schedules)[1])
+
+
+def test_a_scatter_places_points_on_its_diagonal():
+    parts = svg.scatter([(1.0, 1.0), (100.0, 100.0)], 10, 20, 100, "across", "up")
+    circles = [part for part in parts if part.startswith("<circle")]
+    assert 'cx="10.0" cy="120.0"' in circles[0] and 'cx="110.0" cy="20.0"' in circles[1]
+
+
+def test_bars_are_as_long_as_their_values():
+    parts = svg.bars({"a": {"x": 50.0, "y": 100.0}}, ("x", "y"), 0, 0, 200)
+    widths = [part.split('width="')[1].split('"')[0] for part in parts if part.startswith("<rect")]
+    assert widths == ["100.0", "200.0"]
