@@ -34,6 +34,7 @@ from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import ALGORITHMS, Options, search
 from tvm_lowrank.report import render
+from tvm_lowrank.schedules.kernels import REDUCED
 from tvm_lowrank.target import is_measurable, parse_target, require_runnable, target_key
 from tvm_lowrank.threads import set_threads
 
@@ -41,6 +42,10 @@ NOT_MEASURED = (
     "no GPU that runs {} is at hand, so kernels and forms are ranked by the cost model and the "
     "records only, times are predicted and not measured, and accuracy is that of the same network "
     "on this machine's processor"
+)
+ALGORITHM_HELP = (
+    f"among {','.join((*ALGORITHMS, *REDUCED))} (default: {','.join(ALGORITHMS)}; half: float16 "
+    "products and float32 sums on a GPU's tensor cores)"
 )
 EXAMPLES = """\
 examples:
@@ -111,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--lossless", action="store_true", help="keep every convolution dense")
     add("--forms", type=_names, metavar="A,B", help=f"among dense,{','.join(FORMS)}")
-    add("--algorithms", type=_names, metavar="A,B", help=f"among {','.join(ALGORITHMS)}")
+    add("--algorithms", type=_names, metavar="A,B", help=ALGORITHM_HELP)
     add("--exact", action="store_true", help="only algorithms that state an error of 1e-6 or less")
     add("--trust-model", action="store_true", help="measure only what the cost model picks")
     add(

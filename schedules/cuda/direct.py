@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -58,12 +58,12 @@ def is_schedule_legal(
 ) -> str | None:
     """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
     problem = refuse(workload, arch)
-    return problem or is_legal(gemm_of(workload.geometry, schedule), schedule, arch)
+    return problem or is_legal(gemm_of(workload.geometry, schedule.block_k), schedule, arch)
 
 
 def space(workload: ConvWorkload, arch: CudaArch) -> list[DirectSchedule]:
     """Legal schedules, the one predicted fastest first; never empty unless refused."""
-    rough = gemm_of(workload.geometry, DirectSchedule(16, 32, 8, 2, 4))
+    rough = gemm_of(workload.geometry, 8)
     found = {DirectSchedule(**asdict(tile)) for tile in tiles(rough, arch)}
     found |= {replace(schedule, pipeline=False) for schedule in found}
     legal = [s for s in found if is_schedule_legal(workload, s, arch) is None]
@@ -74,7 +74,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[DirectSchedule]:
 def predict(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> float:
     """Predicted microseconds."""
     g = workload.geometry
-    gemm = gemm_of(g, schedule)
+    gemm = gemm_of(g, schedule.block_k)
     memory = moved_bytes(workload, 4 * g.weight_count)
     pointwise = g.kernel == (1, 1) and g.stride == (1, 1)
     gather = 0.3 if pointwise else 1.0
@@ -89,21 +89,21 @@ def predict(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) ->
     return product + adding
 
 
-def channels_of(geometry: ConvGeometry, schedule: GemmSchedule) -> int:
+def channels_of(geometry: ConvGeometry, block_k: int) -> int:
     """Channels of a tap in the sum: whole pieces of it, unless the taps are too small for that."""
     channels = geometry.in_channels // geometry.groups
-    padded = round_up(channels, schedule.block_k)
+    padded = round_up(channels, block_k)
     return padded if 2 * channels >= padded else channels
 
 
-def gemm_of(geometry: ConvGeometry, schedule: GemmSchedule) -> Gemm:
-    """The product that a convolution is; its sum runs over taps, then channels."""
+def gemm_of(geometry: ConvGeometry, block_k: int) -> Gemm:
+    """The product that a convolution is; its sum, in pieces, runs over taps, then channels."""
     taps = geometry.kernel[0] * geometry.kernel[1]
     return Gemm(
         geometry.groups,
         geometry.out_channels // geometry.groups,
         geometry.batch * geometry.out_height * geometry.out_width,
-        taps * channels_of(geometry, schedule),
+        taps * channels_of(geometry, block_k),
     )
 
 
@@ -111,7 +111,7 @@ def emit(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> Pr
     """The kernel, or two if the sum is split; ValueError if the schedule is not legal."""
     geometry = workload.geometry
     problem = is_schedule_legal(workload, schedule, arch)
-    gemm = gemm_of(geometry, schedule)
+    gemm = gemm_of(geometry, schedule.block_k)
     if problem:
         raise ValueError(f"{schedule} for {geometry}: {problem}")
     whole = gemm.padded(schedule)
@@ -124,7 +124,7 @@ def emit(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> Pr
         Y: map_shape(g),
     }
     split = schedule.split_k > 1
-    product = _Convolution(workload, schedule, () if split else workload.epilogue)
+    product = Convolution(workload, gemm, whole, schedule.block_k, schedule.split_k)
     func = emit_gemm(gemm, schedule, product, arch)
     names = tuple(operands)
     if not split:
@@ -142,9 +142,9 @@ def pack(
 ) -> np.ndarray:
     """OIHW to [groups][taps x channels][output channels of a group], padded with zeros."""
     geometry = workload.geometry
-    gemm = gemm_of(geometry, schedule)
+    gemm = gemm_of(geometry, schedule.block_k)
     whole = gemm.padded(schedule)
-    channels = channels_of(geometry, schedule)
+    channels = channels_of(geometry, schedule.block_k)
     split = weight.reshape(geometry.groups, gemm.m, -1, *geometry.kernel)
     packed = np.zeros((geometry.groups, *geometry.kernel, channels, whole.m), np.float32)
     packed[:, :, :, : split.shape[2], : gemm.m] = split.transpose(0, 3, 4, 2, 1)
@@ -153,24 +153,26 @@ def pack(
     return np.pad(packed, ((0, 0), (0, missing), (0, 0)))
 
 
-class _Convolution(Operands):
+class Convolution(Operands):
     """The product's operands: rows are packed weights, columns the pixels of the output map."""
 
     def __init__(
-        self, workload: ConvWorkload, schedule: DirectSchedule, steps: Sequence[str]
+        self, workload: ConvWorkload, gemm: Gemm, whole: Gemm, block_k: int, split: int = 1
     ) -> None:
+        """Of a workload; with ``split``, parts of the sums and no epilogue."""
         self.geometry = g = workload.geometry
-        self.split = schedule.split_k
-        self.steps = steps
-        self.gemm = gemm_of(g, schedule)
-        self.whole = self.gemm.padded(schedule)
-        self.channels = channels_of(g, schedule)
+        self.split = split
+        self.steps = workload.epilogue if split == 1 else ()
+        self.gemm = gemm
+        self.whole = whole
+        self.channels = channels_of(g, block_k)
         self.pixels = g.out_height * g.out_width
         pointwise = g.kernel == (1, 1) and g.stride == (1, 1) and not any(g.padding)
         if pointwise and self.pixels % 4 == 0:
             self.vector = 4
 
     def declare(self) -> None:
+        """Input, weights, operands of the epilogue, output (or parts of the sums)."""
         g, gemm = self.geometry, self.gemm
         shape = (g.groups, self.whole.k * self.split, self.whole.m)
         self.x = T.arg(X, T.buffer((g.batch, g.in_channels, g.height, g.width), "float32"))
@@ -189,10 +191,12 @@ class _Convolution(Operands):
         return batch // self.geometry.groups, batch % self.geometry.groups
 
     def weight(self, batch: Index, k: Index, i: Index) -> ir.Expr:
+        """A packed weight."""
         part, group = self._part(batch)
         return self.w[group, part * self.whole.k + k, i]
 
     def read(self, batch: Index, k: Index, j: Index) -> ir.Expr:
+        """The input that a tap and a channel take for a pixel."""
         g = self.geometry
         part, group = self._part(batch)
         at = part * self.whole.k + k
@@ -217,6 +221,7 @@ class _Convolution(Operands):
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "float32"))
 
     def write(self, batch: Index, i: Index, j: Index, value: ir.Expr) -> None:
+        """An output with its epilogue, or a part of its sum."""
         g, gemm = self.geometry, self.gemm
         part, group = self._part(batch)
         inside = []

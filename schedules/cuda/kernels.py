@@ -8,9 +8,10 @@ from tvm_lowrank.schedules.family import KernelFamily
 from tvm_lowrank.schedules.x86.accuracy import stated_error
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import depthwise, direct, winograd
+from . import depthwise, direct, tensor, winograd
 from .depthwise import DepthwiseSchedule
 from .direct import DirectSchedule
+from .tensor import TensorSchedule
 from .winograd import WinogradSchedule
 
 
@@ -49,5 +50,15 @@ FAMILIES: dict[str, KernelFamily] = {
         WinogradSchedule.from_json,
         winograd.error_bound,
         winograd.predict,
+    ),
+    TensorSchedule.kernel: KernelFamily(
+        "half",
+        tensor.refuse,
+        tensor.space,
+        tensor.emit,
+        tensor.pack,
+        TensorSchedule.from_json,
+        tensor.error_bound,
+        tensor.predict,
     ),
 }

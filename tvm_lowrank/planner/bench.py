@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import verify
 from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.schedules.kernels import REDUCED
 from tvm_lowrank.target import host_target
 
 
@@ -93,6 +95,11 @@ class PredictingBench:
 
     def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
         """Outputs of the plan on this machine's processor."""
+        if any(name in REDUCED for layer in plan.layers for name in layer.algorithms):
+            warnings.warn(
+                "accuracy is measured in float32 here, without the rounding of half kernels",
+                stacklevel=2,
+            )
         host = host_target()
         twin = plan.for_target(host)
         module = twin.lower(factor(self.normalised, twin.chains()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.metrics import Scorer
-from tvm_lowrank.schedules.kernels import ALGORITHMS
+from tvm_lowrank.schedules.kernels import ALGORITHMS, REDUCED
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Options:
     def __post_init__(self) -> None:
         for kind, given, known in (
             ("forms", self.forms, ("dense", *FORMS)),
-            ("algorithms", self.algorithms, ALGORITHMS),
+            ("algorithms", self.algorithms, (*ALGORITHMS, *REDUCED)),
         ):
             unknown = [name for name in given if name not in known]
             if unknown or not given:

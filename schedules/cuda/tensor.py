@@ -1,0 +1,286 @@
+"""Convolution on tensor cores: float16 products, float32 sums; maps stay float32 in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from tvm import ir, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.geometry import ConvGeometry
+
+from . import direct, fragments, model
+from .arch import STATIC_SHARED_BYTES, WARP, CudaArch
+from .direct import Convolution
+from .epilogue import Epilogue, map_shape, operand_shapes
+from .fragments import SIDE
+from .gemm import Gemm, Index, round_up
+from .program import WEIGHTS, Program, Stage, X, Y, moved_bytes
+from .threads import ThreadSchedule
+
+_MOST_SCHEDULES = 16
+# Elements between rows of shared memory that keep threads off the same banks.
+_SKEW = 8
+# Of a thread, by the rough count here: with more, the compiler puts sums into memory.
+_MOST_REGISTERS = 200
+# Half an ulp of float16 at 1, of weights and of inputs.
+_ROUNDING = 2.0**-11
+
+
+@dataclass(frozen=True)
+class TensorSchedule:
+    """Tiles of a convolution's product on tensor cores.
+
+    - ``block_m``, ``block_n``, ``block_k``: as of `GemmSchedule`, in multiples of 16;
+    - ``warps_m``, ``warps_n``: warps of a block along rows and columns.
+    """
+
+    kernel: ClassVar[str] = "cuda_tensor"
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps_m: int
+    warps_n: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: pieces in float16, results in float32."""
+        rows = self.block_m * (self.block_k + _SKEW)
+        columns = self.block_k * (self.block_n + _SKEW)
+        return 2 * (rows + columns) + 4 * self.block_m * self.block_n
+
+    @property
+    def registers(self) -> int:
+        """Roughly the registers of a thread: its share of the sums, and of two fragments."""
+        sums = self.block_m * self.block_n // (self.warps_m * self.warps_n * WARP)
+        return sums + 2 * (self.block_m // self.warps_m + self.block_n // self.warps_n) // 4 + 40
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return {"kernel": self.kernel, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSchedule:
+        """Rebuild a schedule from `to_json`'s dictionary."""
+        return cls(**{name: value for name, value in data.items() if name != "kernel"})
+
+
+def refuse(workload: ConvWorkload, arch: CudaArch) -> str | None:
+    """Why the kernel cannot compute ``workload``, or None if it can."""
+    return direct.refuse(workload, arch)
+
+
+def is_legal(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -> str | None:
+    """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
+    problem = refuse(workload, arch)
+    if problem:
+        return problem
+    s = schedule
+    if min(s.block_m, s.block_n, s.block_k, s.warps_m, s.warps_n) < 1:
+        return "tiles and warps must be positive"
+    if s.block_m % (SIDE * s.warps_m) or s.block_n % (SIDE * s.warps_n) or s.block_k % SIDE:
+        return f"tiles must be whole fragments of {SIDE} for each warp"
+    threads = s.warps_m * s.warps_n * WARP
+    if s.block_m * s.block_k % (8 * threads) or s.block_n * s.block_k % threads:
+        return "the threads of a block cannot share its copies evenly"
+    if s.block_m * s.block_n % (4 * threads):
+        return "the threads of a block cannot share its results evenly"
+    if s.shared_bytes > STATIC_SHARED_BYTES:
+        return f"it needs {s.shared_bytes} of {STATIC_SHARED_BYTES} bytes of shared memory"
+    if s.registers > _MOST_REGISTERS or s.registers * threads > arch.registers:
+        return f"it needs about {s.registers} registers for each of {threads} threads"
+    return None
+
+
+def space(workload: ConvWorkload, arch: CudaArch) -> list[TensorSchedule]:
+    """Legal schedules, the one predicted fastest first."""
+    sizes, warps = (32, 64, 128), (1, 2, 4)
+    choices = itertools.product(sizes, sizes, (32, 16, 64), warps, warps)
+    found = [TensorSchedule(*choice) for choice in choices]
+    legal = [s for s in found if is_legal(workload, s, arch) is None]
+    legal.sort(key=lambda schedule: (predict(workload, schedule, arch), str(schedule)))
+    return legal[:_MOST_SCHEDULES]
+
+
+def predict(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -> float:
+    """Predicted microseconds."""
+    s, whole = schedule, _whole(workload.geometry, schedule)
+    threads = s.warps_m * s.warps_n * WARP
+    blocks = whole.batch * (whole.m // s.block_m) * (whole.n // s.block_n)
+    tile_m, tile_n = s.block_m // s.warps_m, s.block_n // s.warps_n
+    # Fragments loaded for each product, and some ten instructions for each value gathered.
+    reached = tile_m * tile_n / (tile_m * tile_n + SIDE * (tile_m + tile_n))
+    rate = reached * arch.tensor_gflops * 1e3 / arch.multiprocessors / 2
+    gather = 10 * s.block_n * whole.k / (arch.gflops * 1e3 / arch.multiprocessors / 2)
+    load = model.Load(
+        blocks=blocks,
+        threads=threads,
+        registers=s.registers,
+        shared=s.shared_bytes,
+        block_us=2 * s.block_m * s.block_n * whole.k / rate + gather,
+        steps=whole.k // s.block_k,
+        overlapped=False,
+        memory=moved_bytes(workload, 2 * workload.geometry.weight_count),
+        traffic=blocks * whole.k * (2.0 * s.block_m + 4.0 * s.block_n),
+    )
+    return model.microseconds(load, arch)
+
+
+def error_bound(workload: ConvWorkload, schedule: TensorSchedule) -> float:
+    """The stated max|error| / max|result|: both factors of each product are rounded to float16."""
+    return 2 * _ROUNDING
+
+
+def pack(
+    weight: np.ndarray, workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch
+) -> np.ndarray:
+    """OIHW to float16 [groups][output channels of a group][taps x channels], padded with zeros."""
+    g = workload.geometry
+    gemm, whole = _gemm(g, schedule), _whole(g, schedule)
+    channels = direct.channels_of(g, schedule.block_k)
+    split = weight.reshape(g.groups, gemm.m, -1, *g.kernel)
+    packed = np.zeros((g.groups, whole.m, *g.kernel, channels), np.float16)
+    packed[:, : gemm.m, :, :, : split.shape[2]] = split.transpose(0, 1, 3, 4, 2)
+    packed = packed.reshape(g.groups, whole.m, gemm.k)
+    return np.pad(packed, ((0, 0), (0, 0), (0, whole.k - gemm.k)))
+
+
+def emit(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -> Program:
+    """The kernel; ValueError if the schedule is not legal for the workload."""
+    problem = is_legal(workload, schedule, arch)
+    if problem:
+        raise ValueError(f"{schedule} for {workload.geometry}: {problem}")
+    g = workload.geometry
+    whole = _whole(g, schedule)
+    operands = operand_shapes(g, workload.epilogue)
+    shapes = {
+        X: (g.batch, g.in_channels, g.height, g.width),
+        WEIGHTS: (g.groups, whole.m, whole.k),
+        **operands,
+        Y: map_shape(g),
+    }
+    product = _Product(workload, _gemm(g, schedule), whole, schedule.block_k)
+    func = _schedule(_define(whole, product), schedule, product.vector, arch)
+    stage = Stage(func, (X, WEIGHTS, *operands), Y)
+    return Program((stage,), shapes, tuple(operands), {WEIGHTS: "float16"})
+
+
+def _gemm(geometry: ConvGeometry, schedule: TensorSchedule) -> Gemm:
+    return direct.gemm_of(geometry, schedule.block_k)
+
+
+def _whole(geometry: ConvGeometry, schedule: TensorSchedule) -> Gemm:
+    gemm = _gemm(geometry, schedule)
+    return Gemm(
+        gemm.batch,
+        round_up(gemm.m, schedule.block_m),
+        round_up(gemm.n, schedule.block_n),
+        round_up(gemm.k, schedule.block_k),
+    )
+
+
+class _Product(Convolution):
+    """A convolution's operands with float16 weights, whose rows are in memory as they are."""
+
+    def declare(self) -> None:
+        """Input, weights, operands of the epilogue, output."""
+        g = self.geometry
+        self.x = T.arg(X, T.buffer((g.batch, g.in_channels, g.height, g.width), "float32"))
+        shape = (g.groups, self.whole.m, self.whole.k)
+        self.w = T.arg(WEIGHTS, T.buffer(shape, "float16"))
+        self.epilogue = Epilogue(g, self.steps)
+        self.y = T.arg(Y, T.buffer(map_shape(g), "float32"))
+
+    def weight(self, batch: Index, k: Index, i: Index) -> ir.Expr:
+        """A packed weight."""
+        return self.w[batch, i, k]
+
+
+def _define(whole: Gemm, product: _Product) -> tirx.PrimFunc:
+    """As `gemm._define`, with rows and columns in float16 and rows along the sum."""
+    batch, m, n, k = whole.batch, whole.m, whole.n, whole.k
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
+        product.declare()
+        with T.sblock("root"):
+            rows = T.sblock_alloc_buffer((batch, m, k), "float16")
+            columns = T.sblock_alloc_buffer((batch, k, n), "float16")
+            sums = T.sblock_alloc_buffer((batch, m, n), "float32")
+            with T.grid(batch, m, k) as (b, i, r), T.sblock("weights"):
+                vb, vi, vr = T.axis.remap("SSS", [b, i, r])
+                T.buffer_store(rows, product.weight(vb, vr, vi), [vb, vi, vr])
+            with T.grid(batch, k, n) as (b, r, j), T.sblock("columns"):
+                vb, vr, vj = T.axis.remap("SSS", [b, r, j])
+                half = product.read(vb, vr, vj).astype("float16")
+                T.buffer_store(columns, half, [vb, vr, vj])
+            with T.grid(batch, m, n, k) as (b, i, j, r), T.sblock("product"):
+                vb, vi, vj, vr = T.axis.remap("SSSR", [b, i, j, r])
+                with T.init():
+                    T.buffer_store(sums, tirx.const(0, "float32"), [vb, vi, vj])
+                left = rows[vb, vi, vr].astype("float32")
+                right = columns[vb, vr, vj].astype("float32")
+                T.buffer_store(sums, sums[vb, vi, vj] + left * right, [vb, vi, vj])
+            with T.grid(batch, m, n) as (b, i, j), T.sblock("write"):
+                vb, vi, vj = T.axis.remap("SSS", [b, i, j])
+                product.write(vb, vi, vj, sums[vb, vi, vj])
+    return builder.get()
+
+
+def _schedule(
+    func: tirx.PrimFunc, schedule: TensorSchedule, vector: int, arch: CudaArch
+) -> tirx.PrimFunc:
+    """Blocks, warps, pieces of the sum, fragments."""
+    sch = ThreadSchedule(func, arch)
+    tir, s = sch.tir, schedule
+    weights, columns, product, write = map(
+        tir.get_sblock, ("weights", "columns", "product", "write")
+    )
+    warps = s.warps_m * s.warps_n
+    b, i, j, k = tir.get_loops(product)
+    i, inner_i = tir.split(i, [None, SIDE])
+    j, inner_j = tir.split(j, [None, SIDE])
+    k, inner_k = tir.split(k, [None, SIDE])
+    tir.reorder(b, i, j, k, inner_i, inner_j, inner_k)
+    tile = tir.blockize(inner_i)
+    block_i, warp_i, i = tir.split(i, [None, s.warps_m, s.block_m // s.warps_m // SIDE])
+    block_j, warp_j, j = tir.split(j, [None, s.warps_n, s.block_n // s.warps_n // SIDE])
+    outer_k, k = tir.split(k, [None, s.block_k // SIDE])
+    tir.reorder(b, block_i, block_j, warp_i, warp_j, outer_k, k, i, j)
+    warp = tir.fuse(warp_i, warp_j)
+    for loop, axis in ((block_j, "x"), (block_i, "y"), (b, "z")):
+        sch.bind(loop, f"blockIdx.{axis}")
+    sch.bind(warp, "threadIdx.y")
+    for copy, lanes in ((weights, 8), (columns, vector)):
+        tir.set_scope(copy, 0, sch.scope("shared"))
+        tir.compute_at(copy, outer_k, preserve_unit_loops=True)
+        sch.spread(copy, tir.get_loops(copy)[-2:], (warps, WARP), lanes)
+        tir.storage_align(copy, 0, axis=-2, factor=2 * _SKEW, offset=_SKEW)
+    loads = []
+    for index, scope in enumerate(("wmma.matrix_a", "wmma.matrix_b")):
+        load = tir.cache_read(tile, index, sch.scope(scope))
+        tir.compute_at(load, k, preserve_unit_loops=True)
+        loads.append(load)
+    store = tir.cache_write(tile, 0, sch.scope("wmma.accumulator"))
+    tir.reverse_compute_at(store, warp, preserve_unit_loops=True)
+    tir.set_scope(store, 0, sch.scope(fragments.RESULTS))
+    tir.reverse_compute_at(write, block_j, preserve_unit_loops=True)
+    sch.spread(write, tir.get_loops(write)[-2:], (warps, WARP), 4 if vector == 4 else 1)
+    start = tir.decompose_reduction(tile, outer_k)
+    if not arch.loops:
+        names = fragments.register()
+        for copy, name in (*zip(loads, ("load_a", "load_b"), strict=True), (store, "store")):
+            *_, i, j = tir.get_loops(copy)
+            i, inner_i = tir.split(i, [None, SIDE])
+            j, inner_j = tir.split(j, [None, SIDE])
+            tir.reorder(i, j, inner_i, inner_j)
+            tir.tensorize(inner_i, names[name])
+        tir.tensorize(tir.get_loops(tir.get_child_blocks(start)[0])[-2], names["fill"])
+        tir.tensorize(tir.get_loops(tir.get_child_blocks(tile)[0])[-3], names["multiply"])
+    return sch.finish()
