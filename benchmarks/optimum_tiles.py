@@ -26,7 +26,7 @@ from tvm_lowrank.threads import processor, set_threads
 # Stride (the paper's Delta) and outputs F of its two figures.
 FIGURES = {"1": (4, 96), "2": (1, 256)}
 SIZES = (16, 32, 64, 128)
-KERNELS = (3, 5, 7, 9, 11, 15, 21, 31)
+KERNELS = (3, 5, 7, 11, 15, 31)
 TILES = (8, 16, 32, 64, 128, 256, 512)
 _COLOURS = {
     0: "#ffffff", 8: "#deebf7", 16: "#c6dbef", 32: "#9ecae1", 64: "#6baed6", 128: "#4292c6",

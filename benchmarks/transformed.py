@@ -136,9 +136,11 @@ def nnpack(geometry: ConvGeometry) -> Callable[[], float]:
         raise BadInput(f"NNPACK has no kernel for {geometry}; name other layers")
     import torch
 
+    if not torch.backends.nnpack.is_available():  # asking initialises it
+        raise BadInput("this build of PyTorch has no NNPACK")
     rng = np.random.default_rng(0)
     shapes = ((1, geometry.in_channels, geometry.height, geometry.width), geometry.weight_shape)
-    x, weight = (torch.from_numpy(rng.standard_normal(s).astype("float32")) for s in shapes)
+    x, weight = (torch.from_numpy(rng.standard_normal(s).astype("float32")).clone() for s in shapes)
     bias, padding = torch.zeros(geometry.out_channels), list(geometry.padding[:2])
     call = torch._nnpack_spatial_convolution
 
