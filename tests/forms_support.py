@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from tvm_lowrank.decompose import InputMoments
@@ -60,11 +62,24 @@ def run_form(inputs, form, geometry, rank, factors):
     return total
 
 
+def phase_kernels(form, factors, geometry):
+    """Those of each group, one after the other."""
+    groups = geometry.groups
+    part = replace(
+        geometry,
+        in_channels=geometry.in_channels // groups,
+        out_channels=geometry.out_channels // groups,
+        groups=1,
+    )
+    parts = zip(*(np.split(factor, groups) for factor in factors), strict=True)
+    return np.concatenate([form.phase_kernels(own, part) for own in parts], axis=2)
+
+
 def expected_of(inputs, form, geometry, factors):
     """The dense convolution with the weight that the factors stand for, phase by phase."""
     if form.name != "multiresolution":
         return conv(inputs, form.reconstruct(factors, geometry), geometry)
-    kernels = form.phase_kernels(factors, geometry)
+    kernels = phase_kernels(form, factors, geometry)
     out = np.zeros((len(inputs), geometry.out_channels, geometry.out_height, geometry.out_width))
     (u, v) = kernels.shape[:2]
     for p in range(u):

@@ -243,9 +243,11 @@ def test_refusals_say_why():
     grouped = ConvGeometry(8, 8, 5, 5, (3, 3), groups=2)
     for form in FORMS.values():
         assert form.refuse(depthwise) == "groups = channels: depthwise"
-        assert "groups = 2" in form.refuse(grouped)
+        assert form.by_group or form.refuse(grouped) == "groups = 2: grouped"
         if not form.keeps_memory and form.name != "multiresolution":
             assert form.refuse(ConvGeometry(8, 8, 5, 5, (3, 3))) is None
+    single = ConvGeometry(8, 8, 9, 9, (7, 7), groups=8)
+    assert "one output" in FORMS["linear_combination"].refuse(single)
     pointwise, column = ConvGeometry(8, 8, 5, 5, (1, 1)), ConvGeometry(8, 8, 9, 1, (9, 1))
     assert FORMS["linear_combination"].refuse(pointwise) is None
     assert "not fully connected" in FORMS["svd"].refuse(pointwise)

@@ -145,8 +145,6 @@ def test_identity_and_damping():
 
 
 def test_what_cannot_be_is_named():
-    with pytest.raises(ValueError, match="groups=2"):
-        MomentAccumulator(ConvGeometry(4, 4, 5, 5, (3, 3), groups=2))
     with pytest.raises(ValueError, match="positions_per_image=0"):
         MomentAccumulator(GEOMETRIES[0], 0)
     accumulator = MomentAccumulator(GEOMETRIES[0])

@@ -32,7 +32,12 @@ def convolution(geometry, weight, bias):
         with builder.dataflow():
             out = builder.emit(
                 relax.op.nn.conv2d(
-                    x, relax.const(weight.astype("float32")), g.stride, g.padding, g.dilation
+                    x,
+                    relax.const(weight.astype("float32")),
+                    g.stride,
+                    g.padding,
+                    g.dilation,
+                    g.groups,
                 )
             )
             out = builder.emit(

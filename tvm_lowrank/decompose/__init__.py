@@ -4,6 +4,7 @@ from tvm_lowrank.decompose.bicluster import Bicluster, BiclusterSeparable, biclu
 from tvm_lowrank.decompose.clustering import k_subspaces
 from tvm_lowrank.decompose.cp import CP, CP3, cp, cp3, greedy_cp
 from tvm_lowrank.decompose.form import Branch, Fitter, Form, Rank
+from tvm_lowrank.decompose.grouped import Grouped
 from tvm_lowrank.decompose.linear_combination import LinearCombination, linear_combination
 from tvm_lowrank.decompose.moments import (
     InputMoments,
@@ -26,7 +27,7 @@ from tvm_lowrank.decompose.tucker2 import Tucker2, tucker2
 
 # A new form is one file and one line here.
 FORMS: dict[str, Form] = {
-    form.name: form
+    form.name: Grouped(form)
     for form in (
         LinearCombination(),
         Separable(),

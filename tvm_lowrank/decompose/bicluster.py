@@ -84,6 +84,7 @@ class Bicluster(Form):
 
     name = "bicluster"
     separable = False
+    by_group = False
 
     def __init__(self, contiguous: bool = False):
         self.contiguous = contiguous

@@ -46,6 +46,8 @@ class Form(ABC):
     name: str
     # Whether weights kept are what the form saves, and time only must not grow.
     keeps_memory = False
+    # Whether it may be applied to each group of a grouped convolution (see `grouped.Grouped`).
+    by_group = True
 
     def refuse(self, geometry: ConvGeometry) -> str | None:
         """Why the form cannot replace this convolution, or None where it can."""

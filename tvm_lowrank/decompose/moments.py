@@ -27,9 +27,9 @@ class InputMoments:
     ----------
     covariance
         ``(D, D)`` with ``D = C X Y`` flattened in OIHW order ``(c, x, y)``; taps on zero padding
-        count as zeros.
+        count as zeros. ``(G, D, D)`` for a convolution of G groups, D the inputs of one.
     mean
-        ``(D,)``, what was subtracted; `bias_correction` gives it back.
+        ``(D,)`` or ``(G, D)``, what was subtracted; `bias_correction` gives it back.
     samples
         Number of patches seen; 0 only for `identity`, which means fitting to the weights alone.
 
@@ -45,11 +45,11 @@ class InputMoments:
 
     def __post_init__(self) -> None:
         """Check the shapes."""
-        size = self.mean.shape[0]
-        if self.mean.ndim != 1 or self.covariance.shape != (size, size):
+        size = self.mean.shape[-1]
+        if self.mean.ndim > 2 or self.covariance.shape != (*self.mean.shape, size):
             raise ValueError(
                 f"covariance {self.covariance.shape} and mean {self.mean.shape} do not agree; "
-                "(D, D) and (D,) were expected"
+                "(D, D) and (D,), or (G, D, D) and (G, D) were expected"
             )
         if self.samples == 0 and not (
             np.count_nonzero(self.covariance) == size and np.all(self.covariance.diagonal() == 1)
@@ -61,6 +61,15 @@ class InputMoments:
         """Moments of white input: every form is then fitted to the weight alone."""
         size = int(np.prod(geometry.weight_shape[1:]))
         return cls(np.eye(size), np.zeros(size), 0)
+
+    @property
+    def groups(self) -> int:
+        """Of the convolution."""
+        return 1 if self.mean.ndim == 1 else len(self.mean)
+
+    def group(self, index: int) -> InputMoments:
+        """The moments of one group as those of a convolution of its own."""
+        return InputMoments(self.covariance[index], self.mean[index], self.samples)
 
     @property
     def is_identity(self) -> bool:
@@ -103,22 +112,25 @@ def relative_error(weight: Array, approximation: Array, moments: InputMoments) -
     Both weights are OIHW. A layer whose output never varies has error 0 where the approximation's
     does not vary either, else infinity. The mean is left to `bias_correction`.
     """
-    exact = np.asarray(weight, np.float64).reshape(len(weight), -1)
+    exact = np.asarray(weight, np.float64)
     lost = exact - np.asarray(approximation, np.float64).reshape(exact.shape)
-    if moments.is_identity:
-        numerator, denominator = float(np.sum(lost**2)), float(np.sum(exact**2))
-    else:
-        numerator = float(np.sum((lost @ moments.covariance) * lost))
-        denominator = float(np.sum((exact @ moments.covariance) * exact))
+    numerator, denominator = output_energy(lost, moments), output_energy(exact, moments)
     if denominator <= 0.0:
         return 0.0 if numerator <= 0.0 else float("inf")
     return max(numerator, 0.0) / denominator
 
 
+def output_energy(weight: Array, moments: InputMoments) -> float:
+    """Variance of the outputs of an OIHW weight, all together: ``tr(W S W')``."""
+    flat = np.asarray(weight, np.float64).reshape(moments.groups, -1, moments.mean.shape[-1])
+    return float(np.sum(flat**2 if moments.is_identity else (flat @ moments.covariance) * flat))
+
+
 def bias_correction(weight: Array, approximation: Array, moments: InputMoments) -> Array:
     """What to add to the bias, ``(F,)``, so that the mean output stays: ``(W - W~) mean``."""
     lost = np.asarray(weight, np.float64) - np.asarray(approximation, np.float64)
-    return lost.reshape(len(weight), -1) @ moments.mean
+    lost = lost.reshape(moments.groups, -1, moments.mean.shape[-1])
+    return np.asarray(lost @ moments.mean.reshape(moments.groups, -1, 1)).reshape(len(weight))
 
 
 class PatchSampler:
@@ -137,13 +149,11 @@ class PatchSampler:
     Raises
     ------
     ValueError
-        For groups other than 1, or ``positions_per_image < 1``.
+        For ``positions_per_image < 1``.
     """
 
     def __init__(self, geometry: ConvGeometry, positions_per_image: int = 64, seed: int = 0):
         """Start at the first image."""
-        if geometry.groups != 1:
-            raise ValueError(f"groups={geometry.groups}: moments are kept for groups=1 only")
         if positions_per_image < 1:
             raise ValueError(f"positions_per_image={positions_per_image}: at least 1 was expected")
         self.geometry = geometry
@@ -151,7 +161,10 @@ class PatchSampler:
         self._random = np.random.default_rng(seed)
 
     def sample(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Patches ``(N * positions, C X Y)`` of images ``(N, C, height, width)``, in order."""
+        """Patches ``(N * positions, C X Y)`` of images ``(N, C, height, width)``, in order.
+
+        C is that of all groups.
+        """
         g = self.geometry
         top, left, bottom, right = g.padding
         padded = np.pad(
@@ -179,10 +192,10 @@ class MomentAccumulator:
         self.geometry = geometry
         self.samples = 0
         self._sampler = PatchSampler(geometry, positions_per_image, seed)
-        size = int(np.prod(geometry.weight_shape[1:]))
+        size, groups = int(np.prod(geometry.weight_shape[1:])), geometry.groups
         self._shift: NDArray[np.float32] | None = None
-        self._products = np.zeros((size, size))
-        self._sums = np.zeros(size)
+        self._products = np.zeros((groups, size, size))
+        self._sums = np.zeros((groups, size))
 
     def update(self, inputs: NDArray[np.float32]) -> None:
         """Add images ``(N, C, height, width)``; ValueError where the shape is another."""
@@ -192,7 +205,7 @@ class MomentAccumulator:
             raise ValueError(
                 f"inputs {inputs.shape}: (N, {', '.join(map(str, expected))}) expected"
             )
-        images = max(1, CHUNK_BYTES // (4 * len(self._sums) * self._sampler.per_image))
+        images = max(1, CHUNK_BYTES // (4 * self._sums.size * self._sampler.per_image))
         for start in range(0, len(inputs), images):
             self._add(self._sampler.sample(inputs[start : start + images]))
 
@@ -201,16 +214,21 @@ class MomentAccumulator:
         if self._shift is None or self.samples == 0:
             raise ValueError("no images were given to update()")
         offset = self._sums / self.samples
-        covariance = self._products / self.samples - np.outer(offset, offset)
-        return InputMoments(
-            (covariance + covariance.T) / 2, self._shift.astype(np.float64) + offset, self.samples
-        )
+        outer = offset[:, :, None] * offset[:, None, :]
+        covariance = self._products / self.samples - outer
+        covariance = (covariance + covariance.transpose(0, 2, 1)) / 2
+        mean = self._shift.astype(np.float64) + offset
+        if len(mean) == 1:
+            return InputMoments(covariance[0], mean[0], self.samples)
+        return InputMoments(covariance, mean, self.samples)
 
     def _add(self, patches: NDArray[np.float32]) -> None:
+        groups = len(self._sums)
+        patches = patches.reshape(len(patches), groups, -1).transpose(1, 0, 2)
         if self._shift is None:
             # Near the mean, so that single precision loses little of the variance.
-            self._shift = patches.mean(axis=0, dtype=np.float64).astype(np.float32)
-        patches -= self._shift
-        self._products += patches.T @ patches
-        self._sums += patches.sum(axis=0, dtype=np.float64)
-        self.samples += len(patches)
+            self._shift = patches.mean(axis=1, dtype=np.float64).astype(np.float32)
+        patches = patches - self._shift[:, None]
+        self._products += patches.transpose(0, 2, 1) @ patches
+        self._sums += patches.sum(axis=1, dtype=np.float64)
+        self.samples += patches.shape[1]

@@ -45,6 +45,7 @@ class Monochromatic(Form):
 
     name = "monochromatic"
     separable = False
+    by_group = False
 
     def _refuse_ungrouped(self, geometry: ConvGeometry) -> str | None:
         if self.separable and 1 in geometry.kernel:

@@ -113,7 +113,12 @@ def _wanted(layers: Sequence[ConvLayer], choice: Choice) -> list[int]:
 
 
 def _fits_data(candidate: Candidate, layer: ConvLayer) -> bool:
-    """Whether there are moments to refit it under; else it stays fitted to the weights alone."""
+    """Whether there are moments to refit it under, of one group.
+
+    Else it stays as it is: fitted to the weights alone, or group by group.
+    """
+    if layer.geometry is None or layer.geometry.groups > 1:
+        return False
     if candidate.form == "dense":
         return _patch(layer) <= _DENSE_PATCH
     return candidate.fitted == "data"

@@ -92,8 +92,7 @@ def _draw(options: argparse.Namespace) -> None:
         inputs = read_npz(options.data).inputs[: options.samples]
         timer = KernelTimer(host_target(), TuningRecords(None, "report", 1), trials=1)
         observer = TrialNetwork(mod, layers, timer, expose=True)
-        ungrouped = [x for x in chosen if x.geometry is not None and x.geometry.groups == 1]
-        moments = input_moments(observer, ungrouped, inputs, 0)
+        moments = input_moments(observer, chosen, inputs, 0)
     for layer in chosen:
         assert layer.geometry is not None
         weight = layer.weight.astype(np.float64)
