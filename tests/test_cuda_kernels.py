@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import tvm
 from cuda_support import (
+    LOOPS,
     SM80,
     SM90,
     Case,
@@ -37,6 +38,7 @@ from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from x86_support import relative_error
 
+from tvm_lowrank.cost import device
 from tvm_lowrank.cost.timing import time_program
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.target import parse_target
@@ -239,3 +241,17 @@ def test_kernels_on_the_gpu_compute_the_convolution(geometry, schedule, steps) -
     result = run_program(program, case.inputs, target, tvm.cuda())
     bound = max(TOLERANCE, kernels.error_bound(workload, schedule))
     assert relative_error(result, case.expected) < bound
+
+
+def test_a_server_times_the_kernels_of_a_program(monkeypatch) -> None:
+    """What a server with a GPU is asked to do, done by one that has only a processor."""
+    monkeypatch.setattr(device._Device, "session", tvm.rpc.LocalSession())
+    host = tvm.target.Target("llvm")
+    case = Case(ConvWorkload(SAME3, 1), DirectSchedule(32, 32, 8, 4, 4, split_k=2))
+    assert len(case.program.stages) == 2
+    for program in (case.program, device.copy_program(LOOPS)):
+        answer = device.time_program(program, host, device._Device.session.cpu())
+        assert answer["us"] > 0 and answer["spread"] >= 0
+    if not tvm.cuda(0).exist:
+        with pytest.raises(RuntimeError, match=r"no GPU|not enabled"):
+            device._gpu()

@@ -213,7 +213,7 @@ def _survey(
     target = parse_target(args.target)
     if fleet is None:
         require_runnable(target)
-    if not is_measurable(target):
+    if fleet is None and not is_measurable(target):
         raise LowRankError("a survey measures, and no GPU that runs this --target is at hand")
     _make_writable(args.output)
     layers = None
@@ -266,7 +266,7 @@ def _tune(
     data, final = _samples(args)
     _make_writable(args.output)
     console.print(f"target {target_key(target)}, batch {args.batch}, output {args.output}")
-    if not is_measurable(target):
+    if fleet is None and not is_measurable(target):
         print(f"note: {NOT_MEASURED.format(target_key(target))}", file=sys.stderr)
     _remove_leftovers(args.output)
     scratch = Path(tempfile.mkdtemp(dir=args.output, prefix=f".tune-{os.getpid()}-"))

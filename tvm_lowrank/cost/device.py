@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,17 @@ import tvm
 from tvm import rpc, te
 from tvm.rpc import base
 
+from tvm_lowrank.build import compile_module
+from tvm_lowrank.cost import measure_batch
 from tvm_lowrank.cost.timing import kernels_of
 from tvm_lowrank.records import AGREEMENT
+from tvm_lowrank.schedules.cuda.arch import CudaArch
+from tvm_lowrank.schedules.cuda.program import Program, Stage, X, Y
+from tvm_lowrank.schedules.cuda.straight import emit_threads
+from tvm_lowrank.schedules.kernels import emit, schedule_from_json
+from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.isa import architecture_of
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import host_architecture
 
 # Seconds of one of the measurements that have to agree; runs are single, each with the weights
@@ -64,7 +73,7 @@ def serve_device(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _connect(
-    host: str, port: int, key: str, wait: float, threads: int | None = None
+    host: str, port: int, key: str, wait: float, threads: int | None = None, gpu: bool = False
 ) -> dict[str, Any]:
     # TrackerSession.request does not tell which server it got, and waits without end.
     sock = base.connect_with_retry((host, port), timeout=wait, retry_period=1)
@@ -83,7 +92,8 @@ def _connect(
     if threads:
         _use(threads)
     used = int(_Device.session.get_function("runtime.NumThreads")())
-    return {"device": _Device.address, "machine": _machine(), "threads": threads or used}
+    name = _gpu() if gpu else _machine()
+    return {"device": _Device.address, "machine": name, "threads": threads or used}
 
 
 def _machine() -> str:
@@ -96,9 +106,22 @@ def _machine() -> str:
     return f"{name} {str(triple).partition('-')[0]} by RPC"
 
 
+def _gpu() -> str:
+    """The name of the server's first GPU."""
+    device = _Device.session.cuda()
+    if not device.exist:
+        raise RuntimeError(f"server {_Device.address} has no GPU")
+    return f"{device.device_name} by RPC"
+
+
 def _time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     """The time of a kernel, of a chain the sum of its kernels' times."""
     target = tvm.target.Target(request["target"])
+    if target.kind.name == "cuda":
+        workload = ConvWorkload.from_json(request["workload"])
+        schedule = schedule_from_json(request["schedule"])
+        program = emit(workload, schedule, machine_of(target))
+        return time_program(program, target, _Device.session.cuda())
     minima = np.zeros(2)
     for func in kernels_of(request, target):
         shapes = [tuple(int(n) for n in parameter.shape) for parameter in func.params]
@@ -112,11 +135,44 @@ def _use(threads: int) -> None:
 
 def _time_copy(copy: bool, target: dict[str, Any], threads: int) -> dict[str, Any]:
     _use(threads)
+    if target["kind"] == "cuda":
+        gpu = tvm.target.Target(target)
+        return time_program(copy_program(machine_of(gpu)), gpu, _Device.session.cuda())
     source = te.placeholder((_COPY_FLOATS,), "float32", "source")
     sink = te.compute((_COPY_FLOATS,), lambda i: source[i], "sink")
     shapes: list[tuple[int, ...]] = [(_COPY_FLOATS,)] * 2
     func = te.create_prim_func([source, sink])
     return _answer(_minima(func, shapes, tvm.target.Target(target)))
+
+
+def copy_program(arch: CudaArch) -> Program:
+    """A kernel that copies 64 MiB on a GPU."""
+    shapes = {X: (_COPY_FLOATS,), Y: (_COPY_FLOATS,)}
+    func = emit_threads(
+        _COPY_FLOATS, shapes, lambda i, values: values.store(Y, values[X][i], [i]), arch
+    )
+    return Program((Stage(func, (X,), Y),), shapes)
+
+
+def time_program(program: Program, target: tvm.target.Target, device: Any) -> dict[str, Any]:
+    """The sum of the medians of a program's kernels on the server, one after the other."""
+    names = [f"stage{index}" for index in range(len(program.stages))]
+    functions = {
+        name: stage.func.with_attr("global_symbol", name)
+        for name, stage in zip(names, program.stages, strict=True)
+    }
+    with tempfile.TemporaryDirectory(prefix="tvm_lowrank-") as folder:
+        path = Path(folder) / f"kernel{next(_Device.numbers)}.so"
+        compile_module(tvm.IRModule(functions), target).export_library(str(path))
+        _Device.session.upload(str(path))
+    module = _Device.session.load_module(path.name)
+    _Device.session.remove(path.name)
+    times = measure_batch.time_stages(module, program.to_json(names), device)
+    return {
+        "us": sum(statistics.median(stage) for stage in times),
+        "spread": max(max(stage) / min(stage) for stage in times) - 1,
+        "device": _Device.address,
+    }
 
 
 def _answer(minima: np.ndarray) -> dict[str, Any]:

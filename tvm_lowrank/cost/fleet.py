@@ -79,6 +79,7 @@ class Fleet:
     ) -> None:
         self.target = target
         self._where = {**_address(tracker), "key": key, "wait": _WAIT}
+        self._where["gpu"] = target["kind"] == "cuda"
         self._timeout = timeout
         count = _registered(tracker, key)
         self.devices = self._join(count)

@@ -63,6 +63,8 @@ def records_for(
         if fleet is not None:
             return TuningRecords(path, name, fleet.threads, mcpu, fleet.machine, **more)
         return TuningRecords(path, name, threads, mcpu=mcpu, **more)
+    if fleet is not None:
+        return TuningRecords(path, name, 1, machine=fleet.machine, **more)
     if is_measurable(target):
         return TuningRecords(path, name, 1, machine=gpu_name(), **more)
     known = TuningRecords(path, name, 1, machine=NO_CARD)

@@ -12,6 +12,7 @@ import tvm
 
 from tvm_lowrank.build import compile_module, network_of
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.predicting import PredictingTimer
 from tvm_lowrank.passes.lower import survey
 from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import Plan
@@ -22,7 +23,10 @@ from tvm_lowrank.target import host_target
 
 
 class Bench(Protocol):
-    """Runs built libraries; ``plan`` is always that of the library at ``path``."""
+    """Runs built libraries; ``plan`` is always that of the library at ``path``.
+
+    ``predicted`` says whether latencies come from a model.
+    """
 
     predicted: bool
 
@@ -74,21 +78,21 @@ class MeasuringBench:
 class PredictingBench:
     """Stands in for a machine that is not at hand.
 
-    Latency is the sum of the kernels' times by ``timer``; outputs are those of the same plan built
-    for this machine's processor, so that accuracy is measured, on other hardware.
+    Latency is the sum of the kernels' times by ``timer``, predicted or measured on a server;
+    outputs are those of the same plan built for this machine's processor, so that accuracy is
+    measured, on other hardware.
 
     Parameters
     ----------
     normalised : tvm.IRModule
         The network.
-    timer : PredictingTimer
+    timer : KernelTimer
     batch : int
         Samples that the network takes at once.
     """
 
-    predicted = True
-
     def __init__(self, normalised: tvm.IRModule, timer: KernelTimer, batch: int) -> None:
+        self.predicted = isinstance(timer, PredictingTimer)
         self.normalised = normalised
         self.timer = timer
         self.batch = batch
@@ -106,7 +110,7 @@ class PredictingBench:
         return verify.run_all(network_of(compile_module(module, host)), inputs, self.batch)
 
     def race(self, entries: Sequence[tuple[Plan, Path]]) -> list[verify.Latency]:
-        """Predicted latencies, of convolutions alone."""
+        """Latencies of convolutions alone; they count no runs."""
         return [self._latency(plan) for plan, _ in entries]
 
     def _latency(self, plan: Plan) -> verify.Latency:

@@ -230,7 +230,7 @@ def _timer(
     fleet: Fleet | None,
     trees: Trees | None,
 ) -> KernelTimer:
-    make = KernelTimer if is_measurable(target) else PredictingTimer
+    make = KernelTimer if fleet is not None or is_measurable(target) else PredictingTimer
     trials, seed, exact = options.trials, options.seed, options.exact
     trust = options.trust_model
     return make(target, records, trials, algorithms, seed, exact, fleet, trees, trust)

@@ -96,8 +96,9 @@ def summary(plan: Plan) -> str:
         lines.append(f"No form is changed: {plan.reason}.")
     how = f"medians of {result['runs']} runs in turns, batch {result['batch']}, "
     how += f"{plan.threads} threads"
-    if result.get("predicted"):
-        how = f"convolutions alone, PREDICTED by a model and not measured, batch {result['batch']}"
+    if not result["runs"]:
+        source = "PREDICTED by a model and not measured" if result["predicted"] else "measured"
+        how = f"convolutions alone, {source}, batch {result['batch']}"
     lines.append(
         f"latency   {result['latency_before_ms']:.3f} ms -> {result['latency_after_ms']:.3f} ms "
         f"({result['speedup']:.2f}x; {how}; before: as it is, in tuned direct kernels)"
