@@ -31,6 +31,7 @@ from tvm_lowrank.schedules.cuda.arch import (
 )
 from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.cuda.direct import DirectSchedule
+from tvm_lowrank.schedules.cuda.fft import FFTSchedule
 from tvm_lowrank.schedules.cuda.kernels import FAMILIES as CUDA_FAMILIES
 from tvm_lowrank.schedules.cuda.tensor import TensorSchedule
 from tvm_lowrank.schedules.cuda.winograd import WinogradSchedule
@@ -51,6 +52,7 @@ POINTWISE = ConvGeometry(32, 48, 14, 14, (1, 1), batch=2)
 GROUPED = ConvGeometry(24, 36, 9, 10, (3, 3), padding=(1, 1, 1, 1), dilation=(2, 1), groups=4)
 DEPTHWISE = ConvGeometry(20, 40, 15, 13, (5, 3), (2, 1), (1, 0, 1, 2), (1, 2), groups=20, batch=2)
 UNEVEN = ConvGeometry(20, 24, 13, 11, (3, 3), padding=(1, 0, 1, 2), batch=2)
+LARGE = ConvGeometry(6, 12, 20, 17, (5, 7), padding=(2, 3, 2, 3))
 ROW = ConvGeometry(20, 24, 13, 11, (1, 5), padding=(0, 2, 0, 2), batch=2)
 LARGE_DEPTHWISE = ConvGeometry(8, 8, 12, 12, (9, 9), padding=(4, 4, 4, 4), groups=8)
 ACTIVATIONS = ("leaky_relu:0.1", "sigmoid", "tanh", "silu", "hard_sigmoid", "hard_swish", "gelu")
@@ -67,6 +69,8 @@ CASES = [
     (UNEVEN, WinogradSchedule(32, 32, 8, 4, 4, outputs=(4, 4)), ("bias", "residual", "relu")),
     (UNEVEN, WinogradSchedule(16, 32, 8, 2, 4, outputs=(6, 6)), ("affine", "silu")),
     (ROW, WinogradSchedule(32, 32, 8, 4, 4, outputs=(1, 4)), ("bias",)),
+    (LARGE, FFTSchedule(32, 32, 8, 4, 4, tile=8), ("bias",)),
+    (UNEVEN, FFTSchedule(32, 32, 8, 4, 4, tile=16), ("bias", "residual", "relu")),
     (SAME3, TensorSchedule(32, 32, 16, 1, 2), ("bias", "relu")),
     (UNEVEN, TensorSchedule(32, 64, 32, 2, 2), ("bias", "residual", "relu")),
     (POINTWISE, TensorSchedule(64, 32, 32, 2, 1), ("affine",)),
@@ -200,6 +204,9 @@ def test_schedules_are_json_and_illegal_ones_are_refused() -> None:
         kernels.emit(workload, DirectSchedule(32, 64, 16, 4, 4, split_k=16), SM80)
     with pytest.raises(ValueError, match="expected 1 where the kernel is 1"):
         kernels.emit(ConvWorkload(ROW, 1), WinogradSchedule(32, 32, 8, 4, 4), SM80)
+    with pytest.raises(ValueError, match="larger than the kernel"):
+        large = ConvGeometry(8, 8, 20, 20, (9, 9))
+        kernels.emit(ConvWorkload(large, 1), FFTSchedule(32, 32, 8, 4, 4, tile=8), SM80)
     with pytest.raises(ValueError, match="not depthwise"):
         kernels.emit(workload, DepthwiseSchedule(64, 2), SM80)
     depthwise = ConvWorkload(DEPTHWISE, 1)

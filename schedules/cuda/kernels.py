@@ -8,9 +8,10 @@ from tvm_lowrank.schedules.family import KernelFamily
 from tvm_lowrank.schedules.x86.accuracy import stated_error
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import depthwise, direct, tensor, winograd
+from . import depthwise, direct, fft, tensor, winograd
 from .depthwise import DepthwiseSchedule
 from .direct import DirectSchedule
+from .fft import FFTSchedule
 from .tensor import TensorSchedule
 from .winograd import WinogradSchedule
 
@@ -50,6 +51,16 @@ FAMILIES: dict[str, KernelFamily] = {
         WinogradSchedule.from_json,
         winograd.error_bound,
         winograd.predict,
+    ),
+    FFTSchedule.kernel: KernelFamily(
+        "fft",
+        fft.refuse,
+        fft.space,
+        fft.emit,
+        fft.pack,
+        FFTSchedule.from_json,
+        fft.error_bound,
+        fft.predict,
     ),
     TensorSchedule.kernel: KernelFamily(
         "half",

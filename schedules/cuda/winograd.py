@@ -56,7 +56,7 @@ class WinogradSchedule(GemmSchedule):
 
 
 @dataclass(frozen=True)
-class _Grid:
+class TileGrid:
     """The output map as tiles, in row-major order over images, rows and columns."""
 
     geometry: ConvGeometry
@@ -127,7 +127,7 @@ def is_schedule_legal(
     for taps, outputs in zip(workload.geometry.kernel, schedule.outputs, strict=True):
         if outputs < 1 or (taps == 1 and outputs > 1):
             return f"outputs is {schedule.outputs}, expected 1 where the kernel is 1"
-    grid = _Grid(workload.geometry, schedule.outputs)
+    grid = TileGrid(workload.geometry, schedule.outputs)
     if max(grid.inputs) > MOST_POINTS:
         return f"tiles read {grid.inputs} inputs, expected at most {MOST_POINTS} along an axis"
     return is_legal(grid.gemm, schedule, arch)
@@ -141,7 +141,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[WinogradSchedule]:
     for outputs in itertools.product(*choices):
         if len({m for m, taps in zip(outputs, kernel, strict=True) if taps > 1}) > 1:
             continue
-        grid = _Grid(workload.geometry, (outputs[0], outputs[1]))
+        grid = TileGrid(workload.geometry, (outputs[0], outputs[1]))
         if max(grid.inputs) > min(MOST_POINTS, 8):
             continue
         products = [tile for tile in tiles(grid.gemm, arch) if tile.split_k == 1]
@@ -155,7 +155,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[WinogradSchedule]:
 
 def predict(workload: ConvWorkload, schedule: WinogradSchedule, arch: CudaArch) -> float:
     """Predicted microseconds of the three kernels."""
-    grid = _Grid(workload.geometry, schedule.outputs)
+    grid = TileGrid(workload.geometry, schedule.outputs)
     gemm, whole = grid.gemm, grid.gemm.padded(schedule)
     inputs = 4.0 * gemm.batch * gemm.k * gemm.n
     products = 4.0 * gemm.batch * gemm.m * gemm.n
@@ -180,7 +180,7 @@ def pack(
     weight: np.ndarray, workload: ConvWorkload, schedule: WinogradSchedule, arch: CudaArch
 ) -> np.ndarray:
     """OIHW to [points][input channels][output channels], transformed and padded with zeros."""
-    grid = _Grid(workload.geometry, schedule.outputs)
+    grid = TileGrid(workload.geometry, schedule.outputs)
     rows, columns = (
         np.array(cook_toom(m, r).filter, np.float64)
         for m, r in zip(schedule.outputs, workload.geometry.kernel, strict=True)
@@ -198,7 +198,7 @@ def emit(workload: ConvWorkload, schedule: WinogradSchedule, arch: CudaArch) -> 
     if problem:
         raise ValueError(f"{schedule} for {workload.geometry}: {problem}")
     g = workload.geometry
-    grid = _Grid(g, schedule.outputs)
+    grid = TileGrid(g, schedule.outputs)
     gemm, whole = grid.gemm, grid.gemm.padded(schedule)
     operands = operand_shapes(g, workload.epilogue)
     shapes = {
@@ -229,7 +229,7 @@ def emit(workload: ConvWorkload, schedule: WinogradSchedule, arch: CudaArch) -> 
     return Program(stages, shapes, tuple(operands))
 
 
-def _codes(grid: _Grid, which: str) -> tuple[LinearCode, LinearCode]:
+def _codes(grid: TileGrid, which: str) -> tuple[LinearCode, LinearCode]:
     """The code of a transform along columns and along rows of a tile."""
     rows, columns = (
         linear_code(getattr(cook_toom(m, r), which))
@@ -238,7 +238,7 @@ def _codes(grid: _Grid, which: str) -> tuple[LinearCode, LinearCode]:
     return rows, columns
 
 
-def _transform_input(grid: _Grid, number: Index, values: Values) -> None:
+def _transform_input(grid: TileGrid, number: Index, values: Values) -> None:
     """One tile of one channel: read, transform along both axes, write a value for each point."""
     g, tile = grid.geometry, values.hold(number % grid.tiles)
     channel = values.hold(number // grid.tiles)
@@ -259,7 +259,9 @@ def _transform_input(grid: _Grid, number: Index, values: Values) -> None:
         values.store(INPUTS, value, [point, channel, tile])
 
 
-def _transform_output(workload: ConvWorkload, grid: _Grid, number: Index, values: Values) -> None:
+def _transform_output(
+    workload: ConvWorkload, grid: TileGrid, number: Index, values: Values
+) -> None:
     """One tile of one output channel: read its points, transform back, epilogue, write."""
     g, tile = grid.geometry, values.hold(number % grid.tiles)
     channel = values.hold(number // grid.tiles)
