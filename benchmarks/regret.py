@@ -87,7 +87,9 @@ def main() -> int:
     text = _table(judged, place, len(records))
     print(text)
     if args.markdown:
-        args.markdown.write_text(text + "\n", encoding="utf-8")
+        title = "# Regret of the cost model\n\nWritten by `benchmarks/regret.py`.\n\n"
+        plot = f"\n\n![predicted against measured]({args.svg.name})" if args.svg else ""
+        args.markdown.write_text(f"{title}{text}{plot}\n", encoding="utf-8")
     if args.svg:
         args.svg.write_text(_plot(judged), encoding="utf-8")
     return 0
