@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from tvm_lowrank.schedules.x86 import isa as instruction_sets
+
 from tvm_lowrank.cost.learned import train
 from tvm_lowrank.cost.trees import FILE, signature
 from tvm_lowrank.records import TuningRecords, shipped_records, survey_records
-from tvm_lowrank.schedules.x86 import isa as instruction_sets
 
 FOLDER = Path(__file__).resolve().parents[1] / "tuning_logs"
 ISAS = {isa.name: isa for isa in (instruction_sets.AVX512, instruction_sets.AVX2)}
