@@ -107,7 +107,7 @@ def measured(layer: ConvLayer, given: InputMoments, unseen: InputMoments, sample
     row = Row(layer.name, str(geometry).split(" @")[0], samples)
     weight = layer.weight.astype(np.float64)
     for name, form in ENTRIES.items():
-        if form.refuse(geometry):
+        if form.keeps_memory or form.refuse(geometry):
             continue
         start = time.perf_counter()
         quick = form.fitter(weight, geometry, given, refine=False)
@@ -220,7 +220,7 @@ def run(network: Network, options: argparse.Namespace) -> None:
     done = {row.layer for row in found}
     taken = wanted(layers, options.widest, options.one_a_shape)
     missing = [layer for layer in taken if layer.name not in done]
-    for row in rows(mod, layers, missing, shuffled[:count], others):
+    for row in rows(mod, layers, missing, shuffled[:count], others) if missing else ():
         found.append(row)
         with log.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")

@@ -26,6 +26,7 @@ from tvm_lowrank.decompose.form import (
     check_weight,
     geometry_of,
     several,
+    spread,
     spread_families,
     usable,
 )
@@ -85,7 +86,13 @@ class MultiResolution(Form):
                 ranks = [(side, factor, order) for side in sides]
                 if not self._unfit(geometry, ranks[0]):
                     families.append([(self.multiplications(geometry, r), r) for r in ranks])
-        return spread_families(families, geometry.multiplications, shares)
+        if len(shares) > len(families):
+            return spread_families(families, geometry.multiplications, shares)
+        # Sides are few and far apart: each family's best at each share, however far below it.
+        found = {
+            rank for costs in families for rank in spread(costs, geometry.multiplications, shares)
+        }
+        return sorted(found, key=lambda rank: self.multiplications(geometry, rank))
 
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
         """See `Form.stages`: those of the first branch, then those of the second."""
