@@ -76,5 +76,5 @@ def lower_dense(
             kernel = kernel.reshape(out_features, h, w, c).transpose(0, 3, 1, 2)
         return kernel.reshape(geometry.weight_shape)
 
-    pending = Pending([data], Convolution(geometry, arrange(weight.T), layer, arrange=arrange))
+    pending = Pending([data], Convolution(geometry, weight.T, layer, arrange=arrange))
     return BlockedTensor(out_shape, out_map, view, pending=pending)
