@@ -161,6 +161,8 @@ def test_without_data_candidates_are_fitted_to_weights_and_say_so(bench):
     roofline = Roofline(1e-3, 1e-3)
     found, _ = propose(layer, identity(layer), ["dense", "svd", "separable"], roofline, timer)
     assert {c.form for c in found} == {"svd"} and {c.fitted for c in found} == {"weights"}
+    slow = Roofline(1e9, 1e9)  # nothing but starting kernels takes time
+    assert "no form is predicted faster" in propose(layer, identity(layer), ["svd"], slow, timer)[1]
     known = input_moments(bench.observer, [layer], bench.inputs, 0)["matmul0"]
     found, _ = propose(layer, known, ["svd"], roofline, timer)
     assert {c.fitted for c in found} == {"data"}

@@ -148,7 +148,9 @@ def propose(
     found = [candidate for candidate in tried if candidate.error <= _WORST_ERROR]
     if found:
         return _thin(_front(found, lambda candidate: candidate.predicted_us), limit), None
-    return [], "; ".join(refusals) or "no form is predicted faster at a useful error"
+    if len(refusals) == len(forms_for(layer, forms)):
+        return [], "; ".join(refusals) or "no form is allowed"
+    return [], "no form is predicted faster at a useful error"
 
 
 @dataclass(frozen=True)
