@@ -33,6 +33,7 @@ from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.cuda.direct import DirectSchedule
 from tvm_lowrank.schedules.cuda.fft import FFTSchedule
 from tvm_lowrank.schedules.cuda.kernels import FAMILIES as CUDA_FAMILIES
+from tvm_lowrank.schedules.cuda.straight import copy_program
 from tvm_lowrank.schedules.cuda.tensor import TensorSchedule
 from tvm_lowrank.schedules.cuda.winograd import WinogradSchedule
 from tvm_lowrank.schedules.machine import machine_of
@@ -256,7 +257,7 @@ def test_a_server_times_the_kernels_of_a_program(monkeypatch) -> None:
     host = tvm.target.Target("llvm")
     case = Case(ConvWorkload(SAME3, 1), DirectSchedule(32, 32, 8, 4, 4, split_k=2))
     assert len(case.program.stages) == 2
-    for program in (case.program, device.copy_program(LOOPS)):
+    for program in (case.program, copy_program(LOOPS, 1 << 16)):
         answer = device.time_program(program, host, device._Device.session.cpu())
         assert answer["us"] > 0 and answer["spread"] >= 0
     if not tvm.cuda(0).exist:

@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_lowrank.schedules.transforms.linear_code import LinearCode, Number
 
 from .arch import CudaArch
-from .program import Shape
+from .program import Program, Shape, Stage, X, Y
 
 THREADS = 128
 
@@ -99,3 +99,10 @@ def emit_threads(
                     stack.enter_context(T.Then())
                 body(number, values)
     return builder.get()
+
+
+def copy_program(arch: CudaArch, floats: int) -> Program:
+    """A kernel that copies so many values: what the memory of a GPU can do."""
+    shapes = {X: (floats,), Y: (floats,)}
+    func = emit_threads(floats, shapes, lambda i, v: v.store(Y, v[X][i], [i]), arch)
+    return Program((Stage(func, (X,), Y),), shapes)

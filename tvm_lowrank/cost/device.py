@@ -19,9 +19,9 @@ from tvm_lowrank.build import compile_module
 from tvm_lowrank.cost import measure_batch
 from tvm_lowrank.cost.timing import kernels_of
 from tvm_lowrank.records import AGREEMENT
-from tvm_lowrank.schedules.cuda.arch import CudaArch
-from tvm_lowrank.schedules.cuda.program import Program, Stage, X, Y
-from tvm_lowrank.schedules.cuda.straight import emit_threads
+from tvm_lowrank.schedules.cuda.arch import arch_of
+from tvm_lowrank.schedules.cuda.program import Program
+from tvm_lowrank.schedules.cuda.straight import copy_program
 from tvm_lowrank.schedules.kernels import emit, schedule_from_json
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.isa import architecture_of
@@ -137,21 +137,13 @@ def _time_copy(copy: bool, target: dict[str, Any], threads: int) -> dict[str, An
     _use(threads)
     if target["kind"] == "cuda":
         gpu = tvm.target.Target(target)
-        return time_program(copy_program(machine_of(gpu)), gpu, _Device.session.cuda())
+        program = copy_program(arch_of(gpu), _COPY_FLOATS)
+        return time_program(program, gpu, _Device.session.cuda())
     source = te.placeholder((_COPY_FLOATS,), "float32", "source")
     sink = te.compute((_COPY_FLOATS,), lambda i: source[i], "sink")
     shapes: list[tuple[int, ...]] = [(_COPY_FLOATS,)] * 2
     func = te.create_prim_func([source, sink])
     return _answer(_minima(func, shapes, tvm.target.Target(target)))
-
-
-def copy_program(arch: CudaArch) -> Program:
-    """A kernel that copies 64 MiB on a GPU."""
-    shapes = {X: (_COPY_FLOATS,), Y: (_COPY_FLOATS,)}
-    func = emit_threads(
-        _COPY_FLOATS, shapes, lambda i, values: values.store(Y, values[X][i], [i]), arch
-    )
-    return Program((Stage(func, (X,), Y),), shapes)
 
 
 def time_program(program: Program, target: tvm.target.Target, device: Any) -> dict[str, Any]:

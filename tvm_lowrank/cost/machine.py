@@ -20,7 +20,7 @@ from tvm_lowrank.threads import physical_cores
 _REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
 # Also on record: a search that goes on from its records must predict what it predicted.
 COPY = "copy of 64 MiB"
-_COPY_BYTES = 64 << 20
+COPY_BYTES = 64 << 20
 # Machines whose figures differ by more than this factor do not price each other. Other work on the
 # machine at hand makes it look slower too, so the factor is generous; from the lower one on it is
 # said.
@@ -42,7 +42,7 @@ def roofline(kernel_us: float, copy_us: float) -> Roofline:
     """Peak and bandwidth from the microseconds of the reference kernel and of the copy."""
     return Roofline(
         gflops=2 * _REFERENCE.multiplications / (kernel_us * 1e3),
-        gigabytes=2 * _COPY_BYTES / (copy_us * 1e3),
+        gigabytes=2 * COPY_BYTES / (copy_us * 1e3),
     )
 
 
@@ -80,7 +80,7 @@ def is_busy() -> bool:
 
 def copy_microseconds() -> float:
     """Time of a copy of 64 MiB by one thread, in microseconds: the least of four."""
-    source = np.ones(_COPY_BYTES // 4, np.float32)
+    source = np.ones(COPY_BYTES // 4, np.float32)
     sink = np.empty_like(source)
     best = math.inf
     for _ in range(4):

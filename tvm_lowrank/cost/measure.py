@@ -18,9 +18,11 @@ from tvm_lowrank.cost.trees import Trees
 from tvm_lowrank.cost.tuner import Tuner
 from tvm_lowrank.cost.watch import Watch
 from tvm_lowrank.cost.worker import Worker, shared_worker
+from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.passes.blocked_rewriter import PLAIN_CHANNELS
 from tvm_lowrank.records import AGREEMENT, TuningRecords
+from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.kernels import (
     ALGORITHMS,
     Schedule,
@@ -314,6 +316,13 @@ class KernelTimer:
         """Time now of a copy of 64 MiB where kernels are measured."""
         if isinstance(self._worker, Fleet):
             return self._worker.copy_microseconds()
+        if isinstance(self.isa, CudaArch):
+            target = json.loads(str(self.target))
+            request = {"target": target, "copy": machine.COPY_BYTES}
+            answer = shared_worker(self.records.threads).ask(request)
+            if answer is None:
+                raise LowRankError("the GPU runs no kernel of TVM's; check its driver")
+            return float(answer["us"])
         return machine.copy_microseconds()
 
     def ask(self, workload: Any, schedule: Any) -> Any:

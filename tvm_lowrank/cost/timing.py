@@ -15,7 +15,9 @@ import tvm
 from tvm_lowrank.build import compile_module
 from tvm_lowrank.cost import measure_batch
 from tvm_lowrank.records import AGREEMENT
+from tvm_lowrank.schedules.cuda.arch import arch_of
 from tvm_lowrank.schedules.cuda.program import Program
+from tvm_lowrank.schedules.cuda.straight import copy_program
 from tvm_lowrank.schedules.kernels import emit, schedule_from_json
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86 import fused
@@ -42,7 +44,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     request : dict
-        ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain.
+        ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain;
+        for a GPU also ``target`` and the bytes of a ``copy``.
 
     Returns
     -------
@@ -52,6 +55,9 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         differ by more than 10 %.
     """
     target = tvm.target.Target(request["target"])
+    if target.kind.name == "cuda" and "copy" in request:
+        copy = copy_program(arch_of(target), request["copy"] // 4)
+        return time_program(copy, target, tvm.cuda())
     if target.kind.name == "cuda":
         workload = ConvWorkload.from_json(request["workload"])
         schedule = schedule_from_json(request["schedule"])

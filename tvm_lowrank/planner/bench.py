@@ -51,13 +51,16 @@ class MeasuringBench:
     shape : tuple of int
         Of the network's input.
     threads : int
+    gpu : bool
+        Whether they run on a GPU, for which this machine's threads do not matter.
     """
 
     predicted = False
 
-    def __init__(self, shape: tuple[int, ...], threads: int) -> None:
+    def __init__(self, shape: tuple[int, ...], threads: int, gpu: bool = False) -> None:
         self.shape = shape
         self.threads = threads
+        self.gpu = gpu
 
     def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
         """Outputs of the library."""
@@ -72,7 +75,7 @@ class MeasuringBench:
 
     def one_thread(self, path: Path) -> float | None:
         """Measured by another process."""
-        return verify.one_thread(path, self.shape)
+        return None if self.gpu else verify.one_thread(path, self.shape)
 
 
 class PredictingBench:

@@ -159,7 +159,7 @@ def _search(
                 )
 
     shape = input_shape(mod)
-    bench: Bench = MeasuringBench(shape, threads)
+    bench: Bench = MeasuringBench(shape, threads, target.kind.name == "cuda")
     if not measured:
         bench = PredictingBench(normalised, timer, shape[0])
     judge = Judge(
