@@ -127,6 +127,24 @@ def test_a_place_calibrates_its_own_level():
     assert slow / fast == pytest.approx(5.0, rel=0.2)
 
 
+def test_machines_without_figures_do_not_shift_what_an_unknown_place_is_told():
+    records = records_of(LAYERS[:9])
+    reference = machine.reference(AVX512)
+    direct = spaces(reference, AVX512)["direct"][0].to_json()
+    records.add(machine.COPY, {}, 2 * (64 << 20) / (ROOFLINE.gigabytes * 1e3))
+    peak_us = 2 * reference.geometry.multiplications / (ROOFLINE.gflops * 1e3)
+    records.add(reference.key(), direct, peak_us)
+    for key, _, schedule, us in list(records_of(LAYERS[:9], "slow").rows()):
+        for name in ("slow", "slower"):  # no figures on record, nominal ones are far off
+            place = (name, 2, False)
+            records._keep(key, place, json.dumps(schedule, sort_keys=True), 9 * us)
+    analytic = AnalyticModel(ROOFLINE, AVX512, 2)
+    model = LearnedModel(train(records, AVX512), analytic)
+    found = model.predict(LAYERS[4], [spaces(LAYERS[4], AVX512)["direct"][0].to_json()])[0]
+    truth = invented(LAYERS[4].key(), spaces(LAYERS[4], AVX512)["direct"][0].to_json())
+    assert found == pytest.approx(truth, rel=0.3)
+
+
 def test_a_saved_model_predicts_the_same(trees, tmp_path):
     trees.save(tmp_path / FILE)
     again, complaint = find(tmp_path, AVX512)

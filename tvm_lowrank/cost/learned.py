@@ -147,11 +147,12 @@ def train(
     weights = np.array([doubts[place] * best[key, place] / us for key, _, place, _, us in rows])
     weights /= max(doubts.values())
     places = [_text(place) for _, _, place, _, _ in rows]
+    sure = np.array([doubts[place] == 1.0 for _, _, place, _, _ in rows])
     if known is None:
-        offsets = _offsets(targets, places)
+        offsets = _offsets(targets, places, sure)
     else:  # what the trees know of places stays; new ones are calibrated on what they predict
         rest = targets - _evaluate(known, table)
-        offsets = {**_offsets(rest, places), **known.offsets}
+        offsets = {**_offsets(rest, places, sure), **known.offsets}
     data = xgboost.DMatrix(
         _matrix(table, names), targets - np.array([offsets[p] for p in places]), weight=weights
     )
@@ -222,9 +223,12 @@ def roofline_of(records: TuningRecords, isa: Machine, place: Place) -> Roofline:
     return found or Roofline(_NOMINAL.gflops * place[1] * isa.lanes / 16, _NOMINAL.gigabytes)
 
 
-def _offsets(targets: np.ndarray, places: Sequence[str]) -> dict[str, float]:
-    """The median of each place's targets, drawn to that of all where there are few; "" is all."""
-    everywhere = float(np.median(targets))
+def _offsets(targets: np.ndarray, places: Sequence[str], sure: np.ndarray) -> dict[str, float]:
+    """The median of each place's targets, drawn to that of all where there are few; "" is all.
+
+    Where some machines' figures are on record, all are those: only they say how far counts are off.
+    """
+    everywhere = float(np.median(targets[sure] if sure.any() else targets))
     offsets = {"": everywhere}
     for place in set(places):
         own = targets[[other == place for other in places]]
