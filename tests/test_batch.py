@@ -96,7 +96,7 @@ def test_folders_without_results_and_used_ones_are_refused(exported, network, tm
 def test_a_batch_for_cuda_holds_machine_code_and_every_stage(network, tmp_path) -> None:
     folder = tmp_path / "batch"
     command = [str(network), "--target", "cuda:sm_90", "--export-batch", str(folder)]
-    assert tune.main([*command, "--lossless", "--trials", "2"]) == 0
+    assert tune.main([*command, "--lossless", "--trials", "1", "--algorithms", "winograd"]) == 0
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["device"] == "cuda" and manifest["isa"] == "sm_90"
     for library in {entry["library"] for entry in manifest["candidates"]}:

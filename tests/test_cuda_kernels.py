@@ -122,7 +122,8 @@ RESNET = [
 @pytest.mark.parametrize("arch", [SM80, SM90], ids=lambda arch: arch.name)
 def test_every_family_compiles_within_the_limits(arch, tmp_path) -> None:
     programs, stated = [], []
-    for geometry in RESNET:
+    # For the second architecture, the layers that together have every family.
+    for geometry in RESNET if arch is SM80 else (RESNET[0], RESNET[-1]):
         workload = ConvWorkload(geometry, 1, ("bias", "residual", "relu"))
         every = (*kernels.ALGORITHMS, *kernels.REDUCED)
         for space in kernels.spaces(workload, arch, every).values():
