@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import relax
 from tvm_lowrank.passes.blocked import (
@@ -19,7 +20,7 @@ from tvm_lowrank.passes.blocked import (
     of_map,
     of_plain,
 )
-from tvm_lowrank.passes.graph import Rewriter, static_shape
+from tvm_lowrank.passes.graph import Rewriter, constant_array, static_shape
 from tvm_lowrank.passes.kernel_calls import (
     Convolution,
     KernelCalls,
@@ -33,7 +34,7 @@ from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.chain import MOST_STAGES, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
 from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.placement import Part
+from tvm_lowrank.schedules.x86.placement import Images, Part
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
@@ -72,6 +73,27 @@ class BlockedRewriter(Rewriter):
         super().__init__(mod)
         self.fuse = fuse
         self.calls = KernelCalls(self, isa, choose, weights)
+        self._arrays: dict[relax.Expr, np.ndarray] = {}
+
+    def array_of(self, weight: relax.Expr) -> np.ndarray:
+        """The value of a constant, the same array each time."""
+        if weight not in self._arrays:
+            self._arrays[weight] = constant_array(weight)
+        return self._arrays[weight]
+
+    def stack(self, sources: Sequence[BlockedTensor], owned: Sequence[bool]) -> relax.Expr:
+        """Pieces of a batch one after the other, those that nothing else reads written there."""
+        images, written, first = sum(source.map[0] for source in sources), None, 0
+        for source, alone in zip(sources, owned, strict=True):
+            sink = Sink(Images(first, images), written)
+            pending = source.pending
+            if alone and pending and isinstance(pending.operation, (Convolution, Elementwise)):
+                written = self._write(pending, sink)
+            else:
+                written = self.calls.elementwise(self.blocked(source), source.map, [], sink)
+            first += source.map[0]
+        assert written is not None
+        return written
 
     def in_block(self, geometry: ConvGeometry, data: BlockedTensor) -> int:
         """1 if a convolution reads ``data`` plain, else the channels of a block."""

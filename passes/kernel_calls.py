@@ -24,7 +24,7 @@ from tvm_lowrank.schedules.x86 import (
 )
 from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
-from tvm_lowrank.schedules.x86.placement import Part, place
+from tvm_lowrank.schedules.x86.placement import Images, Part, place
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
@@ -65,8 +65,8 @@ class Convolution:
     """A convolution to be called: its weight and the epilogue steps with their operands.
 
     ``layer`` names it as plans do, None where they do not. Steps are those of
-    `ConvWorkload.epilogue`. ``arrange`` takes a layer's weight as plans keep it to the order of
-    ``weight``, where that is another.
+    `ConvWorkload.epilogue`. ``arrange`` takes ``weight``, which is as plans keep
+    it, to OIHW in the order of the kernel's input, where that is another.
     """
 
     geometry: ConvGeometry
@@ -96,7 +96,7 @@ class Sink:
     the call is the same memory with one part more, so nothing may read ``written`` any more.
     """
 
-    part: Part
+    part: Part | Images
     written: relax.Expr | None
 
 
@@ -130,6 +130,7 @@ class KernelCalls:
         self.variables: list[relax.Var] = []
         self.workloads: list[ConvWorkload] = []
         self._kernels: dict[Any, tvm.ir.GlobalVar] = {}
+        self._packed: dict[Any, tuple[np.ndarray, relax.Expr]] = {}
 
     def block(self, plain: relax.Expr, shape: Shape) -> relax.Expr:
         """NCHW to NCHW[x]c."""
@@ -278,10 +279,19 @@ class KernelCalls:
         kind: str,
         pack: Callable[[np.ndarray], np.ndarray],
         array: np.ndarray,
+        key: Any = None,
     ) -> relax.Expr:
         if self.weights is Weights.ABSENT:
             self.variables.append(relax.Var(kind, relax.TensorType(dtype="float32", ndim=-1)))
             return self.variables[-1]
+        if self.weights is Weights.CONSTANTS and key is not None:
+            # One constant for all calls on pieces of a batch. The array is kept: its id is the key.
+            if (id(array), key) not in self._packed:
+                self._packed[id(array), key] = (
+                    array,
+                    constant(pack(np.asarray(array, np.float32))),
+                )
+            return self._packed[id(array), key][1]
         packed = pack(np.asarray(array, np.float32))
         if layer is None or self.weights is Weights.CONSTANTS:
             return constant(packed)
@@ -302,7 +312,7 @@ class KernelCalls:
         source: Part | None = None,
         sink: Sink | None = None,
     ) -> tvm.ir.GlobalVar:
-        parts = (source, sink.part if sink else None)
+        parts: tuple[Part | None, Part | Images | None] = (source, sink.part if sink else None)
         key = (key, parts)
         if key not in self._kernels:
             func = make()
@@ -320,8 +330,8 @@ class KernelCalls:
     ) -> relax.Expr:
         if sink is None:
             return self.rewriter.emit(relax.call_tir(gvar, args, out))
-        n, _, *inner = (int(extent) for extent in out.shape)
-        out = relax.TensorType((n, sink.part.blocks, *inner), "float32")
+        shape, _ = sink.part.within([int(extent) for extent in out.shape])
+        out = relax.TensorType(shape, "float32")
         if sink.written is None:
             return self.rewriter.emit(relax.call_tir(gvar, args, out))
         args = [*args, sink.written]

@@ -20,6 +20,7 @@ from tvm_lowrank.passes.kernel_calls import WeightParameter, Weights
 from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense
 from tvm_lowrank.passes.lower_reductions import lower_global_pool, lower_layer_norm, lower_pool
 from tvm_lowrank.passes.lower_views import lower_concat, lower_view, lower_window
+from tvm_lowrank.passes.split_batch import SplitBatch
 from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -70,6 +71,8 @@ class LowerConvolutions:
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Rewrite ``main``."""
         weights = Weights.PARAMETERS if self.weights_as_parameters else Weights.CONSTANTS
+        if weights is Weights.CONSTANTS:
+            mod = SplitBatch()(mod)
         lowerer = _Lowerer(mod, self.isa, self.choose, weights, self.fuse)
         lowered = lowerer.run()
         self.parameters_ = lowerer.calls.parameters
@@ -87,7 +90,7 @@ def survey(
     One entry a call, in the network's order; ``choose`` and ``fuse`` are asked as they are there.
     No weight is laid out, so large networks are surveyed quickly.
     """
-    lowerer = _Lowerer(mod, isa, choose, Weights.ABSENT, fuse)
+    lowerer = _Lowerer(SplitBatch()(mod), isa, choose, Weights.ABSENT, fuse)
     lowerer.run()
     return lowerer.calls.workloads
 

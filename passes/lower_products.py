@@ -33,7 +33,7 @@ def lower_convolution(
     if data.view != NCHW or rewriter.refuses(geometry, rewriter.in_block(geometry, data)):
         return None
     shape = (geometry.batch, geometry.out_channels, geometry.out_height, geometry.out_width)
-    conv = Convolution(geometry, constant_array(value.args[1]), layer)
+    conv = Convolution(geometry, rewriter.array_of(value.args[1]), layer)
     before = rewriter.pending(value.args[0])
     if before is not None and not isinstance(before.operation, Convolution):
         before = None

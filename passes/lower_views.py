@@ -52,6 +52,11 @@ def lower_concat(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor 
         return None
     rank = len(sources[0].shape)
     (view,) = views
+    if int(axis) == 0 and view == NCHW and all(source.is_blocked for source in sources):
+        counts = Counter(fields.fields)
+        alone = [rewriter.users.get(field) == counts[field] == 1 for field in fields.fields]
+        n, (_, c, h, w) = sum(source.map[0] for source in sources), sources[0].map
+        return of_map((n, c, h, w), blocked=rewriter.stack(sources, alone))
     channel_axis = {NCHW: 1, NHWC: 3}.get(view)
     if int(axis) % rank != channel_axis:
         return None
