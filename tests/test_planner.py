@@ -103,6 +103,15 @@ def test_pieces_in_a_row_equal_the_network(bench, segments):
     assert relative(segments.finish(5, state, replaced), expected) < 1e-5
 
 
+def test_fewer_samples_than_a_batch_are_repeated(bench):
+    timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
+    mod = normalise(load_model(bench.model, 3))
+    pairs = Segments(mod, collect_layers(mod), timer)
+    outputs = pairs.finish(0, pairs.start(bench.inputs[:2]))
+    expected = bench.trial.run(bench.inputs[:2])
+    assert relative(outputs, expected[[0, 1, 0]]) < 1e-5
+
+
 def test_the_addition_behind_a_convolution_is_found(bench, segments):
     # conv2 is added to what conv1 reads; nothing is added to the others.
     assert segments.piece(2).shortcut == segments.piece(1).source

@@ -66,7 +66,12 @@ class Segments:
         return self._compiled[index + 1].piece
 
     def start(self, inputs: np.ndarray) -> State:
-        """The state before the first convolution; samples that do not fill a batch are left out."""
+        """The state before the first convolution; samples that do not fill a batch are left out.
+
+        Where there are fewer samples than in one batch, it is filled by repeating them.
+        """
+        if 0 < len(inputs) < self.batch:
+            inputs = np.resize(inputs, (self.batch, *inputs.shape[1:]))
         first = self._compiled[0]
         state: State = []
         for begin in range(0, len(inputs) - self.batch + 1, self.batch):

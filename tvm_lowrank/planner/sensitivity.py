@@ -44,7 +44,7 @@ def sensitivities(
     options : dict
         Layer name to its candidates, at least one of them lossy.
     inputs : np.ndarray
-        Samples (n, ...), of which the first up to 64 are used.
+        Samples (n, ...), of which the first up to 64 are used, or a batch if that is more.
     classifier : bool
         See `tvm_lowrank.metrics.divergence`.
     """
@@ -54,7 +54,8 @@ def sensitivities(
         for index, layer in enumerate(segments.layers)
         if layer.name in options
     )
-    inputs = inputs[: int(np.clip(_WORK / max(runs, 1), _FEWEST, _MOST))]
+    count = int(np.clip(_WORK / max(runs, 1), _FEWEST, _MOST))
+    inputs = inputs[: max(count, segments.batch)]
     state = segments.start(inputs)
     original = segments.finish(0, state)
     found: dict[str, float] = {}
