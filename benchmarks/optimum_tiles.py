@@ -26,8 +26,8 @@ from tvm_lowrank.threads import processor, set_threads
 
 # Stride (the paper's Delta) and outputs F of its two figures.
 FIGURES = {"1": (4, 96), "2": (1, 256)}
-SIZES = (32, 64, 128)
-KERNELS = (3, 5, 7, 11, 15, 31)
+SIZES = [32, 64, 128]
+KERNELS = [3, 5, 7, 11, 15, 31]
 TILES = (8, 16, 32, 64, 128, 256, 512)
 _COLOURS = {
     0: "#ffffff", 8: "#deebf7", 16: "#c6dbef", 32: "#9ecae1", 64: "#6baed6", 128: "#4292c6",
@@ -149,9 +149,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--figures", default=",".join(FIGURES), metavar="A,B")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N")
+    parser.add_argument("--kernels", type=int, nargs="+", default=KERNELS, metavar="M")
     parser.add_argument("-o", "--output", type=Path, help="SVG file to write")
     args = parser.parse_args()
     figures = names("--figures", args.figures, list(FIGURES))
+    SIZES[:], KERNELS[:] = args.sizes, args.kernels
     set_threads(args.threads)
     print(f"{args.threads} threads, {processor()}, compiled for {host_target().attrs['mcpu']}")
     picture = draw(figures)
