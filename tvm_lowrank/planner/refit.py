@@ -22,6 +22,9 @@ _FEWEST = 64
 # Ridge of the regression, as a share of the mean variance of the inputs: unknowns over equations
 # within these bounds.
 _PULL = (0.01, 0.1)
+# With fewer equations for each unknown the regression would learn the samples; the target is then
+# the original weight. So it is for fully connected layers, which see one position a sample.
+_EQUATIONS = 2
 # A layer that stays dense is refitted too, unless its patches are so large that the regression
 # takes longer than it is worth.
 _DENSE_PATCH = 1200
@@ -44,7 +47,7 @@ def refit(
 
     The target weight is the ridge regression ``B = (S + l I)^-1 (S_xy + l W)``, S the moments of
     the approximated inputs, pulled towards the original W; the factors are fitted to B under S, and
-    the bias makes the mean output exact.
+    the bias makes the mean output exact. Where samples are too few for the regression, B is W.
 
     Parameters
     ----------
@@ -205,12 +208,7 @@ class _Pair:
         covariance = (covariance + covariance.T) / 2
         cross = self._cross / self._rows - np.outer(offset, offset_out)
         moments = InputMoments(covariance, self._shift + offset, self._rows)
-        size = len(offset)
-        variance = max(float(covariance.diagonal().mean()), 1e-12)
-        pull = float(np.clip(size / self._rows, *_PULL)) * variance
-        damped = covariance + pull * np.eye(size)
-        best = np.linalg.solve(damped, cross + pull * self.weight.T)
-        target = np.ascontiguousarray(best.T).reshape(self.geometry.weight_shape)
+        target = self._target(covariance, cross).reshape(self.geometry.weight_shape)
         if candidate.form == "dense":
             whole, factors, error = target, [target], 0.0
         else:
@@ -225,3 +223,14 @@ class _Pair:
             bias=mean_output - whole.reshape(len(self.weight), -1) @ moments.mean,
             error=error,
         )
+
+    def _target(self, covariance: np.ndarray, cross: np.ndarray) -> np.ndarray:
+        """The dense weight (F, C * X * Y) that the factors are fitted to."""
+        size = len(covariance)
+        if self._rows < _EQUATIONS * size:
+            return self.weight
+        variance = max(float(covariance.diagonal().mean()), 1e-12)
+        pull = float(np.clip(size / self._rows, *_PULL)) * variance
+        damped = covariance + pull * np.eye(size)
+        best = np.linalg.solve(damped, cross + pull * self.weight.T)
+        return np.ascontiguousarray(best.T)
