@@ -208,6 +208,10 @@ def _page(rows: list[dict[str, Any]]) -> str:
         "|" + "---|" * (10 + len(PEERS) - 1),
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    measured = {row["name"] for row in rows}
+    absent = [network.name for network in NETWORKS if network.name not in measured]
+    if absent:
+        lines += ["", f"Not measured with these kernels: {', '.join(absent)}."]
     lines += ["", "## Choices tried", ""]
     lines += [
         "Microseconds of all convolutions that a form can change, with the drop on the selection",
