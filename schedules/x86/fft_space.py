@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,30 +20,21 @@ from .fft_schedule import (
 )
 from .groups import is_depthwise
 from .isa import VectorISA
+from .tile_costs import (
+    BLOCK_OVERHEAD,
+    CYCLES_PER_PLACE,
+    NEAR_BYTES,
+    exchange_cycles,
+    loads_per_cycle,
+    parallel_cycles,
+    ranked,
+    task_sizes,
+)
 from .workload import ConvWorkload
 
-# Vector loads and broadcasts that a cycle sustains, as the direct convolution's model has it.
-_LOADS_PER_CYCLE = 1.6
-# Cycles of a register block outside of its sum: index arithmetic, clearing.
-_BLOCK_OVERHEAD = 40
-# Cycles to bring a slot of a tile to its place in the second-level cache, or back.
-_CYCLES_PER_SLOT = 6
 # Cycles of a value that is transformed, beside arithmetic: its loads, stores and spills.
 _CYCLES_PER_VALUE = 2
-# Bytes of its first-level cache that the weights of a product may take; more come in again for
-# every register block, at 128 bytes a cycle at most.
-_NEAR_BYTES = 1 << 15
-# Bytes of a core's second-level cache that weights used again may count on.
-_CACHE_BYTES = 1 << 20
-# Bytes of scratch that a task of several register blocks may take.
-_SCRATCH_BYTES = 1 << 21
-# Bytes a cycle that come in from beyond that cache.
-_BYTES_PER_CYCLE = 8
-# Cycles to start the threads on a parallel loop.
-_START = 3000
-_THREADS = (2, 4, 8)
 _REGISTER_BLOCKS = 2
-_MOST_SCHEDULES = 24
 
 
 def space(workload: ConvWorkload, isa: VectorISA) -> list[FFTSchedule]:
@@ -65,13 +55,7 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[FFTSchedule]:
         for shape in _register_blocks(workload, tile, gauss, isa)
         for schedule in _tasks(workload, shape, isa)
     }
-    ranked = sorted(found, key=lambda schedule: found[schedule])
-    peers: Counter[tuple[tuple[int, int], bool, bool]] = Counter()
-    for schedule in ranked:
-        kind = (schedule.tile, schedule.gauss, schedule.blocks > 0)
-        found[schedule] *= 1 + 0.1 * peers[kind]
-        peers[kind] += 1
-    return sorted(ranked, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
+    return ranked(found, lambda s: (s.tile, s.gauss, s.blocks > 0))
 
 
 def _tiles(workload: ConvWorkload, isa: VectorISA) -> Iterator[tuple[int, int]]:
@@ -118,10 +102,8 @@ def _register_blocks(
 def _tasks(workload: ConvWorkload, shape: FFTSchedule, isa: VectorISA) -> Iterator[FFTSchedule]:
     """The schedule with tasks of several sizes, and in stages."""
     grid = grid_of(workload, shape, isa)
-    yield replace(shape, blocks=0)
-    for blocks in sorted({1, 2, *(-(-grid.blocks // n) for n in _THREADS)}):
-        if blocks <= grid.blocks and (blocks == 1 or blocks * _scratch(grid) <= _SCRATCH_BYTES):
-            yield replace(shape, blocks=blocks)
+    for blocks in task_sizes(grid.blocks, _scratch(grid)):
+        yield replace(shape, blocks=blocks)
 
 
 def _scratch(grid: FFTGrid) -> int:
@@ -137,8 +119,7 @@ def _product_cycles(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorIS
     groups = grid.geometry.groups * -(-grid.geometry.out_channels // grid.geometry.groups // width)
     sums = block.rows * block.vectors
     # Fewer than eight sums do not hide the latency of multiply-add.
-    # With one vector each broadcast is part of its multiply-add, where the instructions allow it.
-    loads = 2.0 if block.vectors == 1 and isa.lanes == 16 else _LOADS_PER_CYCLE
+    loads = loads_per_cycle(block.vectors, isa)
     steps = block.channels * block.segments
     total = 0.0
     for parts, products in _kinds(grid):
@@ -146,9 +127,9 @@ def _product_cycles(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorIS
             parts * parts * sums / 2, parts * (block.rows + block.vectors) / loads, 4 * parts
         )
         weights = parts * block.vectors * isa.vector_bytes
-        if grid.blocks > 1 and weights * steps > _NEAR_BYTES:
+        if grid.blocks > 1 and weights * steps > NEAR_BYTES:
             step += weights / 128
-        total += products * (steps * step + _BLOCK_OVERHEAD + parts * sums)
+        total += products * (steps * step + BLOCK_OVERHEAD + parts * sums)
     return total * grid.blocks * groups
 
 
@@ -171,7 +152,7 @@ def _transform_cycles(workload: ConvWorkload, schedule: FFTSchedule, isa: Vector
         cycles = lines * _of_reals(line)
         if grid.is_planar:
             cycles += line.points * _of_reals(cross)
-        cycles += _CYCLES_PER_SLOT * grid.slots
+        cycles += CYCLES_PER_PLACE * grid.slots
         total += -(-channels // isa.lanes) * terms * cycles
     return total * grid.blocks * grid.rows
 
@@ -195,18 +176,5 @@ def _cycles(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> fl
     tasks = -(-grid.blocks // schedule.blocks) if schedule.blocks else 0
     if not tasks:
         # What one thread transforms, another multiplies: it goes through the shared cache.
-        transforms += grid.blocks * _scratch(grid) / _BYTES_PER_CYCLE
-    total = 0.0
-    for threads in _THREADS:
-        if tasks:
-            passes = -(-tasks // threads) if weights > _CACHE_BYTES else 1
-            fetch = passes * weights / _BYTES_PER_CYCLE * threads
-            imbalance = -(-tasks // threads) * threads / tasks
-            starts = 1
-        else:
-            fetch = weights / _BYTES_PER_CYCLE
-            imbalance, starts = 1.0, 4
-        # Fetching overlaps with the products, but not all of it.
-        busy = max(product, fetch) + min(product, fetch) / 3
-        total += (busy + transforms) * imbalance + starts * _START * threads
-    return total / len(_THREADS)
+        transforms += exchange_cycles(grid.blocks * _scratch(grid))
+    return parallel_cycles(product, transforms, weights, tasks, stages=4)

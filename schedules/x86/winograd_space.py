@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +10,16 @@ from tvm_lowrank.schedules.transforms.linear_code import linear_code
 
 from .isa import VectorISA
 from .space import canonical_geometry
+from .tile_costs import (
+    BLOCK_OVERHEAD,
+    CYCLES_PER_PLACE,
+    NEAR_BYTES,
+    exchange_cycles,
+    loads_per_cycle,
+    parallel_cycles,
+    ranked,
+    task_sizes,
+)
 from .winograd_schedule import (
     TileGrid,
     WinogradSchedule,
@@ -26,26 +35,7 @@ from .workload import ConvWorkload
 _OUTPUTS = (2, 3, 4, 6)
 # Tiles that lose more digits than this factor takes are left out: F(6 x 6, 3 x 3) has 46.
 _MOST_AMPLIFICATION = 50.0
-# Vector loads and broadcasts that a cycle sustains, as the direct convolution's model has it.
-_LOADS_PER_CYCLE = 1.6
-# Cycles of a register block outside of its sum: index arithmetic, clearing.
-_BLOCK_OVERHEAD = 40
-# Cycles to bring a value of a transformed tile to its place in the second-level cache, or back.
-_CYCLES_PER_POINT = 6
-# Bytes of its first-level cache that the weights of a product may take; more come in again for
-# every register block, at 128 bytes a cycle at most.
-_NEAR_BYTES = 1 << 15
-# Bytes of a core's second-level cache that weights used again may count on.
-_CACHE_BYTES = 1 << 20
-# Bytes of scratch that a task of several register blocks may take.
-_SCRATCH_BYTES = 1 << 21
-# Bytes a cycle that come in from beyond that cache.
-_BYTES_PER_CYCLE = 8
-# Cycles to start the threads on a parallel loop.
-_START = 3000
-_THREADS = (2, 4, 8)
 _BLOCKS_OF_ROWS = 3
-_MOST_SCHEDULES = 24
 
 
 def space(workload: ConvWorkload, isa: VectorISA) -> list[WinogradSchedule]:
@@ -62,13 +52,7 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[WinogradSchedule]:
         for shape in _register_blocks(workload, tile, isa)
         for schedule in _tasks(workload, shape)
     }
-    ranked = sorted(found, key=lambda schedule: found[schedule])
-    peers: Counter[tuple[tuple[int, int], bool]] = Counter()
-    for schedule in ranked:
-        kind = (schedule.tile, schedule.blocks > 0)
-        found[schedule] *= 1 + 0.1 * peers[kind]
-        peers[kind] += 1
-    return sorted(ranked, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
+    return ranked(found, lambda s: (s.tile, s.blocks > 0))
 
 
 def _tiles(workload: ConvWorkload) -> Iterator[tuple[int, int]]:
@@ -104,12 +88,8 @@ def _register_blocks(
 def _tasks(workload: ConvWorkload, shape: WinogradSchedule) -> Iterator[WinogradSchedule]:
     """The schedule with tasks of several sizes, and in stages."""
     grid = grid_of(workload, shape)
-    yield replace(shape, blocks=0)
-    for blocks in sorted({1, 2, *(-(-grid.blocks // n) for n in _THREADS)}):
-        if blocks <= grid.blocks and (
-            blocks == 1 or blocks * _scratch(workload, grid) <= _SCRATCH_BYTES
-        ):
-            yield replace(shape, blocks=blocks)
+    for blocks in task_sizes(grid.blocks, _scratch(workload, grid)):
+        yield replace(shape, blocks=blocks)
 
 
 def _scratch(workload: ConvWorkload, grid: TileGrid) -> int:
@@ -124,13 +104,12 @@ def _product_cycles(workload: ConvWorkload, schedule: WinogradSchedule, isa: Vec
     groups = -(-workload.geometry.out_channels // (isa.lanes * block.vectors))
     sums = block.rows * block.vectors
     # Fewer than eight sums do not hide the latency of multiply-add.
-    # With one vector each broadcast is part of its multiply-add, where the instructions allow it.
-    loads = 2.0 if block.vectors == 1 and isa.lanes == 16 else _LOADS_PER_CYCLE
+    loads = loads_per_cycle(block.vectors, isa)
     step = max(sums / 2, (block.rows + block.vectors) / loads, 4)
     weights = block.vectors * isa.vector_bytes
-    if grid.blocks > 1 and weights * block.channels > _NEAR_BYTES:
+    if grid.blocks > 1 and weights * block.channels > NEAR_BYTES:
         step += weights / 128
-    call = block.channels * step + _BLOCK_OVERHEAD + sums
+    call = block.channels * step + BLOCK_OVERHEAD + sums
     return grid.points * grid.blocks * groups * call
 
 
@@ -146,7 +125,7 @@ def _transform_cycles(workload: ConvWorkload, grid: TileGrid, isa: VectorISA) ->
             for outputs, taps in zip(grid.tile, grid.geometry.kernel, strict=True)
         )
         instructions = down.instructions * across.inputs + across.instructions * len(down.outputs)
-        of_tile = instructions / 2 + _CYCLES_PER_POINT * grid.points
+        of_tile = instructions / 2 + CYCLES_PER_PLACE * grid.points
         total += -(-channels // isa.lanes) * of_tile
     return total * grid.blocks * grid.rows
 
@@ -160,18 +139,5 @@ def _cycles(workload: ConvWorkload, schedule: WinogradSchedule, isa: VectorISA) 
     tasks = -(-grid.blocks // schedule.blocks) if schedule.blocks else 0
     if not tasks:
         # What one thread transforms, another multiplies: it goes through the shared cache.
-        transforms += grid.blocks * _scratch(workload, grid) / _BYTES_PER_CYCLE
-    total = 0.0
-    for threads in _THREADS:
-        if tasks:
-            passes = -(-tasks // threads) if weights > _CACHE_BYTES else 1
-            fetch = passes * weights / _BYTES_PER_CYCLE * threads
-            imbalance = -(-tasks // threads) * threads / tasks
-            starts = 1
-        else:
-            fetch = weights / _BYTES_PER_CYCLE
-            imbalance, starts = 1.0, 3
-        # Fetching overlaps with the products, but not all of it.
-        busy = max(product, fetch) + min(product, fetch) / 3
-        total += (busy + transforms) * imbalance + starts * _START * threads
-    return total / len(_THREADS)
+        transforms += exchange_cycles(grid.blocks * _scratch(workload, grid))
+    return parallel_cycles(product, transforms, weights, tasks, stages=3)
