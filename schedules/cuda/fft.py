@@ -132,7 +132,7 @@ def predict(workload: ConvWorkload, schedule: FFTSchedule, arch: CudaArch) -> fl
         (g.in_channels * schedule.tile, outside + there),
         (g.in_channels * spectra.columns, 2 * there),
         (g.out_channels * spectra.columns, 2 * back),
-        (g.out_channels * spectra.grid.outputs[0], outside + back),
+        (g.out_channels * spectra.grid.tile[0], outside + back),
     ]
     return middle + sum(
         model.of_streaming(count * gemm.n, memory, steps, arch, THREADS) for count, memory in passes
@@ -183,7 +183,7 @@ def emit(workload: ConvWorkload, schedule: FFTSchedule, arch: CudaArch) -> Progr
         ROWS: (2, spectra.columns, side, g.in_channels, grid.tiles),
         INPUTS: (gemm.batch, gemm.k, gemm.n),
         OUTPUTS: (gemm.batch, gemm.m, gemm.n),
-        BACK: (2, spectra.columns, grid.outputs[0], g.out_channels, grid.tiles),
+        BACK: (2, spectra.columns, grid.tile[0], g.out_channels, grid.tiles),
         Y: map_shape(g),
     }
 
@@ -207,7 +207,7 @@ def emit(workload: ConvWorkload, schedule: FFTSchedule, arch: CudaArch) -> Progr
         stage(spectra.columns, g.in_channels, (ROWS,), INPUTS, _columns),
         Stage(product, (INPUTS, WEIGHTS), OUTPUTS),
         stage(spectra.columns, g.out_channels, (OUTPUTS,), BACK, _columns_back),
-        stage(grid.outputs[0], g.out_channels, (BACK, *operands), Y, last),
+        stage(grid.tile[0], g.out_channels, (BACK, *operands), Y, last),
     )
     return Program(stages, shapes, tuple(operands))
 
@@ -255,7 +255,7 @@ def _columns_back(
         for i in range(spectra.tile)
         for part in range(2)
     ]
-    rows = spectra.grid.outputs[0]
+    rows = spectra.grid.tile[0]
     found = values.apply(shortened(transposed(complex_dft(spectra.tile)), range(2 * rows)), inputs)
     for i in range(rows):
         for part in range(2):
@@ -278,15 +278,15 @@ def _outputs(
     ]
     inputs = [spectrum[0][0], spectrum[-1][0]]
     inputs += [part for pair in spectrum[1:-1] for part in pair]
-    code = shortened(transposed(real_dft(spectra.tile)), range(grid.outputs[1]))
+    code = shortened(transposed(real_dft(spectra.tile)), range(grid.tile[1]))
     image, row, column = map(values.hold, grid.place(tile))
     at = values.hold(row + line)
     for j, value in enumerate(values.apply(code, inputs)):
         place = [image, channel, at, column + j]
         inside = []
-        if g.out_height % grid.outputs[0]:
+        if g.out_height % grid.tile[0]:
             inside.append(at < g.out_height)
-        if g.out_width % grid.outputs[1]:
+        if g.out_width % grid.tile[1]:
             inside.append(place[3] < g.out_width)
         store_inside(values, workload.epilogue, value, place, inside)
 

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
+from tvm_lowrank.schedules.transforms import tile_grid
 from tvm_lowrank.schedules.transforms.cook_toom import MOST_POINTS, cook_toom
 from tvm_lowrank.schedules.transforms.linear_code import LinearCode, linear_code
 from tvm_lowrank.schedules.x86.accuracy import stated_error
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
-
-from tvm_lowrank.geometry import ConvGeometry
 
 from . import model
 from .arch import CudaArch
@@ -55,38 +54,8 @@ class WinogradSchedule(GemmSchedule):
         return cls(**{**fields, "outputs": tuple(data["outputs"])})
 
 
-@dataclass(frozen=True)
-class TileGrid:
-    """The output map as tiles, in row-major order over images, rows and columns."""
-
-    geometry: ConvGeometry
-    outputs: tuple[int, int]
-
-    @property
-    def inputs(self) -> tuple[int, int]:
-        """Rows and columns of the input that a tile reads, and of its points."""
-        (m, n), (x, y) = self.outputs, self.geometry.kernel
-        return m + x - 1, n + y - 1
-
-    @property
-    def points(self) -> int:
-        """Values of a transformed tile."""
-        return self.inputs[0] * self.inputs[1]
-
-    @property
-    def lines(self) -> int:
-        """Rows of tiles."""
-        return -(-self.geometry.out_height // self.outputs[0])
-
-    @property
-    def per_line(self) -> int:
-        """Tiles in a row."""
-        return -(-self.geometry.out_width // self.outputs[1])
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the batch."""
-        return self.geometry.batch * self.lines * self.per_line
+class TileGrid(tile_grid.TileGrid):
+    """The tiles of a batch, and the products of their points."""
 
     @property
     def gemm(self) -> Gemm:
@@ -97,7 +66,7 @@ class TileGrid:
     def place(self, tile: Index) -> tuple[Index, Index, Index]:
         """Image, first row and first column of a tile in the output map."""
         line = tile // self.per_line
-        row, column = line % self.lines * self.outputs[0], tile % self.per_line * self.outputs[1]
+        row, column = line % self.lines * self.tile[0], tile % self.per_line * self.tile[1]
         return line // self.lines, row, column
 
 
@@ -147,7 +116,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[WinogradSchedule]:
         products = [tile for tile in tiles(grid.gemm, arch) if tile.split_k == 1]
         products.sort(key=lambda tile: (model.of_gemm(grid.gemm, tile, 0, arch, 0.3), str(tile)))
         for tile in products[:_PRODUCTS]:
-            found.append(WinogradSchedule(**asdict(tile), outputs=grid.outputs))
+            found.append(WinogradSchedule(**asdict(tile), outputs=grid.tile))
     legal = [s for s in found if is_schedule_legal(workload, s, arch) is None]
     legal.sort(key=lambda schedule: (predict(workload, schedule, arch), str(schedule)))
     return legal[:_MOST_SCHEDULES]
@@ -233,7 +202,7 @@ def _codes(grid: TileGrid, which: str) -> tuple[LinearCode, LinearCode]:
     """The code of a transform along columns and along rows of a tile."""
     rows, columns = (
         linear_code(getattr(cook_toom(m, r), which))
-        for m, r in zip(grid.outputs, grid.geometry.kernel, strict=True)
+        for m, r in zip(grid.tile, grid.geometry.kernel, strict=True)
     )
     return rows, columns
 
@@ -276,9 +245,9 @@ def _transform_output(
         for j, value in enumerate(line):
             place = [image, channel, row + i, column + j]
             inside = []
-            if g.out_height % grid.outputs[0]:
+            if g.out_height % grid.tile[0]:
                 inside.append(place[2] < g.out_height)
-            if g.out_width % grid.outputs[1]:
+            if g.out_width % grid.tile[1]:
                 inside.append(place[3] < g.out_width)
             store_inside(values, workload.epilogue, value, place, inside)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from tvm_lowrank.schedules.transforms import tile_grid
 from tvm_lowrank.schedules.transforms.cook_toom import MOST_POINTS, cook_toom
 
 from tvm_lowrank.geometry import ConvGeometry
@@ -51,41 +52,10 @@ class WinogradSchedule:
 
 
 @dataclass(frozen=True)
-class TileGrid:
-    """The output map of a batch as a grid of transformed tiles, in register blocks of ``rows``.
+class TileGrid(tile_grid.TileGrid):
+    """The tiles of a batch in register blocks of ``rows``."""
 
-    Tiles at the lower and right border may overhang the map.
-    """
-
-    geometry: ConvGeometry
-    tile: tuple[int, int]
     rows: int
-
-    @property
-    def inputs(self) -> tuple[int, int]:
-        """Rows and columns of the input that a tile reads; as many points it has."""
-        (m, n), (x, y) = self.tile, self.geometry.kernel
-        return m + x - 1, n + y - 1
-
-    @property
-    def points(self) -> int:
-        """Values of a transformed tile."""
-        return self.inputs[0] * self.inputs[1]
-
-    @property
-    def lines(self) -> int:
-        """Rows of tiles."""
-        return -(-self.geometry.out_height // self.tile[0])
-
-    @property
-    def per_line(self) -> int:
-        """Tiles in a row of tiles."""
-        return -(-self.geometry.out_width // self.tile[1])
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the batch."""
-        return self.geometry.batch * self.lines * self.per_line
 
     @property
     def blocks(self) -> int:
