@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +14,16 @@ def pytest_configure() -> None:
     from tvm_lowrank.threads import set_threads
 
     set_threads()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_machine():
+    """However busy, the machine stays the one of its records: no test depends on its speed."""
+    from tvm_lowrank.cost import machine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "ANOTHER_MACHINE", math.inf)
+        yield
 
 
 def small_network(seed: int = 0, classes: int = 10, batch: int | str = "N") -> onnx.ModelProto:

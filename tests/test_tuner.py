@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -267,8 +266,7 @@ def test_a_covered_network_compiles_without_measuring(small, tmp_path, monkeypat
     shipped = tmp_path / "shipped.jsonl"
     lines = [json.loads(line) for line in (first / "records.jsonl").read_text().splitlines()]
     shipped.write_text("".join(json.dumps({**r, "machine": "another"}) + "\n" for r in lines))
-    planner = importlib.import_module("tvm_lowrank.planner.search")
-    monkeypatch.setattr(planner, "shipped_records", lambda isa: [shipped])
+    monkeypatch.setattr("tvm_lowrank.cost.predicting.shipped_records", lambda isa: [shipped])
     monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("something is measured"))
     monkeypatch.setattr("tvm_lowrank.planner.verify.one_thread", lambda *_: None)
     assert tune.main([*command, "-o", str(second)]) == 0
