@@ -14,13 +14,13 @@ from tvm_lowrank.planner import curve as module
 from tvm_lowrank.planner.candidates import Candidate
 from tvm_lowrank.planner.curve import Curve
 
-GEOMETRY = ConvGeometry(1, 1, 1, 1, (1, 1))
+GEOMETRY = ConvGeometry(1, 2, 1, 1, (1, 1))
 SAMPLES = 4000
 
 
 def candidate(form, us, error):
-    weight = np.full((1, 1, 1, 1), error, np.float32)
-    return Candidate(form, 0, (GEOMETRY,), (weight,), np.zeros(1), error, us, us)
+    weight = np.full((2, 1, 1, 1), error / 2, np.float32)
+    return Candidate(form, 0, (GEOMETRY,), (weight,), np.zeros(2), error, us, us)
 
 
 class Trial:

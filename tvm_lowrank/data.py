@@ -16,7 +16,7 @@ FIT_SAMPLES = 512
 SELECT_SAMPLES = 1536
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Samples:
     """Inputs (samples, ...) and, if known, a class index for each."""
 
@@ -31,7 +31,7 @@ class Samples:
         return Samples(self.inputs[indices], None if self.labels is None else self.labels[indices])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DataSplit:
     """Disjoint samples for fitting factors, choosing a plan and stating its accuracy.
 

@@ -24,7 +24,7 @@ from tvm_lowrank.passes.graph import (
 MATMUL = "matmul"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvLayer:
     """One ``conv2d`` of a normalised network, or one fully connected layer seen as a convolution.
 

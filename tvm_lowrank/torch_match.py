@@ -29,7 +29,7 @@ _OPERATORS = {
 _SAME = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matched:
     """A layer and its module.
 

@@ -35,7 +35,7 @@ from tvm_lowrank.geometry import ConvGeometry
 GROUPS = ((2, 1), (1, 2), (2, 2), (4, 4))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clusters:
     """Groups of a layer's channels: the group of each input (C,) and of each output (F,)."""
 

@@ -35,7 +35,7 @@ _PROBE_TIME = 0.5
 _FORMS_FITTED = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One way to compute a layer.
 
@@ -153,7 +153,7 @@ def propose(
     return [], "no form is predicted faster at a useful error"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Priced:
     """A rank, its stages, and its predicted microseconds; ``extra`` of those beside the stages."""
 
@@ -163,7 +163,7 @@ class _Priced:
     extra: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Fit:
     """Makes candidates of one form for one layer."""
 

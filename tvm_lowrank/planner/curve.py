@@ -29,7 +29,7 @@ _POINTS = 7
 _SAME = 1.02
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Point:
     """A choice, the measured time of its kernels, and its quality on the selection samples."""
 
