@@ -72,18 +72,29 @@ class _Converter:
         """One call in the graph."""
         return self.graph.call_function(function, args, options)
 
-    def module(self, module: nn.Module, x: str) -> fx.Node:
-        """A call of a module with weights of its own."""
+    def module(self, module: nn.Module, x: str | fx.Node) -> fx.Node:
+        """A call of a module with weights of its own, on a value or one of that name."""
         name = f"layer{len(list(self.root.children()))}"
         self.root.add_module(name, module)
-        return self.graph.call_module(name, (self.value(x),))
+        return self.graph.call_module(name, (self.value(x) if isinstance(x, str) else x,))
+
+
+def _pads(attributes: Attributes, rank: int) -> tuple[int, ...]:
+    """Pads as ONNX has them: those of all begins, then those of all ends."""
+    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        raise ValueError("auto_pad is not converted")
+    return tuple(attributes.get("pads", [0] * 2 * rank))
+
+
+def _pairs(pads: tuple[int, ...]) -> list[int]:
+    """The pads as `torch.nn.functional.pad` takes them: the last axis first, begin beside end."""
+    half = len(pads) // 2
+    return [n for axis in reversed(range(half)) for n in (pads[axis], pads[half + axis])]
 
 
 def _symmetric(attributes: Attributes, rank: int) -> tuple[int, ...]:
-    """Pads of both sides, which PyTorch wants to be equal."""
-    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
-        raise ValueError("auto_pad is not converted")
-    pads = tuple(attributes.get("pads", [0] * 2 * rank))
+    """Pads of both sides, which PyTorch's pools want to be equal."""
+    pads = _pads(attributes, rank)
     if pads[:rank] != pads[rank:]:
         raise ValueError(f"pads {pads} differ between the sides")
     return pads[:rank]
@@ -100,12 +111,14 @@ def _conv(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
     if rank not in (1, 2):
         raise ValueError(f"convolutions over {rank} axes are not converted")
     groups = attributes.get("group", 1)
+    pads = _pads(attributes, rank)
+    even = pads[:rank] == pads[rank:]
     module = (nn.Conv1d, nn.Conv2d)[rank - 1](
         weight.shape[1] * groups,
         weight.shape[0],
         weight.shape[2:],
         tuple(attributes.get("strides", [1] * rank)),
-        _symmetric(attributes, rank),
+        pads[:rank] if even else 0,
         tuple(attributes.get("dilations", [1] * rank)),
         groups,
         bias=len(node.input) > 2,
@@ -113,7 +126,10 @@ def _conv(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
     _set(module.weight, weight)
     if len(node.input) > 2:
         _set(module.bias, to.array(node.input[2]))
-    return to.module(module, node.input[0])
+    if even:
+        return to.module(module, node.input[0])
+    padded = to.call(F.pad, to.value(node.input[0]), _pairs(pads))
+    return to.module(module, padded)
 
 
 def _norm(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
@@ -208,6 +224,25 @@ def _reshape(to: _Converter, node: Any, _attributes: Attributes) -> fx.Node:
     return to.call(torch.reshape, to.value(node.input[0]), shape)
 
 
+def _unsqueeze(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
+    axes = attributes["axes"] if "axes" in attributes else to.array(node.input[1]).tolist()
+    if min(axes) < 0:
+        raise ValueError("Unsqueeze of axes counted from the end is not converted")
+    value = to.value(node.input[0])
+    for axis in sorted(axes):
+        value = to.call(torch.unsqueeze, value, axis)
+    return value
+
+
+def _pad(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
+    mode = attributes.get("mode", b"constant").decode()
+    if mode != "constant" or len(node.input) > 3:
+        raise ValueError("Pad is converted only with constants, along all axes")
+    pads = to.array(node.input[1]).tolist()
+    fill = float(to.array(node.input[2])) if len(node.input) > 2 and node.input[2] else 0.0
+    return to.call(F.pad, to.value(node.input[0]), _pairs(tuple(pads)), "constant", fill)
+
+
 def _transpose(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
     return to.call(torch.permute, to.value(node.input[0]), tuple(attributes["perm"]))
 
@@ -243,6 +278,8 @@ _CONVERTERS: dict[str, Callable[[_Converter, Any, Attributes], Any]] = {
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Pad": _pad,
     "Softmax": _softmax,
     "Dropout": _identity,
     "Identity": _identity,

@@ -144,15 +144,36 @@ def test_the_torch_conversion_equals_onnx_runtime(small, model):
     from torch_model import load_torch
 
     x = np.random.default_rng(0).standard_normal((2, *SHAPE[1:])).astype(np.float32)
-    with pytest.raises(ValueError, match="differ between the sides"):
-        load_torch(model)
-    symmetric = onnx.load(model)
-    for node in symmetric.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "pads" and len(set(attribute.ints)) > 1:
-                attribute.ints[:] = [1, 1, 1, 1]
-    path = model.with_name("symmetric.onnx")
-    onnx.save(symmetric, path)
+    with torch.no_grad():
+        outputs = load_torch(model)(torch.from_numpy(x)).numpy()
+    assert relative(outputs, reference(model, x)) < 1e-5
+
+
+def test_the_torch_conversion_pads_and_adds_axes(tmp_path):
+    torch = pytest.importorskip("torch")
+    from torch_model import load_torch
+
+    rng = np.random.default_rng(0)
+    arrays = {
+        "axes": np.array([1, 3]),
+        "pads": np.array([0, 0, 2, 1, 0, 0, 0, 3]),
+        "fill": np.array(0.5, np.float32),
+        "weight": rng.standard_normal((4, 1, 3, 2)).astype(np.float32),
+    }
+    nodes = [
+        onnx.helper.make_node("Unsqueeze", ["x", "axes"], ["planes"]),
+        onnx.helper.make_node("Pad", ["planes", "pads", "fill"], ["padded"]),
+        onnx.helper.make_node("Conv", ["padded", "weight"], ["y"], pads=[1, 0, 0, 2]),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes, "pads", [value("x", 1, (2, 9))], [value("y", 1, None)],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )  # fmt: skip
+    path = tmp_path / "pads.onnx"
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    x = rng.standard_normal((2, 9)).astype(np.float32)
     with torch.no_grad():
         outputs = load_torch(path)(torch.from_numpy(x)).numpy()
     assert relative(outputs, reference(path, x)) < 1e-5
