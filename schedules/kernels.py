@@ -64,13 +64,19 @@ def spaces(
     With ``exact``, those that `is_exact` alone; a family that has none is left out.
     """
     found = {
-        name: family.space(workload, machine)
+        name: list(_space(name, workload, machine))
         for name, family in families_of(machine).items()
         if family.algorithm in algorithms and family.refuse(workload, machine) is None
     }
     if exact:
         found = {name: [s for s in space if is_exact(workload, s)] for name, space in found.items()}
     return {name: space for name, space in found.items() if space}
+
+
+@functools.lru_cache(maxsize=4096)
+def _space(name: str, workload: ConvWorkload, machine: Machine) -> tuple[Any, ...]:
+    """The space of one family, kept: a tuner asks for it before each measurement."""
+    return tuple(families_of(machine)[name].space(workload, machine))
 
 
 def default_schedule(workload: ConvWorkload, machine: Machine) -> Any:

@@ -11,8 +11,8 @@ import numpy as np
 from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
 from tvm_lowrank.schedules.transforms import tile_grid
-from tvm_lowrank.schedules.transforms.cook_toom import MOST_POINTS, cook_toom
-from tvm_lowrank.schedules.transforms.linear_code import LinearCode, linear_code
+from tvm_lowrank.schedules.transforms.cook_toom import MOST_POINTS, cook_toom, transform_code
+from tvm_lowrank.schedules.transforms.linear_code import LinearCode
 from tvm_lowrank.schedules.x86.accuracy import stated_error
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -201,8 +201,7 @@ def emit(workload: ConvWorkload, schedule: WinogradSchedule, arch: CudaArch) -> 
 def _codes(grid: TileGrid, which: str) -> tuple[LinearCode, LinearCode]:
     """The code of a transform along columns and along rows of a tile."""
     rows, columns = (
-        linear_code(getattr(cook_toom(m, r), which))
-        for m, r in zip(grid.tile, grid.geometry.kernel, strict=True)
+        transform_code(m, r, which) for m, r in zip(grid.tile, grid.geometry.kernel, strict=True)
     )
     return rows, columns
 

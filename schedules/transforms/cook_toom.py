@@ -10,6 +10,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from .linear_code import LinearCode, linear_code
+
 Matrix: TypeAlias = tuple[tuple[Fraction, ...], ...]
 
 # Magnitudes of the pairs of points (p, -p) by their number. Found by a search over fractions with
@@ -99,6 +101,12 @@ def cook_toom(outputs: int, taps: int) -> Transform:
         return Transform((ones[0] * taps,), unit, unit)
     points = interpolation_points(outputs + taps - 2)
     return from_points(points, outputs, taps)
+
+
+@functools.cache
+def transform_code(outputs: int, taps: int, matrix: str) -> LinearCode:
+    """The code of F(``outputs``, ``taps``)'s ``"input"`` or ``"output"`` matrix."""
+    return linear_code(getattr(cook_toom(outputs, taps), matrix))
 
 
 def from_points(points: Sequence[Fraction], outputs: int, taps: int) -> Transform:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tvm_lowrank.schedules.transforms.cook_toom import MOST_POINTS, cook_toom
-from tvm_lowrank.schedules.transforms.linear_code import linear_code
+from tvm_lowrank.schedules.transforms.cook_toom import MOST_POINTS, transform_code
 
 from .isa import VectorISA
 from .space import canonical_geometry
@@ -121,7 +120,7 @@ def _transform_cycles(workload: ConvWorkload, grid: TileGrid, isa: VectorISA) ->
         ("output", workload.geometry.out_channels),
     ):
         down, across = (
-            linear_code(getattr(cook_toom(outputs, taps), matrix))
+            transform_code(outputs, taps, matrix)
             for outputs, taps in zip(grid.tile, grid.geometry.kernel, strict=True)
         )
         instructions = down.instructions * across.inputs + across.instructions * len(down.outputs)

@@ -7,8 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from tvm import ir, tirx
-from tvm_lowrank.schedules.transforms.cook_toom import cook_toom
-from tvm_lowrank.schedules.transforms.linear_code import linear_code
+from tvm_lowrank.schedules.transforms.cook_toom import transform_code
 
 from .emitter import Emitter, Index, clamp_high, clamp_low, quotient, remainder
 from .epilogue import Epilogue
@@ -253,7 +252,7 @@ def _transform(
     ``scratch`` has room for the tile.
     """
     down, across = (
-        linear_code(getattr(cook_toom(outputs, taps), matrix))
+        transform_code(outputs, taps, matrix)
         for outputs, taps in zip(grid.tile, grid.geometry.kernel, strict=True)
     )
     rows, columns = len(down.outputs), across.inputs

@@ -13,6 +13,7 @@ import tvm
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.fleet import Fleet
+from tvm_lowrank.cost.guide import MARGIN, Guide
 from tvm_lowrank.cost.model import CostModel
 from tvm_lowrank.cost.trees import Trees
 from tvm_lowrank.cost.tuner import Tuner
@@ -67,6 +68,8 @@ class KernelTimer:
         A cost model trained before; it is trained further on the records.
     trust : bool
         Measure only what a model that knows this machine picks.
+    guide : Guide, optional
+        Picks what is measured; by default the tuner does, some schedules of every family.
 
     Attributes
     ----------
@@ -88,6 +91,7 @@ class KernelTimer:
         worker: Worker | Fleet | None = None,
         trees: Trees | None = None,
         trust: bool = False,
+        guide: Guide | None = None,
     ) -> None:
         self.target = target
         self.isa = machine_of(target)
@@ -98,7 +102,7 @@ class KernelTimer:
         self.spread = 0.0
         self._watch = Watch(self)
         self._worker = worker
-        self._tuner = Tuner(records, self.isa, trials, seed, trees, trust)
+        self._tuner = Tuner(records, self.isa, trials, seed, trees, trust, guide)
         self._usable: dict[tuple[str, str], Schedule | None] = {}
 
     def refuse(self, stages: Sequence[ConvGeometry]) -> str:
@@ -124,25 +128,51 @@ class KernelTimer:
             return math.inf
         return sum(self.microseconds(workload) for workload in self.workloads(stages))
 
-    def microseconds(self, workload: ConvWorkload) -> float:
+    def within(self, stages: Sequence[ConvGeometry], limit: float) -> float:
+        """Time of a chain as `chain` gives it, from a brief look at each stage with a guide.
+
+        Infinite from the stage on where what is measured and what the guide expects of the rest
+        make clearly more than ``limit`` microseconds: the rest is then not measured.
+        """
+        if self.guide is None or self.refuse(stages):
+            return self.chain(stages)
+        workloads, total = self.workloads(stages), 0.0
+        for index, workload in enumerate(workloads):
+            if total + self._expected(workloads[index:]) / MARGIN > limit:
+                return math.inf
+            total += self.microseconds(workload, brief=True)
+        return total
+
+    def expected(self, stages: Sequence[ConvGeometry]) -> float:
+        """Microseconds that a chain should take here by the guide, infinite without a kernel."""
+        return math.inf if self.refuse(stages) else self._expected(self.workloads(stages))
+
+    def _expected(self, workloads: Sequence[ConvWorkload]) -> float:
+        assert self.guide is not None
+        return sum(
+            self.guide.best(workload, self._allowed(workload) or spaces(workload, self.isa))
+            for workload in workloads
+        )
+
+    def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time here of the workload under its best schedule, measuring what has to be.
 
-        Infinite if no schedule runs.
+        Infinite if no schedule runs. ``brief``: see `Tuner.propose`.
         """
-        while (schedule := self._next(workload)) is not None:
+        while (schedule := self._next(workload, brief)) is not None:
             self.time(workload, schedule)
         return self._best(workload)[0]
 
-    def _next(self, workload: ConvWorkload) -> Schedule | None:
+    def _next(self, workload: ConvWorkload, brief: bool = False) -> Schedule | None:
         """The schedule to measure next for a workload, None when enough were."""
         for schedule in self._elsewhere(workload):
             known = self.records.time(workload.key(), schedule.to_json())
             if known is None or known < math.inf:
                 return schedule if known is None else None
         allowed = self._allowed(workload) or spaces(workload, self.isa)
-        return self._tuner.propose(workload, allowed)
+        return self._tuner.propose(workload, allowed, brief)
 
-    def measure_all(self, workloads: Iterable[ConvWorkload]) -> None:
+    def measure_all(self, workloads: Iterable[ConvWorkload], brief: bool = False) -> None:
         """What `microseconds` measures for each workload, on all devices side by side.
 
         One worker alone measures one after the other anyway, when the times are asked for.
@@ -151,7 +181,7 @@ class KernelTimer:
             return
         left = [w for w in dict.fromkeys(workloads) if not refuse(w, self.isa)]
         while left:
-            batch = [(w, s) for w in left if (s := self._next(w)) is not None]
+            batch = [(w, s) for w in left if (s := self._next(w, brief)) is not None]
             left = [workload for workload, _ in batch]
             self.time_all(batch)
 
@@ -165,6 +195,11 @@ class KernelTimer:
         else:
             for pair in pairs:
                 self.time(*pair)
+
+    @property
+    def guide(self) -> Guide | None:
+        """What picks the kernels that are measured, if anything does."""
+        return self._tuner.guide
 
     @property
     def model(self) -> CostModel:

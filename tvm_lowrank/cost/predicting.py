@@ -96,7 +96,7 @@ class PredictingTimer(KernelTimer):
         self.records.remember(workload.key(), schedule.to_json(), self._scale * predicted)
         return self._scale * predicted
 
-    def microseconds(self, workload: ConvWorkload) -> float:
+    def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time of the best schedule on record, else of the one that is ranked first."""
         if self._best(workload)[1] is None:
             allowed = self._allowed(workload) or spaces(workload, self.isa)

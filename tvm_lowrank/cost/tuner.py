@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_lowrank.cost.guide import Guide
 from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.model import AnalyticModel, CostModel
 from tvm_lowrank.cost.trees import Trees
@@ -26,23 +27,24 @@ Spaces = Mapping[str, Sequence[Any]]
 class Tuner:
     """Proposes the schedules of a workload that are worth measuring, one after the other.
 
-    The first few of each family come in the family's own order. The cost model then picks among the
-    rest: boosted trees that records of any machine teach. If it is to be trusted and knows enough
-    of this place, it picks alone: half as many as a family would have been allowed, whatever the
-    family.
+    With a guide, what it picks: ``trials`` in all. Without one, the first few of each family come
+    in the family's own order, and the cost model then picks among the rest: boosted trees that
+    records of any machine teach. If it is to be trusted and knows enough of this place, it picks
+    alone: half as many as a family would have been allowed, whatever the family.
 
     Parameters
     ----------
     records : TuningRecords
     isa : Machine
     trials : int
-        Schedules of a family to measure at most.
+        Schedules of a workload to measure at most; of a family, without a guide.
     seed : int
         Of the model; the same records and seed propose the same schedules.
     trees : Trees, optional
         Trained before, on these or other records.
     trust : bool
         Let the model pick alone from `TRUSTED_ROWS` records of this place on.
+    guide : Guide, optional
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Tuner:
         seed: int = 0,
         trees: Trees | None = None,
         trust: bool = False,
+        guide: Guide | None = None,
     ) -> None:
         self.records = records
         self.isa = isa
@@ -60,6 +63,7 @@ class Tuner:
         self.seed = seed
         self.trees = trees
         self.trust = trust
+        self.guide = guide
         self._seen = 0
 
     @property
@@ -75,7 +79,7 @@ class Tuner:
         known = isinstance(model, LearnedModel) and model.rows >= TRUSTED_ROWS
         return self.trust and known
 
-    def propose(self, workload: ConvWorkload, allowed: Spaces) -> Any | None:
+    def propose(self, workload: ConvWorkload, allowed: Spaces, brief: bool = False) -> Any | None:
         """The schedule to measure next, or None when enough were.
 
         Parameters
@@ -83,6 +87,8 @@ class Tuner:
         workload : ConvWorkload
         allowed : dict
             Family to its schedules, most promising first.
+        brief : bool
+            Let a guide measure half as many: for one of many convolutions that may be chosen.
         """
         key = workload.key()
         times = {
@@ -91,6 +97,9 @@ class Tuner:
         }
         if self.is_trusted():
             return self._trusted(workload, times)
+        if self.guide is not None:
+            most = (self.trials + 1) // 2 if brief else self.trials
+            return self.guide.next(workload, times, most)
         tried = {name: [t for t in of.values() if t is not None] for name, of in times.items()}
         first = min(_FIRST, (self.trials + 1) // 2)
         for family, space in allowed.items():

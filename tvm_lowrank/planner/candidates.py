@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.guide import MARGIN
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.operations import FLOAT32_BYTES
 from tvm_lowrank.decompose import FORMS
@@ -22,8 +23,6 @@ _WORST_ERROR = 0.6
 # Predicted times are good to about this factor; what is predicted slower is not measured.
 _PREDICTED_GAIN = 0.95
 _MEASURED_GAIN = 0.97
-# What the trained cost model predicts behind by more than this factor is not measured.
-_MODEL_MARGIN = 1.15
 # Forms that save memory need not gain time, but may not lose any.
 _NO_LOSS = 1.0
 # Layers that read more inputs an output are fitted to their weights alone: their second moments
@@ -205,13 +204,23 @@ def confirm(
 ) -> list[Candidate]:
     """The candidates that are measured faster than the dense layer, on the front, fastest first.
 
-    Where the cost model knows this machine, what it predicts far behind is not measured.
+    Where the cost model is trusted or guides, what it predicts far behind the dense layer, or
+    behind another candidate of no larger error, is not measured.
     """
     if timer.is_trusted():
-        candidates = _worth_measuring(candidates, dense, timer)
-    timer.measure_all(w for c in candidates for w in timer.workloads(c.stages))
-    measured = [_measured(candidate, timer) for candidate in candidates]
-    faster = [c for c in measured if c.measured_us < _MEASURED_GAIN * dense.measured_us]
+        times = [timer.predict(candidate.stages) for candidate in candidates]
+        candidates = _worth_measuring(candidates, times, dense)
+    elif timer.guide is not None:
+        times = [timer.expected(c.stages) + c.extra_us for c in candidates]
+        candidates = _worth_measuring(candidates, times, dense)
+    timer.measure_all((w for c in candidates for w in timer.workloads(c.stages)), brief=True)
+    faster: list[Candidate] = []
+    # The least errors first: what loses more has to be faster than these.
+    for candidate in sorted(candidates, key=lambda c: c.error):
+        limit = min([_MEASURED_GAIN * dense.measured_us, *(c.measured_us for c in faster)])
+        us = timer.within(candidate.stages, limit - candidate.extra_us) + candidate.extra_us
+        if us < limit:
+            faster.append(replace(candidate, measured_us=us))
     return _front(faster, lambda candidate: candidate.measured_us)
 
 
@@ -224,37 +233,34 @@ def confirm_memory(
     to read the weights at ``gigabytes`` a second: what memory is worth beside other layers' time.
     """
 
+    limit = _NO_LOSS * dense.measured_us
+
     def priced(candidate: Candidate) -> Candidate:
         microseconds = FLOAT32_BYTES * candidate.weight_count / (1e3 * gigabytes)
         return replace(candidate, memory_us=microseconds)
 
-    measured = [priced(_measured(candidate, timer)) for candidate in candidates]
-    kept = [
-        c
-        for c in measured
-        if c.weight_count < dense.weight_count and c.measured_us <= _NO_LOSS * dense.measured_us
+    measured = [
+        priced(replace(c, measured_us=timer.within(c.stages, limit) + c.extra_us))
+        for c in candidates
+        if c.weight_count < dense.weight_count
     ]
+    kept = [c for c in measured if c.measured_us <= limit]
     return [*_front(kept, lambda candidate: candidate.cost_us), priced(dense)]
 
 
 def _worth_measuring(
-    candidates: Sequence[Candidate], dense: Candidate, timer: KernelTimer
+    candidates: Sequence[Candidate], times: Sequence[float], dense: Candidate
 ) -> list[Candidate]:
-    """Those that the model does not put behind the dense layer or behind another candidate."""
-    times = {id(candidate): timer.predict(candidate.stages) for candidate in candidates}
+    """Those that predicted times put neither behind the dense layer nor behind another."""
     return [
         one
-        for one in candidates
-        if times[id(one)] < _MODEL_MARGIN * dense.measured_us
+        for one, us in zip(candidates, times, strict=True)
+        if us < MARGIN * dense.measured_us
         and not any(
-            other.error <= one.error and _MODEL_MARGIN * times[id(other)] < times[id(one)]
-            for other in candidates
+            other.error <= one.error and MARGIN * less < us
+            for other, less in zip(candidates, times, strict=True)
         )
     ]
-
-
-def _measured(candidate: Candidate, timer: KernelTimer) -> Candidate:
-    return replace(candidate, measured_us=timer.chain(candidate.stages) + candidate.extra_us)
 
 
 def _front(candidates: Sequence[Candidate], time: Callable[[Candidate], float]) -> list[Candidate]:

@@ -12,6 +12,7 @@ import tvm
 
 from tvm_lowrank.cost import learned
 from tvm_lowrank.cost.fleet import Fleet
+from tvm_lowrank.cost.guide import Guide, guide_for
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import PredictingTimer, records_for
 from tvm_lowrank.cost.trees import Trees
@@ -99,11 +100,12 @@ def _search(
     isa, folder = machine_of(target), records_path.parent if records_path else None
     trees, complaint = find_trees(folder, isa)
     trees = learned.train(records, isa, options.seed, trees)
-    timer = _timer(target, records, options, options.algorithms, fleet, trees)
+    guide = guide_for(records, isa, options.shipped_records)
+    timer = _timer(target, records, options, options.algorithms, fleet, trees, guide)
     # What "before" means everywhere: the network as it is, in tuned direct kernels.
     plain = timer
     if options.algorithms != ("direct",) or options.max_weight_bytes is not None:
-        plain = _timer(target, records, options, ("direct",), fleet, trees)
+        plain = _timer(target, records, options, ("direct",), fleet, trees, guide)
     # Plans are tried out on this machine's processor, whatever they are for.
     trial_timer = timer if target.kind.name == "llvm" else _host_timer(threads, options)
     normalised = normalise(mod)
@@ -229,11 +231,12 @@ def _timer(
     algorithms: tuple[str, ...],
     fleet: Fleet | None,
     trees: Trees | None,
+    guide: Guide | None,
 ) -> KernelTimer:
     make = KernelTimer if fleet is not None or is_measurable(target) else PredictingTimer
     trials, seed, exact = options.trials, options.seed, options.exact
     trust = options.trust_model
-    return make(target, records, trials, algorithms, seed, exact, fleet, trees, trust)
+    return make(target, records, trials, algorithms, seed, exact, fleet, trees, trust, guide)
 
 
 def _host_timer(threads: int, options: Options) -> KernelTimer:

@@ -69,6 +69,9 @@ class Survey:
             elif geometry is not None:
                 self.dense[layer.name] = self._dense(layer, geometry)
             self.report("measuring dense layers", done + 1, len(self.layers))
+        if self.timer.guide is not None and not self.options.lossless:
+            known = [(c, self.timer.expected(c.stages)) for c in self.dense.values()]
+            self.timer.guide.calibrate([(expected, c.measured_us) for c, expected in known])
 
     def _prepare(self) -> None:
         """Measure all layers side by side if there are several devices."""
