@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 import tvm_lowrank
 from tvm_lowrank import tune
+from tvm_lowrank.planner.verify import Latency
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,29 @@ def test_tune_writes_library_plan_and_records(files, tmp_path, capsys):
     x = np.load(files / "data.npz")["inputs"][:1]
     built = tvm_lowrank.load(out / "model.so")(x)
     assert built.shape == (1, 10)
+
+
+def test_the_same_records_and_seed_give_the_same_plan(files, tmp_path, monkeypatch):
+    def later_is_faster(paths, shape, threads, seconds=2.0):
+        return [Latency(1.0 / (1 + i), 1.0 / (1 + i), 3) for i, _ in enumerate(paths)]
+
+    monkeypatch.setattr("tvm_lowrank.planner.verify.take_turns", later_is_faster)
+
+    def searched(folder):
+        assert run(files, "-o", str(folder), "--max-drop", "30") == 0
+        plan = json.loads((folder / "plan.json").read_text())
+        return plan, dict(np.load(folder / "plan.npz"))
+
+    plan, factors = searched(tmp_path / "first")
+    records = (tmp_path / "first" / "records.jsonl").read_bytes()
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "records.jsonl").write_bytes(records)
+    again, same = searched(tmp_path / "second")
+    assert (tmp_path / "second" / "records.jsonl").read_bytes() == records
+    for name in ("transformed", "curve", "layers", "schedules", "fused"):
+        assert again[name] == plan[name], name
+    assert same.keys() == factors.keys()
+    assert all(np.array_equal(same[name], factors[name]) for name in factors)
 
 
 def test_a_budget_that_the_samples_cannot_resolve_is_refused(files, tmp_path, capsys):

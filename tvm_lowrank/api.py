@@ -77,7 +77,8 @@ def plan(
     seed : int
         Of the data's split and of everything else that is random.
     trials : int
-        Schedules measured of each family of kernels at most.
+        Schedules measured of each kernel at most; of each family of kernels where no cost model
+        ships for the instruction set.
     records : str or Path, optional
         Tuning records to read and append to.
     shipped_records : bool

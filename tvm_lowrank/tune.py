@@ -104,7 +104,8 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=4,
         metavar="N",
-        help="schedules tried of each family of kernels at most (default: 4)",
+        help="schedules tried of each kernel at most; of each family of kernels where no cost "
+        "model ships (default: 4)",
     )
     add("--no-shipped-records", action="store_true", help="tune everything on this machine")
     add(

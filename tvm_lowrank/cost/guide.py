@@ -20,6 +20,8 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 MARGIN = 1.15
 # A family whose best schedule is behind the best of all by more is not looked at any further.
 PLAUSIBLE = 1.3
+# Schedules of a family, in its own order, that are predicted at all: that takes time too.
+_CONSIDERED = 12
 
 
 class Guide:
@@ -48,13 +50,13 @@ class Guide:
     def predictions(
         self, workload: ConvWorkload, allowed: Mapping[str, Sequence[Any]]
     ) -> dict[Any, float]:
-        """Microseconds of every schedule of a workload, fastest first."""
+        """Microseconds of the first schedules of each family for a workload, fastest first."""
         place = self.records.here
         roofline = roofline_of(self.records, self.isa, place)
         key = (workload, tuple(allowed), place, roofline)
         if key not in self._known:
             model = LearnedModel(self.trees, AnalyticModel(roofline, self.isa, place[1]), place)
-            schedules = [schedule for space in allowed.values() for schedule in space]
+            schedules = [s for space in allowed.values() for s in space[:_CONSIDERED]]
             times = model.predict(workload, [schedule.to_json() for schedule in schedules])
             order = np.argsort(times, kind="stable")
             self._known[key] = {schedules[i]: float(times[i]) for i in order}
@@ -77,14 +79,14 @@ class Guide:
         most : int
         """
         predicted = self.predictions(workload, {family: [*of] for family, of in times.items()})
-        rest = [schedule for schedule in predicted if times[schedule.kernel][schedule] is None]
+        known = {schedule: times[schedule.kernel][schedule] for schedule in predicted}
+        rest = [schedule for schedule, us in known.items() if us is None]
         misses: dict[str, list[float]] = {}
         best: dict[str, float] = {}
-        for family, of in times.items():
-            ran = {s: us for s, us in of.items() if us is not None and math.isfinite(us)}
-            if ran:
-                misses[family] = [math.log(us / predicted[s]) for s, us in ran.items()]
-                best[family] = min(ran.values())
+        for s, us in known.items():
+            if us is not None and math.isfinite(us):
+                misses.setdefault(s.kernel, []).append(math.log(us / predicted[s]))
+                best[s.kernel] = min(us, best.get(s.kernel, us))
         limit = PLAUSIBLE * next(iter(predicted.values()))
         for schedule in rest:
             if schedule.kernel not in best and predicted[schedule] <= limit:
@@ -94,8 +96,9 @@ class Guide:
         near = {family for family, us in best.items() if us <= PLAUSIBLE * min(best.values())}
         looks = sum(len(found) if family in near else 1 for family, found in misses.items())
         left = [schedule for schedule in rest if schedule.kernel in near]
-        if not best:
-            return next(iter(rest), None)
+        if not best:  # nothing ran yet: whatever is left, also of what was not predicted
+            untried = (s for of in times.values() for s, us in of.items() if us is None)
+            return next(iter(rest), next(untried, None))
         if looks >= most or not left:
             return None
         offsets = {family: math.exp(statistics.fmean(misses[family])) for family in near}
