@@ -63,8 +63,9 @@ def spaces(
 
     With ``exact``, those that `is_exact` alone; a family that has none is left out.
     """
+    key: Any = machine  # a frozen dataclass, which the protocol does not say
     found = {
-        name: list(_space(name, workload, machine))
+        name: list(_space(name, workload, key))
         for name, family in families_of(machine).items()
         if family.algorithm in algorithms and family.refuse(workload, machine) is None
     }
