@@ -23,7 +23,7 @@ from .x86.workload import ConvWorkload
 # By the name in a schedule's JSON; no two machines share one.
 FAMILIES: dict[str, KernelFamily] = {**X86_FAMILIES, **CUDA_FAMILIES}
 # Algorithms that round to fewer digits than float32 has: only where they are asked for.
-REDUCED = ("half",)
+REDUCED = ("tf32", "half")
 ALGORITHMS = tuple(
     name
     for name in dict.fromkeys(family.algorithm for family in FAMILIES.values())

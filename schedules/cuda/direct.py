@@ -17,7 +17,7 @@ from tvm_lowrank.geometry import ConvGeometry
 from . import model
 from .arch import CudaArch
 from .epilogue import Epilogue, map_shape, operand_shapes
-from .gemm import Gemm, GemmSchedule, Index, Operands, is_legal, round_up, tiles
+from .gemm import Gemm, GemmSchedule, Index, Operands, Tiles, is_legal, round_up, tiles
 from .gemm import emit as emit_gemm
 from .program import WEIGHTS, Program, Stage, X, Y, moved_bytes
 from .threads import ThreadSchedule
@@ -78,15 +78,22 @@ def predict(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) ->
     memory = moved_bytes(workload, 4 * g.weight_count)
     pointwise = g.kernel == (1, 1) and g.stride == (1, 1)
     gather = 0.3 if pointwise else 1.0
+    product = model.of_gemm(gemm, schedule, memory + parts_bytes(gemm, schedule), arch, gather)
+    return product + predict_adding(gemm, schedule, arch)
+
+
+def parts_bytes(gemm: Gemm, schedule: Tiles) -> float:
+    """Bytes of the parts of a split sum."""
+    return 4.0 * schedule.split_k * gemm.batch * gemm.m * gemm.n * (schedule.split_k > 1)
+
+
+def predict_adding(gemm: Gemm, schedule: Tiles, arch: CudaArch) -> float:
+    """Predicted microseconds of the kernel that adds up the parts of a split sum, if there is."""
     if schedule.split_k == 1:
-        return model.of_gemm(gemm, schedule, memory, arch, gather)
+        return 0.0
     values = gemm.batch * gemm.m * gemm.n
-    parts = 4.0 * schedule.split_k * values
-    product = model.of_gemm(gemm, schedule, memory + parts, arch, gather)
-    adding = model.of_streaming(
-        values, parts + 4 * values, 2 * schedule.split_k, arch, _SUM_THREADS
-    )
-    return product + adding
+    memory = parts_bytes(gemm, schedule) + 4 * values
+    return model.of_streaming(values, memory, 2 * schedule.split_k, arch, _SUM_THREADS)
 
 
 def channels_of(geometry: ConvGeometry, block_k: int) -> int:
@@ -109,37 +116,35 @@ def gemm_of(geometry: ConvGeometry, block_k: int) -> Gemm:
 
 def emit(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> Program:
     """The kernel, or two if the sum is split; ValueError if the schedule is not legal."""
-    geometry = workload.geometry
     problem = is_schedule_legal(workload, schedule, arch)
-    gemm = gemm_of(geometry, schedule.block_k)
     if problem:
-        raise ValueError(f"{schedule} for {geometry}: {problem}")
-    whole = gemm.padded(schedule)
-    operands = operand_shapes(geometry, workload.epilogue)
-    g = geometry
+        raise ValueError(f"{schedule} for {workload.geometry}: {problem}")
+    product = Convolution(workload, schedule)
+    return program_of(product, emit_gemm(product.gemm, schedule, product, arch), arch)
+
+
+def program_of(product: Convolution, func: tirx.PrimFunc, arch: CudaArch) -> Program:
+    """The kernel of a product, and where its sum is split the one that adds up the parts."""
+    workload, g = product.workload, product.geometry
+    operands = operand_shapes(g, workload.epilogue)
     shapes = {
         X: (g.batch, g.in_channels, g.height, g.width),
-        WEIGHTS: (g.groups, whole.k * schedule.split_k, whole.m),
+        WEIGHTS: product.weight_shape,
         **operands,
         Y: map_shape(g),
     }
-    split = schedule.split_k > 1
-    product = Convolution(workload, gemm, whole, schedule.block_k, schedule.split_k)
-    func = emit_gemm(gemm, schedule, product, arch)
     names = tuple(operands)
-    if not split:
+    if product.split == 1:
         return Program((Stage(func, (X, WEIGHTS, *names), Y),), shapes, names)
-    shapes["parts"] = (schedule.split_k, g.groups, gemm.m, gemm.n)
+    shapes["parts"] = product.parts
     stages = (
         Stage(func, (X, WEIGHTS), "parts"),
-        Stage(_add_parts(workload, shapes["parts"], arch), ("parts", *names), Y),
+        Stage(_add_parts(workload, product.parts, arch), ("parts", *names), Y),
     )
     return Program(stages, shapes, names)
 
 
-def pack(
-    weight: np.ndarray, workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch
-) -> np.ndarray:
+def pack(weight: np.ndarray, workload: ConvWorkload, schedule: Tiles, arch: CudaArch) -> np.ndarray:
     """OIHW to [groups][taps x channels][output channels of a group], padded with zeros."""
     geometry = workload.geometry
     gemm = gemm_of(geometry, schedule.block_k)
@@ -156,30 +161,39 @@ def pack(
 class Convolution(Operands):
     """The product's operands: rows are packed weights, columns the pixels of the output map."""
 
-    def __init__(
-        self, workload: ConvWorkload, gemm: Gemm, whole: Gemm, block_k: int, split: int = 1
-    ) -> None:
-        """Of a workload; with ``split``, parts of the sums and no epilogue."""
+    weight_dtype = "float32"
+
+    def __init__(self, workload: ConvWorkload, schedule: Tiles) -> None:
+        """Of a workload; where the sum is split, they are parts of it and there is no epilogue."""
+        self.workload = workload
         self.geometry = g = workload.geometry
-        self.split = split
-        self.steps = workload.epilogue if split == 1 else ()
-        self.gemm = gemm
-        self.whole = whole
-        self.channels = channels_of(g, block_k)
+        self.split = schedule.split_k
+        self.steps = workload.epilogue if self.split == 1 else ()
+        self.gemm = gemm_of(g, schedule.block_k)
+        self.whole = self.gemm.padded(schedule)
+        self.channels = channels_of(g, schedule.block_k)
         self.pixels = g.out_height * g.out_width
         pointwise = g.kernel == (1, 1) and g.stride == (1, 1) and not any(g.padding)
         if pointwise and self.pixels % 4 == 0:
             self.vector = 4
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weights."""
+        return (self.geometry.groups, self.whole.k * self.split, self.whole.m)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Shape of the parts of a split sum."""
+        return (self.split, self.geometry.groups, self.gemm.m, self.gemm.n)
+
     def declare(self) -> None:
         """Input, weights, operands of the epilogue, output (or parts of the sums)."""
-        g, gemm = self.geometry, self.gemm
-        shape = (g.groups, self.whole.k * self.split, self.whole.m)
+        g = self.geometry
         self.x = T.arg(X, T.buffer((g.batch, g.in_channels, g.height, g.width), "float32"))
-        self.w = T.arg(WEIGHTS, T.buffer(shape, "float32"))
+        self.w = T.arg(WEIGHTS, T.buffer(self.weight_shape, self.weight_dtype))
         if self.split > 1:
-            parts = (self.split, g.groups, gemm.m, gemm.n)
-            self.y = T.arg("parts", T.buffer(parts, "float32"))
+            self.y = T.arg("parts", T.buffer(self.parts, "float32"))
             return
         self.epilogue = Epilogue(g, self.steps)
         self.y = T.arg(Y, T.buffer(map_shape(g), "float32"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
@@ -22,6 +22,30 @@ _PIECE = 4
 def round_up(value: int, multiple: int) -> int:
     """The least multiple that is not below ``value``."""
     return -(-value // multiple) * multiple
+
+
+class Tiles(Protocol):
+    """What of a schedule decides how a product is padded: see `GemmSchedule`."""
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a block."""
+        ...
+
+    @property
+    def block_n(self) -> int:
+        """Columns of a block."""
+        ...
+
+    @property
+    def block_k(self) -> int:
+        """Length of a piece of the sum."""
+        ...
+
+    @property
+    def split_k(self) -> int:
+        """Parts of the sum."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +94,7 @@ class Gemm:
     n: int
     k: int
 
-    def padded(self, schedule: GemmSchedule) -> Gemm:
+    def padded(self, schedule: Tiles) -> Gemm:
         """The same in whole tiles, of which ``split_k`` parts have equal sums."""
         return Gemm(
             self.batch * schedule.split_k,
@@ -79,10 +103,13 @@ class Gemm:
             round_up(self.k, schedule.block_k * schedule.split_k) // schedule.split_k,
         )
 
-    def blocks(self, schedule: GemmSchedule) -> int:
+    def blocks(self, schedule: Tiles) -> int:
         """Blocks of threads that are started."""
-        whole = self.padded(schedule)
-        return whole.batch * (whole.m // schedule.block_m) * (whole.n // schedule.block_n)
+        return self.padded(schedule).blocks_of(schedule)
+
+    def blocks_of(self, schedule: Tiles) -> int:
+        """The same of a product that is `padded` already."""
+        return self.batch * (self.m // schedule.block_m) * (self.n // schedule.block_n)
 
 
 def is_legal(gemm: Gemm, schedule: GemmSchedule, arch: CudaArch) -> str | None:
@@ -103,11 +130,16 @@ def is_legal(gemm: Gemm, schedule: GemmSchedule, arch: CudaArch) -> str | None:
         return f"it needs {s.shared_bytes} of {STATIC_SHARED_BYTES} bytes of shared memory"
     if s.registers * rows * columns > arch.registers:
         return f"it needs about {s.registers} registers for each of {rows * columns} threads"
-    whole = gemm.padded(s)
-    if whole.batch > MOST_BLOCKS_YZ or whole.m // s.block_m > MOST_BLOCKS_YZ:
+    return refuse_grid(gemm, s)
+
+
+def refuse_grid(gemm: Gemm, schedule: Tiles) -> str | None:
+    """Why a grid cannot hold the blocks of a product or its sum not be split so, or None."""
+    whole = gemm.padded(schedule)
+    if whole.batch > MOST_BLOCKS_YZ or whole.m // schedule.block_m > MOST_BLOCKS_YZ:
         return "it needs more blocks than a grid has"
-    if s.split_k > 1 and whole.k < 2 * s.block_k:
-        return f"the sum of {gemm.k} is too short for {s.split_k} parts"
+    if schedule.split_k > 1 and whole.k < 2 * schedule.block_k:
+        return f"the sum of {gemm.k} is too short for {schedule.split_k} parts"
     return None
 
 
@@ -133,6 +165,10 @@ class Operands:
         """B[batch, k, j], zero in the padding."""
         raise NotImplementedError
 
+    def prepare(self, value: ir.Expr) -> ir.Expr | None:
+        """What is done to a column's value between shared memory and registers, if anything is."""
+        return None
+
     def write(self, batch: Index, i: Index, j: Index, value: ir.Expr) -> None:
         """Store C[batch, i, j], unless it lies in the padding."""
         raise NotImplementedError
@@ -143,11 +179,11 @@ def emit(gemm: Gemm, schedule: GemmSchedule, operands: Operands, arch: CudaArch)
     problem = is_legal(gemm, schedule, arch)
     if problem:
         raise ValueError(f"{schedule} for {gemm}: {problem}")
-    return _schedule(_define(gemm.padded(schedule), operands), schedule, operands.vector, arch)
+    return _schedule(define(gemm.padded(schedule), operands), schedule, operands.vector, arch)
 
 
-def _define(whole: Gemm, operands: Operands) -> tirx.PrimFunc:
-    """The product in three steps without any order: gather columns, multiply, write."""
+def define(whole: Gemm, operands: Operands) -> tirx.PrimFunc:
+    """The product in steps without any order: gather columns, multiply, write."""
     zero = tirx.const(0, "float32")
     batch, m, n, k = whole.batch, whole.m, whole.n, whole.k
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -163,6 +199,12 @@ def _define(whole: Gemm, operands: Operands) -> tirx.PrimFunc:
             with T.grid(batch, k, n) as (b, r, j), T.sblock("columns"):
                 vb, vr, vj = T.axis.remap("SSS", [b, r, j])
                 T.buffer_store(columns, operands.read(vb, vr, vj), [vb, vr, vj])
+            if operands.prepare(zero) is not None:
+                gathered, columns = columns, T.sblock_alloc_buffer((batch, k, n), "float32")
+                with T.grid(batch, k, n) as (b, r, j), T.sblock("prepared"):
+                    vb, vr, vj = T.axis.remap("SSS", [b, r, j])
+                    value = operands.prepare(gathered[vb, vr, vj])
+                    T.buffer_store(columns, value, [vb, vr, vj])
             with T.grid(batch, m, n, k) as (b, i, j, r), T.sblock("product"):
                 vb, vi, vj, vr = T.axis.remap("SSSR", [b, i, j, r])
                 with T.init():
@@ -244,10 +286,8 @@ def tiles(gemm: Gemm, arch: CudaArch) -> list[GemmSchedule]:
                 schedule = GemmSchedule(
                     block_m, block_n, block_k, thread_m, thread_n, split_k=split_k
                 )
-                whole = gemm.padded(schedule)
                 # Few parts of a sum are a kernel more; they pay where blocks are few.
-                few = whole.batch * (whole.m // block_m) * (whole.n // block_n)
-                if split_k > 1 and few > 4 * arch.multiprocessors:
+                if split_k > 1 and gemm.blocks(schedule) > 4 * arch.multiprocessors:
                     continue
                 if is_legal(gemm, schedule, arch) is None:
                     found.append(schedule)

@@ -8,11 +8,12 @@ from tvm_lowrank.schedules.family import KernelFamily
 from tvm_lowrank.schedules.x86.accuracy import stated_error
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import depthwise, direct, fft, tensor, winograd
+from . import depthwise, direct, fft, tensor, tf32, winograd
 from .depthwise import DepthwiseSchedule
 from .direct import DirectSchedule
 from .fft import FFTSchedule
 from .tensor import TensorSchedule
+from .tf32 import TF32Schedule
 from .winograd import WinogradSchedule
 
 
@@ -71,5 +72,15 @@ FAMILIES: dict[str, KernelFamily] = {
         TensorSchedule.from_json,
         tensor.error_bound,
         tensor.predict,
+    ),
+    TF32Schedule.kernel: KernelFamily(
+        "tf32",
+        tf32.refuse,
+        tf32.space,
+        tf32.emit,
+        tf32.pack,
+        TF32Schedule.from_json,
+        tensor.error_bound,
+        tf32.predict,
     ),
 }

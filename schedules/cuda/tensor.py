@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,22 +13,19 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from tvm_lowrank.geometry import ConvGeometry
-
 from . import direct, fragments, model
 from .arch import STATIC_SHARED_BYTES, WARP, CudaArch
 from .direct import Convolution
-from .epilogue import Epilogue, map_shape, operand_shapes
 from .fragments import SIDE
-from .gemm import Gemm, Index, round_up
-from .program import WEIGHTS, Program, Stage, X, Y, moved_bytes
+from .gemm import Gemm, Index
+from .program import WEIGHTS, Program, moved_bytes
 from .threads import ThreadSchedule
 
 _MOST_SCHEDULES = 16
 # Elements between rows of shared memory that keep threads off the same banks.
-_SKEW = 8
+SKEW = 8
 # Of a thread, by the rough count here: with more, the compiler puts sums into memory.
-_MOST_REGISTERS = 200
+MOST_REGISTERS = 200
 # Half an ulp of float16 at 1, of weights and of inputs.
 _ROUNDING = 2.0**-11
 
@@ -50,10 +47,20 @@ class TensorSchedule:
     warps_n: int
 
     @property
+    def split_k(self) -> int:
+        """Parts of the sum."""
+        return 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps_m * self.warps_n * WARP
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: pieces in float16, results in float32."""
-        rows = self.block_m * (self.block_k + _SKEW)
-        columns = self.block_k * (self.block_n + _SKEW)
+        rows = self.block_m * (self.block_k + SKEW)
+        columns = self.block_k * (self.block_n + SKEW)
         return 2 * (rows + columns) + 4 * self.block_m * self.block_n
 
     @property
@@ -87,14 +94,14 @@ def is_legal(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -
         return "tiles and warps must be positive"
     if s.block_m % (SIDE * s.warps_m) or s.block_n % (SIDE * s.warps_n) or s.block_k % SIDE:
         return f"tiles must be whole fragments of {SIDE} for each warp"
-    threads = s.warps_m * s.warps_n * WARP
+    threads = s.threads
     if s.block_m * s.block_k % (8 * threads) or s.block_n * s.block_k % threads:
         return "the threads of a block cannot share its copies evenly"
     if s.block_m * s.block_n % (4 * threads):
         return "the threads of a block cannot share its results evenly"
     if s.shared_bytes > STATIC_SHARED_BYTES:
         return f"it needs {s.shared_bytes} of {STATIC_SHARED_BYTES} bytes of shared memory"
-    if s.registers > _MOST_REGISTERS or s.registers * threads > arch.registers:
+    if s.registers > MOST_REGISTERS or s.registers * threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {threads} threads"
     return None
 
@@ -111,24 +118,41 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[TensorSchedule]:
 
 def predict(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -> float:
     """Predicted microseconds."""
-    s, whole = schedule, _whole(workload.geometry, schedule)
-    threads = s.warps_m * s.warps_n * WARP
-    blocks = whole.batch * (whole.m // s.block_m) * (whole.n // s.block_n)
+    whole = direct.gemm_of(workload.geometry, schedule.block_k).padded(schedule)
+    memory = moved_bytes(workload, 2 * workload.geometry.weight_count)
+    return predict_tiles(whole, schedule, arch, arch.tensor_gflops, memory, 2)
+
+
+def predict_tiles(
+    whole: Gemm,
+    schedule: TensorSchedule,
+    arch: CudaArch,
+    gflops: float,
+    memory: float,
+    weight_bytes: int,
+    overlapped: bool = False,
+) -> float:
+    """Predicted microseconds of a product in whole tiles on tensor cores of so many ``gflops``.
+
+    ``memory`` are bytes that cross the memory bus, ``weight_bytes`` those of one weight.
+    """
+    s = schedule
+    blocks = whole.blocks_of(s)
     tile_m, tile_n = s.block_m // s.warps_m, s.block_n // s.warps_n
     # Fragments loaded for each product, and some ten instructions for each value gathered.
     reached = tile_m * tile_n / (tile_m * tile_n + SIDE * (tile_m + tile_n))
-    rate = reached * arch.tensor_gflops * 1e3 / arch.multiprocessors / 2
+    rate = reached * gflops * 1e3 / arch.multiprocessors / 2
     gather = 10 * s.block_n * whole.k / (arch.gflops * 1e3 / arch.multiprocessors / 2)
     load = model.Load(
         blocks=blocks,
-        threads=threads,
+        threads=s.threads,
         registers=s.registers,
         shared=s.shared_bytes,
         block_us=2 * s.block_m * s.block_n * whole.k / rate + gather,
         steps=whole.k // s.block_k,
-        overlapped=False,
-        memory=moved_bytes(workload, 2 * workload.geometry.weight_count),
-        traffic=blocks * whole.k * (2.0 * s.block_m + 4.0 * s.block_n),
+        overlapped=overlapped,
+        memory=memory,
+        traffic=blocks * whole.k * (float(weight_bytes) * s.block_m + 4.0 * s.block_n),
     )
     return model.microseconds(load, arch)
 
@@ -143,7 +167,8 @@ def pack(
 ) -> np.ndarray:
     """OIHW to float16 [groups][output channels of a group][taps x channels], padded with zeros."""
     g = workload.geometry
-    gemm, whole = _gemm(g, schedule), _whole(g, schedule)
+    gemm = direct.gemm_of(g, schedule.block_k)
+    whole = gemm.padded(schedule)
     channels = direct.channels_of(g, schedule.block_k)
     split = weight.reshape(g.groups, gemm.m, -1, *g.kernel)
     packed = np.zeros((g.groups, whole.m, *g.kernel, channels), np.float16)
@@ -157,46 +182,20 @@ def emit(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -> Pr
     problem = is_legal(workload, schedule, arch)
     if problem:
         raise ValueError(f"{schedule} for {workload.geometry}: {problem}")
-    g = workload.geometry
-    whole = _whole(g, schedule)
-    operands = operand_shapes(g, workload.epilogue)
-    shapes = {
-        X: (g.batch, g.in_channels, g.height, g.width),
-        WEIGHTS: (g.groups, whole.m, whole.k),
-        **operands,
-        Y: map_shape(g),
-    }
-    product = _Product(workload, _gemm(g, schedule), whole, schedule.block_k)
-    func = _schedule(_define(whole, product), schedule, product.vector, arch)
-    stage = Stage(func, (X, WEIGHTS, *operands), Y)
-    return Program((stage,), shapes, tuple(operands), {WEIGHTS: "float16"})
-
-
-def _gemm(geometry: ConvGeometry, schedule: TensorSchedule) -> Gemm:
-    return direct.gemm_of(geometry, schedule.block_k)
-
-
-def _whole(geometry: ConvGeometry, schedule: TensorSchedule) -> Gemm:
-    gemm = _gemm(geometry, schedule)
-    return Gemm(
-        gemm.batch,
-        round_up(gemm.m, schedule.block_m),
-        round_up(gemm.n, schedule.block_n),
-        round_up(gemm.k, schedule.block_k),
-    )
+    product = _Product(workload, schedule)
+    func = _schedule(_define(product.whole, product), schedule, product.vector, arch)
+    return replace(direct.program_of(product, func, arch), dtypes={WEIGHTS: "float16"})
 
 
 class _Product(Convolution):
     """A convolution's operands with float16 weights, whose rows are in memory as they are."""
 
-    def declare(self) -> None:
-        """Input, weights, operands of the epilogue, output."""
-        g = self.geometry
-        self.x = T.arg(X, T.buffer((g.batch, g.in_channels, g.height, g.width), "float32"))
-        shape = (g.groups, self.whole.m, self.whole.k)
-        self.w = T.arg(WEIGHTS, T.buffer(shape, "float16"))
-        self.epilogue = Epilogue(g, self.steps)
-        self.y = T.arg(Y, T.buffer(map_shape(g), "float32"))
+    weight_dtype = "float16"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the packed weights."""
+        return (self.geometry.groups, self.whole.m, self.whole.k)
 
     def weight(self, batch: Index, k: Index, i: Index) -> ir.Expr:
         """A packed weight."""
@@ -204,7 +203,7 @@ class _Product(Convolution):
 
 
 def _define(whole: Gemm, product: _Product) -> tirx.PrimFunc:
-    """As `gemm._define`, with rows and columns in float16 and rows along the sum."""
+    """As `gemm.define`, with rows and columns in float16 and rows along the sum."""
     batch, m, n, k = whole.batch, whole.m, whole.n, whole.k
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
@@ -261,7 +260,7 @@ def _schedule(
         tir.set_scope(copy, 0, sch.scope("shared"))
         tir.compute_at(copy, outer_k, preserve_unit_loops=True)
         sch.spread(copy, tir.get_loops(copy)[-2:], (warps, WARP), lanes)
-        tir.storage_align(copy, 0, axis=-2, factor=2 * _SKEW, offset=_SKEW)
+        tir.storage_align(copy, 0, axis=-2, factor=2 * SKEW, offset=SKEW)
     loads = []
     for index, scope in enumerate(("wmma.matrix_a", "wmma.matrix_b")):
         load = tir.cache_read(tile, index, sch.scope(scope))
