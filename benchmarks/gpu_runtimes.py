@@ -18,15 +18,59 @@ _WARM_UP = 10
 def ours(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
     """A library of ours, by TVM's evaluator, which records events around each run."""
     import tvm
+
+    return _of_tvm(tvm.runtime.load_module(path), shape, "float32")
+
+
+def tvm_libraries(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Stock TVM with convolutions by cuDNN and products by cuBLAS, in a TVM that was built so.
+
+    RuntimeError names the libraries that this TVM cannot call.
+    """
+    require_libraries()
+    from tvm import relax
+    from tvm.relax.backend.cuda.cublas import partition_for_cublas
+    from tvm.relax.backend.cuda.cudnn import partition_for_cudnn
+    from tvm_lowrank.passes.pipeline import normalise
+
+    from tvm_lowrank.build import compile_module
+    from tvm_lowrank.frontend import load_model
+    from tvm_lowrank.target import parse_target
+
+    mod = partition_for_cublas(partition_for_cudnn(normalise(load_model(path, shape[0]))))
+    executable = compile_module(relax.transform.RunCodegen()(mod), parse_target("cuda"))
+    return _of_tvm(executable, shape, "float32, cuDNN and cuBLAS")
+
+
+def require_libraries() -> None:
+    """RuntimeError if TVM was built without cuDNN or cuBLAS."""
+    import tvm  # noqa: F401  (registers what it was built with)
+    import tvm_ffi
+
+    missing = [
+        label
+        for label in ("cuDNN", "cuBLAS")
+        if tvm_ffi.get_global_func(f"relax.ext.{label.lower()}", allow_missing=True) is None
+    ]
+    if missing:
+        switches = ", ".join(f"USE_{label.upper()}=ON" for label in missing)
+        raise RuntimeError(
+            f"this TVM was built without {' and '.join(missing)}; build it from source ({switches})"
+        )
+
+
+def _of_tvm(library: Any, shape: tuple[int, ...], about: str) -> dict[str, Any]:
+    import tvm
     from tvm.runtime import vm
 
     device = tvm.cuda()
-    machine = vm.VirtualMachine(tvm.runtime.load_module(path), [device, tvm.cpu()])
+    machine = vm.VirtualMachine(library, [device, tvm.cpu()])
     x = tvm.runtime.tensor(_noise(shape), device)
     output = machine["main"](x).numpy()
     machine.time_evaluator("main", device, number=1, repeat=_WARM_UP)(x)
     result = machine.time_evaluator("main", device, number=1, repeat=RUNS)(x)
-    return _answer([1e3 * s for s in result.results], f"TVM {tvm.__version__}, float32", output)
+    times = [1e3 * seconds for seconds in result.results]
+    return _answer(times, f"TVM {tvm.__version__}, {about}", output)
 
 
 def torch_variant(
@@ -74,6 +118,7 @@ def onnxruntime_cuda(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
 # Name to what runs it: a file of the network, or for ours the library.
 VARIANTS: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
     "tvm_lowrank": ours,
+    "tvm-cudnn-cublas": tvm_libraries,
     "torch": lambda path, shape: torch_variant(path, shape, False, False, False),
     "torch-tf32": lambda path, shape: torch_variant(path, shape, True, False, False),
     "torch-channels-last": lambda path, shape: torch_variant(path, shape, False, True, False),

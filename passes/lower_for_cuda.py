@@ -28,14 +28,15 @@ from tvm_lowrank.schedules.cuda.program import WEIGHTS, Program, X, Y
 from tvm_lowrank.schedules.family import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from tvm_lowrank.layer import conv2d_geometry
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import conv2d_geometry, product_geometry
 
 _SKIPPED = object()
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerForCuda")
 class LowerForCuda:
-    """Dense and factored convolutions become ``call_tir`` of CUDA kernels on plain NCHW data.
+    """Convolutions and dense layers become ``call_tir`` of CUDA kernels on plain NCHW data.
 
     Elementwise operators with a single reader join the kernel before them: bias, per-channel scale
     and shift, activations, the addition of another tensor. Every other operator stays as it is, for
@@ -61,7 +62,7 @@ class LowerForCuda:
 def survey(
     mod: tvm.IRModule, arch: CudaArch, choose: Callable[[ConvWorkload], Schedule]
 ) -> list[ConvWorkload]:
-    """The convolutions of a normalised module that `LowerForCuda` gives kernels, one a call."""
+    """The convolutions and dense layers that `LowerForCuda` gives kernels, one a call."""
     lowerer = _Lowerer(mod, arch, choose, only_survey=True)
     lowerer.run()
     return lowerer.workloads
@@ -91,6 +92,7 @@ class _Lowerer(Rewriter):
         self.arch = arch
         self.choose = choose
         self.only_survey = only_survey
+        self.made = {binding.var: binding.value for binding in self.bindings or []}
         self.workloads: list[ConvWorkload] = []
         self.count = 0
         self.programs: dict[Any, tuple[Program, list[tvm.ir.GlobalVar]]] = {}
@@ -109,6 +111,8 @@ class _Lowerer(Rewriter):
             layer = f"conv{self.count}"
             self.count += 1
             result = self._convolution(value, layer)
+        elif name == "matmul":
+            result = self._dense(value)
         elif name in ("add", "multiply"):
             result = self._binary(name, value)
         elif name in ACTIVATIONS:
@@ -133,14 +137,26 @@ class _Lowerer(Rewriter):
     def _convolution(self, value: relax.Call, layer: str) -> _Pending | None:
         if not is_canonical_conv2d(value):
             return None
-        geometry = conv2d_geometry(value)
+        return self._wait(value, conv2d_geometry(value), constant_array(value.args[1]), layer)
+
+    def _dense(self, value: relax.Call) -> _Pending | None:
+        geometry = product_geometry(value, self.made)
+        if geometry is None:
+            return None
+        weight = np.ascontiguousarray(constant_array(value.args[1]).T)
+        return self._wait(value, geometry, weight.reshape(geometry.weight_shape), None)
+
+    def _wait(
+        self, value: relax.Call, geometry: ConvGeometry, weight: np.ndarray, layer: str | None
+    ) -> _Pending | None:
+        """A convolution as a pending kernel; None if no kernel takes it."""
         try:
             workload = ConvWorkload(geometry, self.arch.block)
         except ValueError:
             return None
         if kernels.refuse(workload, self.arch):
             return None
-        convolution = Convolution(geometry, constant_array(value.args[1]), layer)
+        convolution = Convolution(geometry, weight, layer)
         return _Pending(self.substitute(value.args[0]), convolution, value.ty)
 
     def _pending(self, expr: relax.Expr) -> _Pending | None:
@@ -199,7 +215,8 @@ class _Lowerer(Rewriter):
         program, functions = self._program(workload, schedule)
         weight = np.asarray(convolution.weight, np.float32)
         packed = kernels.pack_weights(weight, workload, schedule, self.arch)
-        values: dict[str, relax.Expr] = {X: pending.source, WEIGHTS: relax.const(packed)}
+        source = self._reshape(pending.source, program.shapes[X])
+        values: dict[str, relax.Expr] = {X: source, WEIGHTS: relax.const(packed)}
         operands = [
             operand if isinstance(operand, relax.Expr) else constant(operand)
             for _, given in convolution.steps
@@ -211,7 +228,13 @@ class _Lowerer(Rewriter):
             type = relax.TensorType(program.shapes[name], program.dtype(name))
             call = relax.call_tir(gvar, [values[read] for read in stage.reads], type)
             values[name] = self.emit(call)
-        return values[Y]
+        return self._reshape(values[Y], [int(extent) for extent in pending.type.shape])
+
+    def _reshape(self, value: relax.Expr, shape: Sequence[int]) -> relax.Expr:
+        """The same memory as a tensor of another shape: dense layers are convolutions of maps."""
+        if static_shape(value) == tuple(shape):
+            return value
+        return self.emit(relax.op.reshape(value, list(shape)))
 
     def _program(
         self, workload: ConvWorkload, schedule: Schedule
@@ -234,6 +257,8 @@ def _channel_vector(const: relax.Expr, pending: _Pending) -> np.ndarray | None:
         return None
     if (array == array.reshape(-1)[0]).all() and array.ndim <= 4:
         return np.full(channels, array.reshape(-1)[0], np.float32)
-    if array.size == channels and array.shape[-3:] == (channels, 1, 1):
+    # The axis of the channels is the last of what a dense layer gives.
+    last = (channels, 1, 1) if len(pending.type.shape) == 4 else (channels,)
+    if array.size == channels and array.shape[-len(last) :] == last:
         return array.reshape(-1)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,21 +97,30 @@ def source_of(programs: list[Program], arch: str) -> str:
     return library.imports[0].inspect_source()
 
 
-def resources_of(source: str, arch: str, folder: Path) -> dict[str, Resources]:
-    """Compile CUDA source to machine code, as TVM does; what ptxas reports of each kernel."""
+def resources_of(
+    source: str, archs: Sequence[str], folder: Path
+) -> dict[str, dict[str, Resources]]:
+    """Compile CUDA source to machine code; what ptxas reports of each kernel, by architecture.
+
+    nvcc runs as TVM runs it, but once for all architectures, from intermediate code of the first.
+    """
     (folder / "kernels.cu").write_text(source)
-    command = ["nvcc", "-cubin", "-O3", "--use_fast_math", f"-arch={arch}", "-Xptxas", "-v"]
-    command += ["-o", str(folder / "kernels.cubin"), str(folder / "kernels.cu")]
+    virtual = archs[0].replace("sm_", "compute_")
+    command = ["nvcc", "-fatbin", "-O3", "--use_fast_math", "-Xptxas", "-v", "-w"]
+    for arch in archs:
+        command += ["-gencode", f"arch={virtual},code={arch}"]
+    command += ["-o", str(folder / "kernels.fatbin"), str(folder / "kernels.cu")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pattern = (
-        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
     )
-    found = {}
-    for name, stack, stores, loads, registers, rest in re.findall(pattern, done.stderr, re.S):
+    found: dict[str, dict[str, Resources]] = {arch: {} for arch in archs}
+    matches = re.findall(pattern, done.stderr, re.S)
+    for name, arch, stack, stores, loads, registers, rest in matches:
         shared = re.search(r"(\d+) bytes smem", rest)
-        found[name] = Resources(
+        found[arch][name] = Resources(
             int(registers), int(shared[1]) if shared else 0, int(stores) + int(loads), int(stack)
         )
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tvm
+import tvm_ffi
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -15,6 +16,7 @@ pytest.importorskip("onnxruntime")
 import compare
 import compare_gpu
 import gpu_runtimes
+from cases import Case
 
 
 @pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")
@@ -29,8 +31,29 @@ def test_without_a_gpu_the_comparison_says_that_nothing_was_measured(tmp_path, c
 def test_the_peers_are_cudnn_with_and_without_tf32_and_onnx_runtime() -> None:
     names = set(gpu_runtimes.VARIANTS)
     assert {"torch", "torch-tf32", "torch-channels-last", "torch-compile"} < names
-    assert {"tvm_lowrank", "onnxruntime-cuda"} < names
+    assert {"tvm_lowrank", "tvm-cudnn-cublas", "onnxruntime-cuda"} < names
     assert compare_gpu.BATCHES == (1, 128)
+
+
+def test_a_tvm_without_cudnn_or_cublas_is_a_row_that_says_what_to_build(monkeypatch) -> None:
+    found = {"relax.ext.cudnn": None, "relax.ext.cublas": object()}
+    monkeypatch.setattr(tvm_ffi, "get_global_func", lambda name, allow_missing: found[name])
+    with pytest.raises(RuntimeError, match=r"without cuDNN; build it .*\(USE_CUDNN=ON\)$"):
+        gpu_runtimes.require_libraries()
+    found["relax.ext.cublas"] = None
+    with pytest.raises(RuntimeError, match=r"cuDNN and cuBLAS; .*USE_CUDNN=ON, USE_CUBLAS=ON"):
+        gpu_runtimes.require_libraries()
+    found.update(dict.fromkeys(found, object()))
+    gpu_runtimes.require_libraries()
+
+
+def test_this_tvm_refuses_before_it_needs_a_gpu(tmp_path) -> None:
+    if tvm_ffi.get_global_func("relax.ext.cudnn", allow_missing=True):
+        pytest.skip("this TVM has cuDNN")
+    case = Case("net", 1, tmp_path / "absent.onnx", (1, 3, 8, 8))
+    row = compare_gpu._measure("tvm-cudnn-cublas", case.path, case)
+    assert isinstance(row, str) and row.count("\n") == 0
+    assert "this TVM was built without cuDNN and cuBLAS" in row
 
 
 def test_rows_have_ratios_errors_and_reasons() -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tvm
 from cuda_support import (
@@ -22,19 +23,22 @@ from cuda_support import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm_lowrank.schedules import kernels
-from tvm_lowrank.schedules.cuda import model
+from tvm_lowrank.schedules.cuda import mma, model
 from tvm_lowrank.schedules.cuda.arch import (
+    ARCHITECTURES,
     MOST_BLOCKS_YZ,
     MOST_THREADS,
     REGISTERS_A_THREAD,
     STATIC_SHARED_BYTES,
 )
+from tvm_lowrank.schedules.cuda.dense import DenseSchedule
 from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.cuda.direct import DirectSchedule
 from tvm_lowrank.schedules.cuda.fft import FFTSchedule
 from tvm_lowrank.schedules.cuda.kernels import FAMILIES as CUDA_FAMILIES
 from tvm_lowrank.schedules.cuda.straight import copy_program
 from tvm_lowrank.schedules.cuda.tensor import TensorSchedule
+from tvm_lowrank.schedules.cuda.tf32 import TF32Schedule
 from tvm_lowrank.schedules.cuda.winograd import WinogradSchedule
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -55,6 +59,8 @@ DEPTHWISE = ConvGeometry(20, 40, 15, 13, (5, 3), (2, 1), (1, 0, 1, 2), (1, 2), g
 UNEVEN = ConvGeometry(20, 24, 13, 11, (3, 3), padding=(1, 0, 1, 2), batch=2)
 LARGE = ConvGeometry(6, 12, 20, 17, (5, 7), padding=(2, 3, 2, 3))
 ROW = ConvGeometry(20, 24, 13, 11, (1, 5), padding=(0, 2, 0, 2), batch=2)
+DENSE = ConvGeometry(100, 33, 1, 1, (1, 1), batch=3)
+FLATTENED = ConvGeometry(6, 20, 5, 7, (5, 7), batch=2)
 LARGE_DEPTHWISE = ConvGeometry(8, 8, 12, 12, (9, 9), padding=(4, 4, 4, 4), groups=8)
 ACTIVATIONS = ("leaky_relu:0.1", "sigmoid", "tanh", "silu", "hard_sigmoid", "hard_swish", "gelu")
 
@@ -76,6 +82,13 @@ CASES = [
     (UNEVEN, TensorSchedule(32, 64, 32, 2, 2), ("bias", "residual", "relu")),
     (POINTWISE, TensorSchedule(64, 32, 32, 2, 1), ("affine",)),
     (GROUPED, TensorSchedule(32, 32, 16, 1, 1), ()),
+    (SAME3, TF32Schedule(32, 32, 16, 2, 1), ("bias", "relu")),
+    (UNEVEN, TF32Schedule(32, 64, 8, 2, 2, pipeline=False), ("bias", "residual", "relu")),
+    (UNEVEN, TF32Schedule(32, 32, 16, 1, 2, split_k=4), ("bias", "residual")),
+    (POINTWISE, TF32Schedule(64, 32, 32, 2, 2), ("affine",)),
+    (GROUPED, TF32Schedule(32, 32, 16, 1, 1), ()),
+    (DENSE, DenseSchedule(4, 2), ("bias", "affine", "relu")),
+    (FLATTENED, DenseSchedule(2, 1), ("bias", "residual")),
     (DEPTHWISE, DepthwiseSchedule(64, 2), ("bias", "affine", "relu")),
     (DEPTHWISE, DepthwiseSchedule(32, 4), ()),
     (LARGE_DEPTHWISE, DepthwiseSchedule(128, 4), ("bias", "residual")),
@@ -115,35 +128,34 @@ RESNET = [
     ConvGeometry(256, 64, 56, 56, (1, 1), batch=128),
     ConvGeometry(3, 64, 224, 224, (7, 7), (2, 2), (3, 3, 3, 3), batch=128),
     ConvGeometry(256, 256, 28, 28, (3, 3), padding=(1, 1, 1, 1), groups=256, batch=128),
+    ConvGeometry(2048, 1000, 1, 1, (1, 1), batch=4),
 ]
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", [SM80, SM90], ids=lambda arch: arch.name)
-def test_every_family_compiles_within_the_limits(arch, tmp_path) -> None:
-    programs, stated = [], []
-    # For the second architecture, the layers that together have every family.
-    for geometry in RESNET if arch is SM80 else (RESNET[0], RESNET[-1]):
+def test_every_family_compiles_within_the_limits(tmp_path) -> None:
+    """On both architectures: neither spills nor memory of a thread's own, and blocks that fit."""
+    programs, families = [], set()
+    for geometry in RESNET:
         workload = ConvWorkload(geometry, 1, ("bias", "residual", "relu"))
         every = (*kernels.ALGORITHMS, *kernels.REDUCED)
-        for space in kernels.spaces(workload, arch, every).values():
-            for schedule in space[:1]:
-                programs.append(kernels.emit(workload, schedule, arch))
-                stated.append(schedule)
-    source = source_of(programs, arch.name)
-    found = resources_of(source, arch.name, tmp_path)
+        for name, space in kernels.spaces(workload, SM80, every).items():
+            programs.append(kernels.emit(workload, space[0], SM80))
+            families.add(name)
+    assert families == set(CUDA_FAMILIES)
+    found = resources_of(source_of(programs, SM80.name), (SM80.name, SM90.name), tmp_path)
     stages = [stage for program in programs for stage in program.stages]
-    assert len(found) == len(stages)
-    assert {schedule.kernel for schedule in stated} == set(CUDA_FAMILIES)
-    for index, stage in enumerate(stages):
-        used = found[f"kernel{index}_kernel"]
-        threads, grid = _launch(stage.func)
-        assert used.spills == used.stack == 0, used
-        assert used.registers <= REGISTERS_A_THREAD
-        assert used.registers * threads <= arch.registers
-        assert used.shared <= STATIC_SHARED_BYTES
-        assert threads <= MOST_THREADS
-        assert max(grid[1:]) <= MOST_BLOCKS_YZ
+    for arch in (SM80, SM90):
+        assert len(found[arch.name]) == len(stages)
+        for index, stage in enumerate(stages):
+            used = found[arch.name][f"kernel{index}_kernel"]
+            threads, grid = _launch(stage.func)
+            assert used.spills == used.stack == 0, used
+            assert used.registers <= REGISTERS_A_THREAD
+            assert used.registers * threads <= arch.registers
+            assert used.shared <= STATIC_SHARED_BYTES
+            assert threads <= MOST_THREADS
+            assert max(grid[1:]) <= MOST_BLOCKS_YZ
 
 
 def test_grids_stay_within_bounds_and_tiles_cover_the_map() -> None:
@@ -211,18 +223,56 @@ def test_schedules_are_json_and_illegal_ones_are_refused() -> None:
         kernels.emit(ConvWorkload(large, 1), FFTSchedule(32, 32, 8, 4, 4, tile=8), SM80)
     with pytest.raises(ValueError, match="not depthwise"):
         kernels.emit(workload, DepthwiseSchedule(64, 2), SM80)
+    with pytest.raises(ValueError, match="not fully connected"):
+        kernels.emit(workload, DenseSchedule(4, 1), SM80)
+    with pytest.raises(ValueError, match="whole products of 16 x 8 x 8"):
+        kernels.emit(workload, TF32Schedule(32, 32, 4, 1, 1), SM80)
     depthwise = ConvWorkload(DEPTHWISE, 1)
     assert set(kernels.spaces(depthwise, SM80)) == {"cuda_depthwise"}
 
 
-def test_float16_products_are_computed_only_where_they_are_asked_for() -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "name", "instruction"),
+    [
+        ("half", "cuda_tensor", "wmma::mma_sync"),
+        ("tf32", "cuda_tf32", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
+    ],
+)
+def test_rounded_products_are_computed_only_where_they_are_asked_for(
+    algorithm, name, instruction
+) -> None:
     workload = ConvWorkload(SAME3, 1)
-    assert "cuda_tensor" not in kernels.spaces(workload, SM80)
-    asked = kernels.spaces(workload, SM80, ("half",))
-    assert set(asked) == {"cuda_tensor"}
-    assert kernels.spaces(workload, SM80, ("half",), exact=True) == {}
-    source = source_of([kernels.emit(workload, asked["cuda_tensor"][0], SM80)], "sm_80")
-    assert "wmma::mma_sync" in source and "wmma::load_matrix_sync" in source
+    assert name not in kernels.spaces(workload, SM80)
+    asked = kernels.spaces(workload, SM80, (algorithm,))
+    assert set(asked) == {name}
+    assert kernels.spaces(workload, SM80, (algorithm,), exact=True) == {}
+    assert instruction in source_of([kernels.emit(workload, asked[name][0], SM80)], "sm_80")
+
+
+def test_tf32_begins_with_sm_80_and_rounds_to_ten_bits() -> None:
+    old = ARCHITECTURES["sm_75"]
+    assert kernels.spaces(ConvWorkload(SAME3, 1), old, ("tf32",)) == {}
+    values = np.random.default_rng(0).standard_normal(1000).astype("float32")
+    rounded = mma.round_array(values)
+    assert 0 < np.abs(rounded / values - 1).max() <= 2.0**-11
+    assert not (rounded.view("uint32") & 0x1FFF).any()
+    special = np.array([np.inf, -np.inf, np.nan, 0], "float32")
+    np.testing.assert_array_equal(mma.round_array(special), special)
+
+
+def test_a_lane_holds_each_element_of_a_fragment_once() -> None:
+    """PTX's layout of the accumulators, and a bijection to (lane, register) for all three."""
+    for place, rows, columns in (
+        (mma.left_place, mma.M, mma.K),
+        (mma.right_place, mma.K, mma.N),
+        (mma.sums_place, mma.M, mma.N),
+    ):
+        held = {place(row, column) for row in range(rows) for column in range(columns)}
+        registers = rows * columns // 32
+        assert held == {(lane, r) for lane in range(32) for r in range(registers)}
+    for lane, register in ((0, 0), (5, 1), (31, 3)):
+        row, column = lane // 4 + 8 * (register // 2), lane % 4 * 2 + register % 2
+        assert mma.sums_place(row, column) == (lane, register)
 
 
 def test_packed_weights_are_what_the_program_reads() -> None:

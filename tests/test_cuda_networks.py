@@ -126,7 +126,8 @@ def test_a_transformed_resnet_computes_the_same_as_loops() -> None:
     x = np.random.default_rng(2).standard_normal((1, 3, 32, 32)).astype(np.float32)
     workloads = survey(factored, SM90, choose)
     stages = sum(len(layer.stages) for layer in plan.rewritten)
-    assert len(workloads) == 21 - 3 + stages and stages > 8
+    assert len(workloads) == 21 - 3 + stages + 1 and stages > 8
+    assert choose(workloads[-1]).kernel == "cuda_dense"
     assert all(w.in_block == 1 for w in workloads)
     assert sum("residual" in w.epilogue for w in workloads) == 9
     result = run(LowerForCuda(LOOPS, choose)(factored), x)

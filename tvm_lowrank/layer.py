@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,14 +88,23 @@ def fully_connected_products(mod: tvm.IRModule) -> dict[relax.Var, tuple[str, Co
         if not is_dense(call):
             continue
         name, count = f"{MATMUL}{count}", count + 1
-        shape, bias = static_shape(call.args[0]), biases.get(var)
-        outputs = int(call.args[1].ty.shape[1])
-        if shape is None or len(shape) != 2 or bias is None or len(bias) != outputs:
-            continue
-        batch, channels, height, width = _map_before(call.args[0], made) or (*shape, 1, 1)
-        kernel = (height, width)
-        found[var] = name, ConvGeometry(channels, outputs, height, width, kernel, batch=batch)
+        geometry, bias = product_geometry(call, made), biases.get(var)
+        if geometry is not None and bias is not None and len(bias) == geometry.out_channels:
+            found[var] = name, geometry
     return found
+
+
+def product_geometry(call: relax.Call, made: Mapping[Any, Any]) -> ConvGeometry | None:
+    """A product with a constant matrix as a convolution as large as its input, None if it is none.
+
+    ``made`` are the values of the variables before it; of a flattened map it is a convolution.
+    """
+    shape = static_shape(call.args[0]) if is_dense(call) else None
+    if shape is None or len(shape) != 2:
+        return None
+    batch, channels, height, width = _map_before(call.args[0], made) or (*shape, 1, 1)
+    outputs = int(call.args[1].ty.shape[1])
+    return ConvGeometry(channels, outputs, height, width, (height, width), batch=batch)
 
 
 def _biases(bindings: list[Any]) -> dict[Any, np.ndarray]:
@@ -121,7 +131,7 @@ def _convolution(name: str, call: relax.Call, bias: np.ndarray | None) -> ConvLa
     return ConvLayer(name, geometry, constant_array(call.args[1]), bias)
 
 
-def _map_before(var: Any, made: dict[Any, Any]) -> tuple[int, int, int, int] | None:
+def _map_before(var: Any, made: Mapping[Any, Any]) -> tuple[int, int, int, int] | None:
     """Shape (N, C, H, W) of the map that was flattened to ``var``, or None."""
     value = made.get(var)
     if value is None or op_name(value) not in ("reshape", "flatten", "squeeze"):

@@ -8,7 +8,8 @@ from tvm_lowrank.schedules.family import KernelFamily
 from tvm_lowrank.schedules.x86.accuracy import stated_error
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import depthwise, direct, fft, tensor, tf32, winograd
+from . import dense, depthwise, direct, fft, tensor, tf32, winograd
+from .dense import DenseSchedule
 from .depthwise import DepthwiseSchedule
 from .direct import DirectSchedule
 from .fft import FFTSchedule
@@ -42,6 +43,16 @@ FAMILIES: dict[str, KernelFamily] = {
         DepthwiseSchedule.from_json,
         _direct_error,
         depthwise.predict,
+    ),
+    DenseSchedule.kernel: KernelFamily(
+        "direct",
+        dense.refuse,
+        dense.space,
+        dense.emit,
+        dense.pack,
+        DenseSchedule.from_json,
+        _direct_error,
+        dense.predict,
     ),
     WinogradSchedule.kernel: KernelFamily(
         "winograd",
