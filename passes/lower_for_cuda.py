@@ -96,6 +96,8 @@ class _Lowerer(Rewriter):
         self.workloads: list[ConvWorkload] = []
         self.count = 0
         self.programs: dict[Any, tuple[Program, list[tvm.ir.GlobalVar]]] = {}
+        # NCHW maps that are there with channels last too; which of the two nobody reads goes.
+        self.twins: dict[Any, relax.Expr] = {}
         self.activations = find_activations(self.bindings or [], self.users)
         self.skipped = {var for found in self.activations.values() for var in found.inner}
         for found in self.activations.values():
@@ -225,9 +227,17 @@ class _Lowerer(Rewriter):
         values.update(zip(program.operands, operands, strict=True))
         for stage, gvar in zip(program.stages, functions, strict=True):
             name = stage.writes
+            turned = values[stage.reads[0]] if program.twins.get(stage.reads[0]) == name else None
+            if turned in self.twins:
+                values[name] = self.twins[turned]
+                continue
             type = relax.TensorType(program.shapes[name], program.dtype(name))
             call = relax.call_tir(gvar, [values[read] for read in stage.reads], type)
             values[name] = self.emit(call)
+            if turned is not None:
+                self.twins[turned] = values[name]
+        if Y in program.twins:
+            self.twins[values[Y]] = values[program.twins[Y]]
         return self._reshape(values[Y], [int(extent) for extent in pending.type.shape])
 
     def _reshape(self, value: relax.Expr, shape: Sequence[int]) -> relax.Expr:

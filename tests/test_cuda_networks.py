@@ -16,7 +16,7 @@ from test_lowering import Graph
 from tvm_lowrank.passes.lower import lower, survey
 from tvm_lowrank.passes.lower_for_cuda import LowerForCuda
 from tvm_lowrank.passes.pipeline import factor, normalise
-from tvm_lowrank.schedules.kernels import default_schedule, predict
+from tvm_lowrank.schedules.kernels import default_schedule, predict, spaces
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -116,6 +116,26 @@ def test_epilogues_join_kernels_and_the_network_computes_the_same(small) -> None
     assert steps[0] == ("bias", "relu") and ("bias", "residual", "relu") in steps
     assert ("bias", "relu", "affine") in steps
     assert relative(run(lowered, x), reference(small, x)) < 1e-5
+
+
+def test_maps_stay_channels_last_between_kernels_that_want_them_so(small) -> None:
+    """One turn in, one out at the end; a reader of the other layout in between gets that too."""
+
+    def prefer_last(workload: ConvWorkload):
+        found = spaces(workload, SM80, ("tf32",)).get("cuda_tf32", [])
+        return next((s for s in found if s.channels_last), choose(workload))
+
+    g = Graph(1, 8, 12, 12)
+    x = g.op("Relu", g.conv("x", 8, 16))
+    y = g.op("Relu", g.conv(x, 16, 16))
+    y = g.op("Relu", g.op("Add", g.conv(y, 16, 16), x))
+    g.out = g.conv(y, 16, 24, size=1)
+    mod = normalise(load_model(g.model(g.out)))
+    lowered = lower(mod, LOOPS, prefer_last)
+    # Four products, the input turned, the output turned back; the residual stays as it is.
+    assert operators(lowered)["lowrank_cuda_tf"] == 4 + 2
+    x = np.random.default_rng(2).standard_normal((1, 8, 12, 12)).astype(np.float32)
+    assert relative(run(lowered, x), run(mod, x)) < 2e-3
 
 
 def test_a_transformed_resnet_computes_the_same_as_loops() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,12 +14,12 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
 
-from . import model
+from . import model, turn
 from .arch import CudaArch
 from .epilogue import Epilogue, map_shape, operand_shapes
 from .gemm import Gemm, GemmSchedule, Index, Operands, Tiles, is_legal, round_up, tiles
 from .gemm import emit as emit_gemm
-from .program import WEIGHTS, Program, Stage, X, Y, moved_bytes
+from .program import WEIGHTS, Program, Shape, Stage, X, Y, moved_bytes
 from .threads import ThreadSchedule
 
 # Threads of the kernel that adds up the parts of a split sum.
@@ -134,6 +134,8 @@ def program_of(product: Convolution, func: tirx.PrimFunc, arch: CudaArch) -> Pro
         Y: map_shape(g),
     }
     names = tuple(operands)
+    if product.channels_last:
+        return _turned(product, func, shapes, names, arch)
     if product.split == 1:
         return Program((Stage(func, (X, WEIGHTS, *names), Y),), shapes, names)
     shapes["parts"] = product.parts
@@ -142,6 +144,35 @@ def program_of(product: Convolution, func: tirx.PrimFunc, arch: CudaArch) -> Pro
         Stage(_add_parts(workload, product.parts, arch), ("parts", *names), Y),
     )
     return Program(stages, shapes, names)
+
+
+def _turned(
+    product: Convolution,
+    func: tirx.PrimFunc,
+    shapes: Mapping[str, Shape],
+    operands: tuple[str, ...],
+    arch: CudaArch,
+) -> Program:
+    """A kernel of maps with channels last, among those that turn its maps."""
+    twins = {name: f"{name}_last" for name, shape in shapes.items() if len(shape) == 4}
+    every = {**shapes, **{twin: turn.last_shape(shapes[name]) for name, twin in twins.items()}}
+    stages = [
+        Stage(turn.emit(name, twin, shapes[name], True, arch), (name,), twin)
+        for name, twin in twins.items()
+        if name != Y
+    ]
+    reads = tuple(twins.get(name, name) for name in (X, WEIGHTS, *operands))
+    back = turn.emit(twins[Y], Y, shapes[Y], False, arch)
+    stages += [Stage(func, reads, twins[Y]), Stage(back, (twins[Y],), Y)]
+    return Program(tuple(stages), every, operands, twins=twins)
+
+
+def predict_turning(workload: ConvWorkload, arch: CudaArch) -> float:
+    """Predicted microseconds of the kernels that turn a convolution's maps."""
+    g = workload.geometry
+    maps = [(g.batch, g.in_channels, g.height, g.width), map_shape(g)]
+    maps += [map_shape(g)] * workload.epilogue.count("residual")
+    return sum(turn.predict(shape, arch) for shape in maps)
 
 
 def pack(weight: np.ndarray, workload: ConvWorkload, schedule: Tiles, arch: CudaArch) -> np.ndarray:
@@ -173,7 +204,13 @@ class Convolution(Operands):
         self.whole = self.gemm.padded(schedule)
         self.channels = channels_of(g, schedule.block_k)
         self.pixels = g.out_height * g.out_width
-        pointwise = g.kernel == (1, 1) and g.stride == (1, 1) and not any(g.padding)
+        self.channels_last = bool(getattr(schedule, "channels_last", False))
+        pointwise = (
+            not self.channels_last
+            and g.kernel == (1, 1)
+            and g.stride == (1, 1)
+            and not any(g.padding)
+        )
         if pointwise and self.pixels % 4 == 0:
             self.vector = 4
 
@@ -190,13 +227,24 @@ class Convolution(Operands):
     def declare(self) -> None:
         """Input, weights, operands of the epilogue, output (or parts of the sums)."""
         g = self.geometry
-        self.x = T.arg(X, T.buffer((g.batch, g.in_channels, g.height, g.width), "float32"))
+        self.x = T.arg(X, T.buffer(self._shape(g.in_channels, g.height, g.width), "float32"))
         self.w = T.arg(WEIGHTS, T.buffer(self.weight_shape, self.weight_dtype))
         if self.split > 1:
             self.y = T.arg("parts", T.buffer(self.parts, "float32"))
             return
-        self.epilogue = Epilogue(g, self.steps)
-        self.y = T.arg(Y, T.buffer(map_shape(g), "float32"))
+        self.epilogue = Epilogue(g, self.steps, self.channels_last)
+        y = self._shape(g.out_channels, g.out_height, g.out_width)
+        self.y = T.arg(Y, T.buffer(y, "float32"))
+
+    def _shape(self, channels: int, height: int, width: int) -> Shape:
+        shape = (self.geometry.batch, channels, height, width)
+        return turn.last_shape(shape) if self.channels_last else shape
+
+    def _place(self, place: Sequence[Index]) -> list[Index]:
+        """Indices of a map in its layout, from those in NCHW."""
+        if not self.channels_last:
+            return list(place)
+        return [place[0], *place[2:], place[1]]
 
     def _part(self, batch: Index) -> tuple[Index, Index]:
         """The part of the sum and the group of a product."""
@@ -215,6 +263,11 @@ class Convolution(Operands):
         part, group = self._part(batch)
         at = part * self.whole.k + k
         tap, channel = at // self.channels, at % self.channels
+        first = at
+        if self.channels_last:
+            # Of four channels that are read at once; they belong to one tap.
+            first = at // 4 * 4
+            tap = at // 4 // (self.channels // 4)
         per_group = g.in_channels // g.groups
         pixel = j % self.pixels
         row = pixel // g.out_width * g.stride[0] + tap // g.kernel[1] * g.dilation[0]
@@ -224,12 +277,13 @@ class Convolution(Operands):
         if self.whole.n > self.gemm.n:
             inside.append(self._first(j) < self.gemm.n)
         if self.channels > per_group:
-            inside.append(channel < per_group)
+            inside.append(first % self.channels < per_group)
         if self.whole.k * self.split > self.gemm.k:
-            inside.append(at < self.gemm.k)
+            inside.append(first < self.gemm.k)
         inside += _within(row, g.height, g.padding[0], g.padding[2])
         inside += _within(column, g.width, g.padding[1], g.padding[3])
-        value = self.x[j // self.pixels, group * per_group + channel, row, column]
+        place = [j // self.pixels, group * per_group + channel, row, column]
+        value = self.x[tuple(self._place(place))]
         if not inside:
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "float32"))
@@ -255,7 +309,7 @@ class Convolution(Operands):
                 pixel // g.out_width,
                 pixel % g.out_width,
             ]
-            T.buffer_store(self.y, self.epilogue.apply(value, place), place)
+            T.buffer_store(self.y, self.epilogue.apply(value, place), self._place(place))
 
         if not inside:
             store()

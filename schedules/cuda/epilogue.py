@@ -42,17 +42,21 @@ class Epilogue:
     Creating one adds the parameters of `operand_shapes` to the function.
     """
 
-    def __init__(self, geometry: ConvGeometry, steps: Sequence[str]) -> None:
-        """Add the parameters of ``steps``."""
+    def __init__(
+        self, geometry: ConvGeometry, steps: Sequence[str], channels_last: bool = False
+    ) -> None:
+        """Add the parameters of ``steps``; maps among them may have channels last."""
         self._steps = steps
-        self._buffers = {
-            name: T.arg(name, T.buffer(shape, "float32"))
-            for name, shape in operand_shapes(geometry, steps).items()
-        }
+        self._channels_last = channels_last
+        self._buffers = {}
+        for name, shape in operand_shapes(geometry, steps).items():
+            if channels_last and len(shape) == 4:
+                shape = (shape[0], *shape[2:], shape[1])
+            self._buffers[name] = T.arg(name, T.buffer(shape, "float32"))
 
     def apply(self, value: ir.Expr, place: Sequence[ir.Expr]) -> ir.Expr:
         """The steps on the value at ``place``, its NCHW indices."""
-        return apply_steps(self._steps, self._buffers, value, place)
+        return apply_steps(self._steps, self._buffers, value, place, self._channels_last)
 
 
 def apply_steps(
@@ -60,15 +64,17 @@ def apply_steps(
     buffers: Mapping[str, tirx.Buffer],
     value: ir.Expr,
     place: Sequence[ir.Expr],
+    channels_last: bool = False,
 ) -> ir.Expr:
     """Epilogue steps on the value at ``place``, with ``buffers`` named as in `operand_shapes`."""
     channel = place[1]
+    in_map = (place[0], *place[2:], place[1]) if channels_last else tuple(place)
     for index, step in enumerate(steps):
         name, numbers = parse_step(step)
         if name == "bias":
             value = value + buffers[f"bias{index}"][channel]
         elif name == "residual":
-            value = value + buffers[f"residual{index}"][tuple(place)]
+            value = value + buffers[f"residual{index}"][in_map]
         elif name == "affine":
             scale, shift = buffers[f"scale{index}"], buffers[f"shift{index}"]
             value = value * scale[channel] + shift[channel]

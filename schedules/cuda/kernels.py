@@ -23,7 +23,18 @@ def _direct_error(workload: ConvWorkload, schedule: Any) -> float:
     return stated_error(channels * rows * columns)
 
 
+# Of one algorithm the more special first: where nothing is known, the first that can is taken.
 FAMILIES: dict[str, KernelFamily] = {
+    DenseSchedule.kernel: KernelFamily(
+        "direct",
+        dense.refuse,
+        dense.space,
+        dense.emit,
+        dense.pack,
+        DenseSchedule.from_json,
+        _direct_error,
+        dense.predict,
+    ),
     DirectSchedule.kernel: KernelFamily(
         "direct",
         direct.refuse,
@@ -43,16 +54,6 @@ FAMILIES: dict[str, KernelFamily] = {
         DepthwiseSchedule.from_json,
         _direct_error,
         depthwise.predict,
-    ),
-    DenseSchedule.kernel: KernelFamily(
-        "direct",
-        dense.refuse,
-        dense.space,
-        dense.emit,
-        dense.pack,
-        DenseSchedule.from_json,
-        _direct_error,
-        dense.predict,
     ),
     WinogradSchedule.kernel: KernelFamily(
         "winograd",

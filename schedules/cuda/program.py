@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import tirx
@@ -29,13 +29,16 @@ class Program:
 
     ``shapes`` holds the shape and ``dtypes`` the type (float32 where it is not listed) of every
     value: ``x``, ``weights``, ``y``, the ``operands`` of the epilogue in the order of its steps,
-    and what the stages hand on to each other.
+    and what the stages hand on to each other. Where kernels work on maps with channels last,
+    ``twins`` names for each NCHW map the value that is the same in that layout; the stages that
+    turn one into the other are among ``stages``.
     """
 
     stages: tuple[Stage, ...]
     shapes: Mapping[str, Shape]
     operands: tuple[str, ...] = ()
     dtypes: Mapping[str, str] | None = None
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_function(cls, func: tirx.PrimFunc) -> Program:

@@ -131,10 +131,12 @@ def predict_tiles(
     memory: float,
     weight_bytes: int,
     overlapped: bool = False,
+    vector: int = 1,
 ) -> float:
     """Predicted microseconds of a product in whole tiles on tensor cores of so many ``gflops``.
 
-    ``memory`` are bytes that cross the memory bus, ``weight_bytes`` those of one weight.
+    ``memory`` are bytes that cross the memory bus, ``weight_bytes`` those of one weight; ``vector``
+    values of a column are gathered at once.
     """
     s = schedule
     blocks = whole.blocks_of(s)
@@ -142,7 +144,7 @@ def predict_tiles(
     # Fragments loaded for each product, and some ten instructions for each value gathered.
     reached = tile_m * tile_n / (tile_m * tile_n + SIDE * (tile_m + tile_n))
     rate = reached * gflops * 1e3 / arch.multiprocessors / 2
-    gather = 10 * s.block_n * whole.k / (arch.gflops * 1e3 / arch.multiprocessors / 2)
+    gather = 10 / vector * s.block_n * whole.k / (arch.gflops * 1e3 / arch.multiprocessors / 2)
     load = model.Load(
         blocks=blocks,
         threads=s.threads,

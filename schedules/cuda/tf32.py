@@ -21,26 +21,36 @@ from .tensor import MOST_REGISTERS, SKEW, TensorSchedule, predict_tiles
 from .threads import ThreadSchedule
 
 _MOST_SCHEDULES = 16
+_MOST_LAST = 4
 # The first architecture whose tensor cores know TF32.
 _OLDEST = 80
+# Of a thread; with twice as many some kernels spill, by what they need to gather columns.
+_MOST_SUMS = 64
+# As `SKEW`, between columns that lie in shared memory one after the other.
+_SKEW_LAST = 4
 
 
 @dataclass(frozen=True)
 class TF32Schedule(TensorSchedule):
     """Tiles of a convolution's product on tensor cores; ``block_n``, ``block_k`` in multiples of 8.
 
-    ``pipeline`` and ``split_k`` are as of `gemm.GemmSchedule`.
+    ``pipeline`` and ``split_k`` are as of `gemm.GemmSchedule`. With ``channels_last`` the kernel
+    works on NHWC maps, of which it reads four channels at once; others turn its maps.
     """
 
     kernel: ClassVar[str] = "cuda_tf32"
 
     pipeline: bool = True
     split_k: int = 1
+    channels_last: bool = False
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: pieces of rows and columns, whose lines are apart."""
-        return 4 * self.block_k * (self.block_m + self.block_n + 2 * SKEW)
+        rows = self.block_k * (self.block_m + SKEW)
+        if self.channels_last:
+            return 4 * (rows + (self.block_k + _SKEW_LAST) * self.block_n)
+        return 4 * (rows + self.block_k * (self.block_n + SKEW))
 
     @property
     def registers(self) -> int:
@@ -74,15 +84,23 @@ def is_legal(workload: ConvWorkload, schedule: TF32Schedule, arch: CudaArch) -> 
         return "the threads of a block cannot share its copies evenly"
     if s.shared_bytes > STATIC_SHARED_BYTES:
         return f"it needs {s.shared_bytes} of {STATIC_SHARED_BYTES} bytes of shared memory"
+    if s.block_m * s.block_n > _MOST_SUMS * s.threads:
+        return f"a thread would keep more than {_MOST_SUMS} sums"
     if s.registers > MOST_REGISTERS or s.registers * s.threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {s.threads} threads"
+    if s.channels_last:
+        g = workload.geometry
+        if s.split_k > 1 or g.in_channels // g.groups % 4 or s.block_k * s.block_n // s.threads % 4:
+            return "channels last are read by four, of a sum that is not split"
     return refuse_grid(direct.gemm_of(workload.geometry, s.block_k), s)
 
 
 def space(workload: ConvWorkload, arch: CudaArch) -> list[TF32Schedule]:
     """Legal schedules, the one predicted fastest first."""
     sizes, warps = (32, 64, 128), (1, 2, 4)
-    choices = itertools.product(sizes, sizes, (16, 32, 8), warps, warps, (True, False), (1, 2, 4))
+    both = (True, False)
+    pieces = (16, 32, 8)
+    choices = itertools.product(sizes, sizes, pieces, warps, warps, both, (1, 2, 4), both)
     legal = []
     for schedule in itertools.starmap(TF32Schedule, choices):
         if is_legal(workload, schedule, arch) is not None:
@@ -91,7 +109,11 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[TF32Schedule]:
         if schedule.split_k == 1 or gemm.blocks(schedule) <= 4 * arch.multiprocessors:
             legal.append(schedule)
     legal.sort(key=lambda schedule: (predict(workload, schedule, arch), str(schedule)))
-    return legal[:_MOST_SCHEDULES]
+    # Some of each layout: with channels last a kernel is the faster the more its neighbours are so.
+    last = [schedule for schedule in legal if schedule.channels_last][:_MOST_LAST]
+    first = [schedule for schedule in legal if not schedule.channels_last]
+    kept = {*last, *first[: _MOST_SCHEDULES - len(last)]}
+    return [schedule for schedule in legal if schedule in kept]
 
 
 def predict(workload: ConvWorkload, schedule: TF32Schedule, arch: CudaArch) -> float:
@@ -100,8 +122,11 @@ def predict(workload: ConvWorkload, schedule: TF32Schedule, arch: CudaArch) -> f
     gemm = direct.gemm_of(g, s.block_k)
     memory = moved_bytes(workload, 4 * g.weight_count) + direct.parts_bytes(gemm, s)
     whole = gemm.padded(s)
-    product = predict_tiles(whole, s, arch, arch.tensor_gflops / 2, memory, 4, s.pipeline)
-    return product + direct.predict_adding(gemm, s, arch)
+    product = predict_tiles(
+        whole, s, arch, arch.tensor_gflops / 2, memory, 4, s.pipeline, 4 if s.channels_last else 1
+    )
+    turning = direct.predict_turning(workload, arch) if s.channels_last else 0.0
+    return product + direct.predict_adding(gemm, s, arch) + turning
 
 
 def pack(
@@ -155,6 +180,7 @@ def _schedule(
         tir.get_sblock, ("weights", "columns", "prepared", "product", "write")
     )
     warps = s.warps_m * s.warps_n
+    read = 4 if s.channels_last else vector
     b, i, j, k = tir.get_loops(product)
     block_i, warp_i, i, inner_i = tir.split(i, [None, s.warps_m, _tiles_m(s), mma.M])
     block_j, warp_j, j, inner_j = tir.split(j, [None, s.warps_n, _tiles_n(s), mma.N])
@@ -185,13 +211,19 @@ def _schedule(
         tir.reorder(low, low_k, r, c, high_k, high)
         sch.bind(tir.fuse(low, low_k), "threadIdx.x")
         sch.unroll(load, 4)
-    for copy, extent, lanes in ((weights, s.block_m, 4), (columns, s.block_n, vector)):
+    for copy, extent, lanes in ((weights, s.block_m, 4), (columns, s.block_n, read)):
         while s.block_k * extent // s.threads % lanes:
             lanes //= 2
         tir.set_scope(copy, 0, sch.scope("shared"))
         tir.compute_at(copy, outer_k, preserve_unit_loops=True)
-        sch.spread(copy, tir.get_loops(copy)[-2:], (warps, WARP), lanes)
-        tir.storage_align(copy, 0, axis=-2, factor=WARP, offset=SKEW)
+        line, along = tir.get_loops(copy)[-2:]
+        if copy is columns and s.channels_last:
+            tir.transform_layout(copy, ("write", 0), lambda b, k, j: [b, j, k])
+            tir.reorder(along, line)
+            line, along = along, line
+        sch.spread(copy, (line, along), (warps, WARP), lanes)
+        align = (SKEW, _SKEW_LAST) if copy is columns and s.channels_last else (WARP, SKEW)
+        tir.storage_align(copy, 0, axis=-2, factor=align[0], offset=align[1])
     tir.set_scope(product, 0, sch.scope("local"))
     tir.reverse_compute_at(write, warp, preserve_unit_loops=True)
     tir.transform_layout(product, ("write", 0), _fragments(mma.M, mma.N, mma.sums_place))
