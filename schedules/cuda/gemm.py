@@ -270,6 +270,7 @@ def _schedule(
     else:
         sch.unroll(write, 2)
     sch.unroll(product, 2)
+    sch.write_out(tir.get_loops(product)[-2])
     if schedule.pipeline:
         sch.pipeline(outer_k, [weights, columns])
     return sch.finish()
