@@ -62,7 +62,7 @@ class ThreadSchedule:
             self.tir.unroll(loop)
 
     def write_out(self, loop: Any) -> None:
-        """Unroll a loop and those in it in the text already, where nvcc would use more registers."""
+        """Unroll a loop and those in it in the text, where nvcc would take more registers."""
         if not self._loops:
             self.tir.annotate(loop, "pragma_unroll_explicit", 1)
 
