@@ -44,8 +44,8 @@ NOT_MEASURED = (
     "on this machine's processor"
 )
 ALGORITHM_HELP = (
-    f"among {','.join((*ALGORITHMS, *REDUCED))} (default: {','.join(ALGORITHMS)}; half: float16 "
-    "products and float32 sums on a GPU's tensor cores)"
+    f"among {','.join((*ALGORITHMS, *REDUCED))} (default: {','.join(ALGORITHMS)}; tf32 and "
+    "half: products of TF32 or float16 factors with float32 sums, on a GPU's tensor cores)"
 )
 EXAMPLES = """\
 examples:

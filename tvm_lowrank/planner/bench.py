@@ -102,9 +102,11 @@ class PredictingBench:
 
     def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
         """Outputs of the plan on this machine's processor."""
-        if any(name in REDUCED for layer in plan.layers for name in layer.algorithms):
+        used = {name for layer in plan.layers for name in layer.algorithms}
+        if rounded := [name for name in REDUCED if name in used]:
             warnings.warn(
-                "accuracy is measured in float32 here, without the rounding of half kernels",
+                "accuracy is measured in float32 here, without the rounding of "
+                f"{' and '.join(rounded)} kernels",
                 stacklevel=2,
             )
         host = host_target()
