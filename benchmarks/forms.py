@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,10 @@ from tvm import IRModule
 from tvm_lowrank.passes.pipeline import normalise
 
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.decompose import FORMS, Bicluster, Form
+from tvm_lowrank.decompose import FORMS, Bicluster, Form, Rank
 from tvm_lowrank.decompose.moments import InputMoments
 from tvm_lowrank.frontend import load_model
+from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.trial import TrialNetwork
@@ -55,18 +56,32 @@ HEADINGS = {
 }
 
 
+Errors = dict[str, list[float | None]]
+
+
 @dataclass
 class Row:
-    """One layer: for each form, the held-out errors at `SHARES` (None: no rank costs so little)."""
+    """One layer: for each form, the held-out errors at `SHARES` (None: no rank costs so little).
+
+    ``by_pixel`` holds those at shares of the operations a pixel, for a layer whose padding does not
+    keep its map's size: a chain's first stages then have more pixels than its output. Of a form's
+    ranks at a share, ``refined`` were refined: those that fit best before.
+    """
 
     layer: str
     shape: str
     samples: int
-    errors: dict[str, list[float | None]] = field(default_factory=dict)
+    refined: int = 1
+    errors: Errors = field(default_factory=dict)
+    by_pixel: Errors = field(default_factory=dict)
+
+
+class NoPlace(Exception):
+    """The page has no place, or several, for a section."""
 
 
 def wanted(layers: list[ConvLayer], widest: int, one_a_shape: bool) -> list[ConvLayer]:
-    """The layers to measure, one of each shape first."""
+    """The layers to measure: one of each shape first, of both those that read fewer inputs."""
     first, others = [], []
     seen: set[object] = set()
     for layer in layers:
@@ -75,11 +90,17 @@ def wanted(layers: list[ConvLayer], widest: int, one_a_shape: bool) -> list[Conv
             continue
         (others if (g.weight_shape, g.stride) in seen else first).append(layer)
         seen.add((g.weight_shape, g.stride))
-    return first if one_a_shape else first + others
+    taken = [sorted(part, key=lambda layer: layer.weight[0].size) for part in (first, others)]
+    return taken[0] if one_a_shape else taken[0] + taken[1]
 
 
 def rows(
-    mod: IRModule, layers: list[ConvLayer], taken: list[ConvLayer], fit: Samples, held_out: Samples
+    mod: IRModule,
+    layers: list[ConvLayer],
+    taken: list[ConvLayer],
+    fit: Samples,
+    held_out: Samples,
+    refined: int,
 ) -> Iterator[Row]:
     """The layers in ``taken``, each measured before the next is looked at.
 
@@ -96,33 +117,75 @@ def rows(
             held = sum(2 * 8 * layer.weight[0].size ** 2 for layer in group)
         given, unseen = (input_moments(observer, group, x, 0) for x in (fit, held_out))
         for layer in group:
-            yield measured(layer, given.pop(layer.name), unseen.pop(layer.name), len(fit))
+            row = Row(layer.name, str(layer.geometry).split(" @")[0], len(fit), refined)
+            measure(row, layer, given.pop(layer.name), unseen.pop(layer.name))
+            yield row
             gc.collect()
 
 
-def measured(layer: ConvLayer, given: InputMoments, unseen: InputMoments, samples: int) -> Row:
-    """Errors of every form, refined at the one of its ranks at a share that fits best without."""
+def measure(row: Row, layer: ConvLayer, given: InputMoments, unseen: InputMoments) -> None:
+    """Fill in the errors of every form, of its ranks at a share the one that fits best."""
     geometry = layer.geometry
     assert geometry is not None
-    row = Row(layer.name, str(geometry).split(" @")[0], samples)
-    weight = layer.weight.astype(np.float64)
+    padded = keeps_size(geometry)
     for name, form in ENTRIES.items():
         if form.keeps_memory or form.refuse(geometry):
             continue
-        start = time.perf_counter()
-        quick = form.fitter(weight, geometry, given, refine=False)
-        fitter = form.fitter(weight, geometry, given)
-        row.errors[name] = []
-        for share in SHARES:
-            ranks, error = form.ranks(geometry, 1, (share,)), None
-            tried = [form.error(weight, quick.fit(r), geometry, given) for r in ranks]
-            if ranks:
-                best = fitter.fit(ranks[int(np.argmin(tried))])
-                error = form.error(weight, best, geometry, unseen)
-            row.errors[name].append(error)
-        spent = time.perf_counter() - start
+        start = time.process_time()
+        fits = Fits(form, layer, given, unseen, row.refined)
+        row.errors[name] = [fits.error(share, geometry) for share in SHARES]
+        if padded != geometry:
+            row.by_pixel[name] = [fits.error(share, padded) for share in SHARES]
+        spent = time.process_time() - start
         print(f"  {layer.name} {name}: {row.errors[name]}, {spent:.1f} s", flush=True)
-    return row
+
+
+class Fits:
+    """Errors of one form on one layer; each rank is fitted once."""
+
+    def __init__(
+        self,
+        form: Form,
+        layer: ConvLayer,
+        given: InputMoments,
+        unseen: InputMoments,
+        refined: int,
+    ):
+        assert layer.geometry is not None
+        self.form, self.geometry, self.given, self.unseen = form, layer.geometry, given, unseen
+        self.weight = layer.weight.astype(np.float64)
+        self.quick = form.fitter(self.weight, self.geometry, given, refine=False)
+        self.fitter = form.fitter(self.weight, self.geometry, given)
+        self.refined = refined
+        self.found: dict[Rank, tuple[float, float]] = {}
+
+    def error(self, share: float, counted: ConvGeometry) -> float | None:
+        """Held-out error of the rank that fits best at a share of the operations of ``counted``."""
+        ranks = self.form.ranks(counted, 1, (share,))
+        if len(ranks) > self.refined:
+            ranks.sort(key=lambda rank: self._lost(self.quick.fit(rank), self.given))
+        for rank in ranks[: self.refined]:
+            if rank not in self.found:
+                factors = self.fitter.fit(rank)
+                self.found[rank] = self._lost(factors, self.given), self._lost(factors, self.unseen)
+        best = min((self.found[rank] for rank in ranks[: self.refined]), default=None)
+        return best and best[1]
+
+    def _lost(self, factors: list[np.ndarray], moments: InputMoments) -> float:
+        return self.form.error(self.weight, factors, self.geometry, moments)
+
+
+def keeps_size(geometry: ConvGeometry) -> ConvGeometry:
+    """The layer padded so that a stage of stride 1 keeps the map's size; itself if it is."""
+    ends = []
+    for axis, size in enumerate((geometry.height, geometry.width)):
+        whole = geometry.dilation[axis] * (geometry.kernel[axis] - 1)
+        before, after = geometry.padding[axis], geometry.padding[axis + 2]
+        if (geometry.out_height, geometry.out_width)[axis] != -(-size // geometry.stride[axis]):
+            before, after = whole // 2, whole - whole // 2
+        ends.append((before, after))
+    (top, bottom), (left, right) = ends
+    return replace(geometry, padding=(top, left, bottom, right))
 
 
 def place(layer: str) -> int:
@@ -130,29 +193,36 @@ def place(layer: str) -> int:
     return int(layer.lstrip("conv"))
 
 
-def section(name: str, samples: int, found: list[Row]) -> str:
+def section(name: str, found: list[Row]) -> str:
     """A table of one network; the best form at each share in bold."""
     found = sorted(found, key=lambda row: place(row.layer))
+    samples, refined = found[0].samples, found[0].refined
     names = [n for n in ENTRIES if any(n in row.errors for row in found)]
     lines = [
         f"## {name}",
         "",
-        f"Fitted on {samples} samples, error on others; at 1/4 and 1/2 of the operations.",
+        f"Fitted on {samples} samples, error on others; at 1/4 and 1/2 of the operations; "
+        f"{refined} of a form's ranks refined.",
         "",
         "| layer | shape | " + " | ".join(HEADINGS.get(n, n) for n in names) + " |",
         "|---|---|" + "---|" * len(names),
     ]
     for row in found:
-        columns = list(zip(*row.errors.values(), strict=True))
-        least = [min((e for e in column if e is not None), default=None) for column in columns]
-        cells = [
-            " / ".join(
-                _cell(e, e == b) for e, b in zip(row.errors.get(n, [None] * 2), least, strict=True)
-            )
-            for n in names
-        ]
-        lines.append(f"| {row.layer} | {row.shape} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row.layer} | {row.shape} | {_cells(names, row.errors)} |")
+        if row.by_pixel:
+            lines.append(f"| {row.layer} | by pixel | {_cells(names, row.by_pixel)} |")
     return "\n".join([*lines, "", _clustering(found), ""])
+
+
+def _cells(names: list[str], errors: Errors) -> str:
+    """Each form's errors, the best at each share in bold."""
+    columns = list(zip(*errors.values(), strict=True))
+    least = [min((e for e in column if e is not None), default=None) for column in columns]
+    none: list[float | None] = [None] * len(least)
+    return " | ".join(
+        " / ".join(_cell(e, e == b) for e, b in zip(errors.get(n, none), least, strict=True))
+        for n in names
+    )
 
 
 def _cell(error: float | None, best: bool) -> str:
@@ -184,24 +254,25 @@ def _clustering(found: list[Row]) -> str:
 
 
 def write(name: str, text: str) -> None:
-    """Put a network's section into the page, in place of its last one."""
+    """Put a section into its place on the page.
+
+    NoPlace unless the page has one place for it: two lines ``<!-- begin NAME -->`` and
+    ``<!-- end NAME -->``.
+    """
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
     page = PAGE.read_text()
-    block = begin + text + end
     pattern = re.escape(begin) + ".*?" + re.escape(end)
-    if re.search(pattern, page, re.S):
-        page = re.sub(pattern, lambda _: block, page, flags=re.S)
-    else:
-        page += "\n" + block
-    PAGE.write_text(page)
+    if (places := len(re.findall(pattern, page, re.S))) != 1:
+        raise NoPlace(f"{PAGE.name} has {places} places for {name}; one was expected")
+    PAGE.write_text(re.sub(pattern, lambda _: begin + text + end, page, flags=re.S))
 
 
-def finished(log: Path, samples: int) -> list[Row]:
-    """The layers that earlier runs measured with as many samples."""
+def finished(log: Path, samples: int, refined: int) -> list[Row]:
+    """The layers that earlier runs measured with as many samples and refined ranks."""
     if not log.exists():
         return []
     found = [Row(**json.loads(line)) for line in log.read_text().splitlines()]
-    return [row for row in found if row.samples == samples]
+    return [row for row in found if (row.samples, row.refined) == (samples, refined)]
 
 
 def run(network: Network, options: argparse.Namespace) -> None:
@@ -216,18 +287,19 @@ def run(network: Network, options: argparse.Namespace) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
         log.unlink(missing_ok=True)
-    found = finished(log, count)
+    found = finished(log, count, options.refined)
     done = {row.layer for row in found}
     taken = wanted(layers, options.widest, options.one_a_shape)
     missing = [layer for layer in taken if layer.name not in done]
-    for row in rows(mod, layers, missing, shuffled[:count], others) if missing else ():
+    data = shuffled[:count], others, options.refined
+    for row in rows(mod, layers, missing, *data) if missing else ():
         found.append(row)
         with log.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-        write(network.name, section(network.name, count, found))
+        write(network.name, section(network.name, found))
         print(f"{network.name} {row.layer} {row.shape}: {len(found)} of {len(taken)}", flush=True)
     if found and not missing:
-        write(network.name, section(network.name, count, found))
+        write(network.name, section(network.name, found))
 
 
 def main() -> int:
@@ -236,6 +308,9 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=512, help="for each of the two sets")
     parser.add_argument(
         "--widest", type=int, default=5000, help="skip layers that read more inputs an output"
+    )
+    parser.add_argument(
+        "--refined", type=int, default=2, help="of a form's ranks at a share; the first to fit best"
     )
     parser.add_argument("--one-a-shape", action="store_true", help="not every layer of one shape")
     parser.add_argument("--fresh", action="store_true", help="measure again what is on record")
@@ -250,7 +325,11 @@ def main() -> int:
         if network.missing:
             print(f"{network.name}: skipped, {network.missing}")
             continue
-        run(network, options)
+        try:
+            run(network, options)
+        except NoPlace as error:
+            print(f"error: {error}")
+            return 2
     return 0
 
 

@@ -34,6 +34,18 @@ def test_greedy_deflation_is_slow_on_a_deep_layer():
     assert joint_many < 0.85 * many
 
 
+def test_greedy_deflation_degenerates_where_joint_terms_are_exact():
+    # Three terms whose vectors lean the same way. Taking the best one away leaves more than three
+    # (Stegeman and Comon 2010, "Subtracting a best rank-1 approximation may increase tensor rank").
+    random = np.random.default_rng(1)
+    parts = [random.normal(size=(d, 3)) + random.normal(size=(d, 1)) for d in (16, 12, 3, 3)]
+    weight = np.einsum("fk,ck,xk,yk->fcxy", *parts)
+    assert lost(weight, cp(weight, 3)) < 1e-10
+    *spatial, outputs = greedy_cp(weight, 12)
+    for terms, least in ((3, 1e-2), (6, 1e-3), (12, 1e-4)):
+        assert lost(weight, [*(s[:terms] for s in spatial), outputs[:, :terms]]) > least
+
+
 def test_greedy_terms_are_never_changed_again():
     weight = deep_like(8, 8)
     short, long = greedy_cp(weight, 3), greedy_cp(weight, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ from conftest import small_network
 from helpers import reference, relative, run
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
 from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.schedules.x86.isa import isa_of
 
+from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import FORMS, InputMoments
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
-from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.planner.calibrate import input_moments
-from tvm_lowrank.planner.candidates import Candidate
+from tvm_lowrank.planner.candidates import Candidate, propose
 from tvm_lowrank.planner.refit import refit
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.sensitivity import remembered, sensitivities
@@ -150,6 +154,19 @@ def test_sensitivities_are_measured_once_for_a_network_and_its_data(bench, tmp_p
     path.write_text("[]")
     with pytest.raises(LowRankError, match="delete the file"):
         ask()
+
+
+def test_candidates_fill_whole_vectors_and_say_that_there_was_no_data():
+    geometry = ConvGeometry(64, 64, 14, 14, (3, 3), padding=(1, 1, 1, 1))
+    weight = np.random.default_rng(0).standard_normal(geometry.weight_shape)
+    weight *= 0.9 ** np.arange(64)[:, None, None]  # a spectrum that falls
+    layer = ConvLayer("conv0", geometry, weight.astype(np.float32), np.zeros(64, np.float32))
+    timer = SimpleNamespace(isa=isa_of(host_target()), algorithms=("direct",))
+    roofline = Roofline(1e-3, 1e-3)
+    found, _ = propose(layer, InputMoments.identity(geometry), list(FORMS), roofline, timer)
+    assert len(found) >= 4 and {candidate.fitted for candidate in found} == {"weights"}
+    between = {stage.out_channels for candidate in found for stage in candidate.stages[:-1]}
+    assert all(channels % timer.isa.lanes == 0 for channels in between)
 
 
 NAMES = {"conv1": ("separable", 16), "conv2": ("tucker2", (16, 24)), "conv5": (

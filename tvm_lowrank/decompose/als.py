@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from tvm_lowrank.decompose.moments import Array
+from tvm_lowrank.decompose.projection import solve_gram
 
 RIDGE = 1e-10
 # The sum of squared norms of the terms, as a multiple of the tensor's, above which it is corrected,
@@ -180,18 +181,22 @@ def _solve(gram: Array, cross: Array, energy: float, bound: float | None) -> Arr
     With ``cross`` and ``gram`` turned to the eigenvectors of ``gram`` the error is a sum over
     eigenvalues e of ``cross^2 (e + 2 l) / (e + l)^2``; it grows with l.
     """
+    # No eigenvalue is larger than the largest sum of a row.
+    low = RIDGE * float(np.abs(gram).sum(axis=0).max()) + np.finfo(float).tiny
+    if bound is None:
+        damped = gram.copy()
+        damped[np.diag_indices_from(damped)] += low
+        return solve_gram(damped, cross)
     values, vectors = np.linalg.eigh(gram)
     values = np.maximum(values, 0.0)
     turned = cross @ vectors
     weight = np.sum(turned**2, axis=0)
-    low = RIDGE * float(values[-1]) + np.finfo(float).tiny
-    if bound is not None:
-        high = 1e4 * float(values[-1]) + low
+    high = 1e4 * float(values[-1]) + low
 
-        def error(damping: float) -> float:
-            return energy - float(np.sum(weight * (values + 2 * damping) / (values + damping) ** 2))
+    def error(damping: float) -> float:
+        return energy - float(np.sum(weight * (values + 2 * damping) / (values + damping) ** 2))
 
-        for _ in range(40):
-            middle = np.sqrt(low * high)
-            low, high = (middle, high) if error(middle) <= bound else (low, middle)
+    for _ in range(40):
+        middle = np.sqrt(low * high)
+        low, high = (middle, high) if error(middle) <= bound else (low, middle)
     return np.asarray((turned / (values + low)) @ vectors.T)

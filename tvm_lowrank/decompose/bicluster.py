@@ -13,12 +13,9 @@ from tvm_lowrank.decompose.clustering import contiguous, k_subspaces, order_of
 from tvm_lowrank.decompose.compose import permutation
 from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor, split_spatial
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_multiple,
-    check_weight,
     geometry_of,
     pointwise,
     pointwise_after,
@@ -28,7 +25,7 @@ from tvm_lowrank.decompose.form import (
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments
 from tvm_lowrank.decompose.projection import SharedBasis
-from tvm_lowrank.decompose.terms import Dictionaries, TermRegression
+from tvm_lowrank.decompose.terms import POLISH_BUDGET, Dictionaries, TermRegression
 from tvm_lowrank.geometry import ConvGeometry
 
 # Numbers of groups (inputs, outputs) that plans choose among.
@@ -101,13 +98,8 @@ class Bicluster(Form):
         """See `Form.full_rank`: one block."""
         return (1, 1, self._limit(geometry.weight_shape, 1, 1))
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`: for each share, the few numbers of groups that divide the channels."""
-        check_multiple(multiple)
-        if self.refuse(geometry):
-            return []
         families: list[list[tuple[int, Rank]]] = []
         for n, m in GROUPS:
             if self._divides(geometry, (n, m)):
@@ -154,18 +146,15 @@ class Bicluster(Form):
             chain.append((pointwise_after(computed[-1], geometry.out_channels), True))
         return chain
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
-        seed: int = 0,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
-        """See `Form.fitter`; ``seed`` is that of the clustering."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
+        """See `Form.fitter`."""
         return _Fitter(self, weight, geometry, moments, refine, seed)
 
     def _parts(self, rank: Rank, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -221,11 +210,12 @@ class _Fitter(Fitter):
             found = bicluster(self._weight, (n, m), moments=self._moments, seed=self._seed)
         order_in, order_out = order_of(found.inputs), order_of(found.outputs)
         members = order_in.reshape(n, -1)
-        fit_group = self._separable if self._form.separable else self._terms
-        blocks = [
-            fit_group(self._weight[outputs], found.inputs, members, k)
-            for outputs in order_out.reshape(m, -1)
-        ]
+        groups = [self._weight[outputs] for outputs in order_out.reshape(m, -1)]
+        if self._form.separable:
+            blocks = self._separable(groups, found.inputs, members, k)
+        else:
+            budget = POLISH_BUDGET / m * self._refine
+            blocks = [self._terms(group, found.inputs, members, k, budget) for group in groups]
         # Each block's chain has its channels by group of inputs; the first stages of all blocks
         # are brought together by group of inputs, the last one by group of outputs.
         by_inputs = np.concatenate([np.arange(n * m * k).reshape(m, n, k)[:, g] for g in range(n)])
@@ -240,7 +230,9 @@ class _Fitter(Fitter):
             factors.append(permutation(np.argsort(order_out)))
         return [np.ascontiguousarray(factor) for factor in factors]
 
-    def _terms(self, weight: Array, labels: np.ndarray, members: np.ndarray, k: int) -> list[Array]:
+    def _terms(
+        self, weight: Array, labels: np.ndarray, members: np.ndarray, k: int, budget: float
+    ) -> list[Array]:
         """CP of each block of one group of outputs; the outputs' factor and the polish jointly."""
         _, c, x, y = self._weight.shape
         problem = TermRegression(weight, self._moments, labels if len(members) > 1 else None)
@@ -256,7 +248,7 @@ class _Fitter(Fitter):
         factors = [np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)]
         mask = np.repeat((labels[None] == np.arange(len(members))[:, None]).astype(float), k, 0)
         terms = Dictionaries.apart(factors, mask)
-        outputs = problem.finish(terms, None if self._refine else 0)
+        outputs = problem.finish(terms, budget)
         reduced = np.concatenate(
             [terms.vectors[0][g * k : (g + 1) * k, inputs] for g, inputs in enumerate(members)]
         )
@@ -267,19 +259,24 @@ class _Fitter(Fitter):
         return [reduced[:, :, None, None], *spatial, outputs[:, :, None, None]]
 
     def _separable(
-        self, weight: Array, labels: np.ndarray, members: np.ndarray, k: int
-    ) -> list[Array]:
+        self, groups: list[Array], labels: np.ndarray, members: np.ndarray, k: int
+    ) -> list[list[Array]]:
         """SVD of each block in whitened columns; the horizontal factor, and the polish, jointly."""
-        f, c, x, y = weight.shape
+        _, c, x, y = groups[0].shape
         moments = self._moments or self._identity
         assert moments is not None
-        shared = SharedBasis(weight.reshape(f, c * x, y), moments, np.repeat(labels, x))
-        basis, horizontal = shared.fit_blocks(k, self._refine and self._moments is not None)
-        vertical = [
-            rows[:, inputs]
-            for rows, inputs in zip(basis.reshape(-1, k, c, x), members, strict=True)
-        ]
-        return [np.concatenate(vertical)[..., None], horizontal[:, :, None, :]]
+        columns = [weight.reshape(-1, c * x, y) for weight in groups]
+        shared = SharedBasis(columns[0], moments, np.repeat(labels, x))
+        blocks = []
+        for weight in columns:
+            refine = self._refine and self._moments is not None
+            basis, horizontal = shared.of(weight).fit_blocks(k, refine)
+            vertical = [
+                rows[:, inputs]
+                for rows, inputs in zip(basis.reshape(-1, k, c, x), members, strict=True)
+            ]
+            blocks.append([np.concatenate(vertical)[..., None], horizontal[:, :, None, :]])
+        return blocks
 
 
 def _spatial(geometry: ConvGeometry, inner: int) -> tuple[ConvGeometry, ConvGeometry | None]:

@@ -83,15 +83,23 @@ def _compressed(vectors: Array) -> Array:
 
 def _residuals(vectors: Array, labels: np.ndarray, clusters: int, dimension: int) -> Array:
     """Energy ``(n, clusters)`` of each point outside of each cluster's principal subspace."""
-    n, d, _ = vectors.shape
-    energy = np.sum(vectors**2, axis=(1, 2))
-    residuals = np.empty((n, clusters))
-    for cluster in range(clusters):
-        members = vectors[labels == cluster].transpose(1, 0, 2).reshape(d, -1)
-        basis = np.linalg.eigh(members @ members.T)[1][:, -dimension:]
-        inside = np.einsum("dk,ndt->nkt", basis, vectors, optimize=True)
-        residuals[:, cluster] = energy - np.sum(inside**2, axis=(1, 2))
-    return residuals
+    n, d, t = vectors.shape
+    bases = [
+        _principal(vectors[labels == cluster].transpose(1, 0, 2).reshape(d, -1), dimension)
+        for cluster in range(clusters)
+    ]
+    inside = np.concatenate(bases) @ vectors.transpose(1, 0, 2).reshape(d, n * t)
+    kept = np.sum(inside.reshape(clusters, dimension, n, t) ** 2, axis=(1, 3))
+    return np.sum(vectors**2, axis=(1, 2))[:, None] - kept.T
+
+
+def _principal(columns: Array, dimension: int) -> Array:
+    """Orthonormal ``(dimension, d)`` that span most of the energy of columns ``(d, n)``."""
+    d, n = columns.shape
+    if n >= d or n < dimension:
+        return np.linalg.eigh(columns @ columns.T)[1][:, -dimension:].T
+    # Fewer columns than entries: the smaller of the two Gram matrices has the same spectrum.
+    return np.linalg.svd(columns, full_matrices=False)[0][:, :dimension].T
 
 
 def assign(costs: Array) -> np.ndarray:
@@ -108,13 +116,18 @@ def assign(costs: Array) -> np.ndarray:
         labels[point] = int(open_costs.argmin())
         room[labels[point]] -= 1
     for _ in range(n):
-        moved = False
-        for a in range(clusters):
-            for b in range(a + 1, clusters):
-                moved |= _exchange(costs, labels, a, b)
-        if not moved:
+        gains = costs[np.arange(n), labels][:, None] - costs
+        best = np.stack([gains[labels == a].max(axis=0) for a in range(clusters)])
+        pairs = np.argwhere(np.triu(best + best.T > _worth(costs), 1))
+        moved = [_exchange(costs, labels, a, b) for a, b in pairs]
+        if not any(moved):
             break
     return labels
+
+
+def _worth(costs: Array) -> float:
+    """Gains up to this are rounding."""
+    return 1e-12 * float(np.abs(costs).max())
 
 
 def _exchange(costs: Array, labels: np.ndarray, a: int, b: int) -> bool:
@@ -123,6 +136,6 @@ def _exchange(costs: Array, labels: np.ndarray, a: int, b: int) -> bool:
     gain_a = costs[in_a, a] - costs[in_a, b]
     gain_b = costs[in_b, b] - costs[in_b, a]
     by_a, by_b = np.argsort(-gain_a, kind="stable"), np.argsort(-gain_b, kind="stable")
-    worth = gain_a[by_a] + gain_b[by_b] > 1e-12 * np.abs(costs).max()
+    worth = gain_a[by_a] + gain_b[by_b] > _worth(costs)
     labels[in_a[by_a[worth]]], labels[in_b[by_b[worth]]] = b, a
     return bool(worth.any())

@@ -9,11 +9,9 @@ import numpy as np
 
 from tvm_lowrank.decompose import als
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_weight,
     geometry_of,
     pointwise,
     pointwise_after,
@@ -21,7 +19,7 @@ from tvm_lowrank.decompose.form import (
     single_ranks,
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments
-from tvm_lowrank.decompose.terms import Dictionaries, TermRegression
+from tvm_lowrank.decompose.terms import POLISH_BUDGET, Dictionaries, TermRegression
 from tvm_lowrank.geometry import ConvGeometry
 
 SWEEPS = 15
@@ -49,9 +47,7 @@ class CP(Form):
         """See `Form.full_rank` and `als.orthogonal_start`."""
         return _limit(geometry.weight_shape, self.joint)
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`; K multiplications cost ``C + X / D + Y / D^2 + F / D^2`` a pixel."""
         return single_ranks(
             self, geometry, multiple, _limit(geometry.weight_shape, self.joint), shares
@@ -65,17 +61,15 @@ class CP(Form):
         first, last = pointwise(geometry, terms), pointwise_after(parts[-1], geometry.out_channels)
         return [first, *parts, last]
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
         """See `Form.fitter`; ``refine=False`` also takes fewer sweeps of least squares."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
         return _Fitter(weight, moments, refine, self.joint)
 
 
@@ -100,7 +94,7 @@ class _Fitter(Fitter):
         sweeps = SWEEPS if self._refine else QUICK_SWEEPS
         factors = als.alternate(tensor, start, sweeps)
         dictionaries = Dictionaries.apart(factors[1:])
-        outputs = self._problem.finish(dictionaries, None if self._refine else 0)
+        outputs = self._problem.finish(dictionaries, POLISH_BUDGET * self._refine)
         return to_stages(dictionaries, outputs, self._problem.shape)
 
 
@@ -134,8 +128,10 @@ def greedy_cp(
 ) -> tuple[Array, ...]:
     """As `cp`, term by term: the best rank-1 term of what is left (equation 3), subtracted.
 
-    Each term is found by alternating least squares and never changed again. On the weights of deep
-    layers this converges slowly (see the tests); it is here as what the paper describes.
+    Each term is found by alternating least squares and never changed again. Taking one away may
+    leave a tensor of higher rank, so that on the weights of deep layers this converges slowly, and
+    on three terms that lean the same way it needs many more (see the tests); it is here as what the
+    paper describes.
     """
     geometry = geometry_of(weight)
     if reason := CP().refuse(geometry):

@@ -65,17 +65,23 @@ class Form(ABC):
     def full_rank(self, geometry: ConvGeometry) -> Rank:
         """A rank at which any weight is reproduced exactly."""
 
-    @abstractmethod
     def ranks(
         self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
     ) -> list[Rank]:
-        """Useful ranks, cheapest first, that save multiplications.
+        """Useful ranks, cheapest first, that save multiplications; none where the form is refused.
 
         Every map between two stages has a multiple of ``multiple`` (the vector width) channels, or
         as many as the layer's own input or output: lanes that hold no channel cost as much as
         those that do. For each of ``shares`` of the dense multiplications, the most expensive
-        within it.
+        within it. ValueError unless ``multiple`` is positive.
         """
+        if multiple < 1:
+            raise ValueError(f"multiple={multiple}: a positive vector width was expected")
+        return [] if self.refuse(geometry) else self._ranks(geometry, multiple, shares)
+
+    @abstractmethod
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
+        """`ranks` of a layer that is not refused."""
 
     @abstractmethod
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
@@ -85,18 +91,35 @@ class Form(ABC):
         `branches` lists the stages of one after those of the other.
         """
 
-    @abstractmethod
     def fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
         moments: InputMoments | None = None,
         refine: bool = True,
+        seed: int = 0,
     ) -> Fitter:
         """A `Fitter` of the OIHW ``weight``; without moments it is fitted to the weight alone.
 
         ``refine=False`` leaves out the iterations that lower the error after the closed form.
+        ``seed`` is that of the clustering, where a form has any: the factors depend on nothing
+        else. ValueError where `refuse` gives a reason, or for a weight of another shape.
         """
+        if reason := self.refuse(geometry):
+            raise ValueError(reason)
+        check_weight(weight, geometry)
+        return self._fitter(weight, geometry, moments, refine, seed)
+
+    @abstractmethod
+    def _fitter(
+        self,
+        weight: Array,
+        geometry: ConvGeometry,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
+    ) -> Fitter:
+        """`fitter` of a weight that fits a layer that is not refused."""
 
     def branches(self, geometry: ConvGeometry, rank: Rank) -> tuple[Branch, ...]:
         """The branches whose results are summed: one chain, unless a form says otherwise."""
@@ -179,12 +202,9 @@ def single_ranks(
     geometry: ConvGeometry,
     multiple: int,
     limit: int,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float],
 ) -> list[Rank]:
-    """`Form.ranks` of a form with one rank, below the full rank ``limit``."""
-    check_multiple(multiple)
-    if form.refuse(geometry):
-        return []
+    """`Form._ranks` of a form with one rank, below the full rank ``limit``."""
     costs: list[tuple[int, Rank]] = []
     for rank in range(multiple, limit, multiple):
         cost = form.multiplications(geometry, rank)
@@ -192,12 +212,6 @@ def single_ranks(
             break
         costs.append((cost, rank))
     return spread(costs, geometry.multiplications, shares)
-
-
-def check_multiple(multiple: int) -> None:
-    """ValueError unless the vector width is positive."""
-    if multiple < 1:
-        raise ValueError(f"multiple={multiple}: a positive vector width was expected")
 
 
 def single(rank: Rank, limit: int, form: str) -> int:

@@ -9,15 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_lowrank.decompose.form import (
-    SHARES,
-    Branch,
-    Fitter,
-    Form,
-    Rank,
-    check_multiple,
-    check_weight,
-)
+from tvm_lowrank.decompose.form import Branch, Fitter, Form, Rank
 from tvm_lowrank.decompose.moments import Array, InputMoments, output_energy
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -56,13 +48,8 @@ class Grouped(Form):
         """See `Form.full_rank`: that of a group."""
         return self.form.full_rank(_part(geometry))
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`: whole vectors of channels of all groups together."""
-        check_multiple(multiple)
-        if self.refuse(geometry):
-            return []
         each = multiple // math.gcd(multiple, geometry.groups)
         return self.form.ranks(_part(geometry), each, shares)
 
@@ -78,24 +65,21 @@ class Grouped(Form):
         """See `Form.gathers`."""
         return self.form.gathers(_part(geometry), rank)
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
-        **options: Any,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
         """See `Form.fitter`; the moments have one covariance a group."""
         if geometry.groups == 1:
-            return self.form.fitter(weight, geometry, moments, refine, **options)
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
+            return self.form.fitter(weight, geometry, moments, refine, seed)
         part, count = _part(geometry), geometry.groups
         return _Fitter(
             [
-                self.form.fitter(own, part, _moments_of(moments, group, count), refine, **options)
+                self.form.fitter(own, part, _moments_of(moments, group, count), refine, seed)
                 for group, own in enumerate(np.split(np.asarray(weight), count))
             ]
         )

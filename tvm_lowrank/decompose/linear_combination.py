@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_weight,
     geometry_of,
     pointwise_after,
     single,
@@ -35,9 +33,7 @@ class LinearCombination(Form):
         """See `Form.full_rank`."""
         return _limit(geometry)
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`; K multiplications cost ``C X Y + F`` an output pixel."""
         return single_ranks(self, geometry, multiple, _limit(geometry), shares)
 
@@ -47,20 +43,15 @@ class LinearCombination(Form):
         first = replace(geometry, out_channels=filters)
         return [first, pointwise_after(first, geometry.out_channels)]
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
-        """See `Form.fitter`; the closed form is already the optimum, there is nothing to refine.
-
-        ValueError where `refuse` gives a reason.
-        """
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
+        """See `Form.fitter`; the closed form is the optimum, there is nothing to refine."""
         return _Fitter(weight, moments)
 
 

@@ -12,12 +12,9 @@ from tvm_lowrank.decompose.clustering import k_subspaces, order_of
 from tvm_lowrank.decompose.compose import permutation
 from tvm_lowrank.decompose.cp import split_spatial
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_multiple,
-    check_weight,
     geometry_of,
     pointwise,
     pointwise_after,
@@ -26,7 +23,7 @@ from tvm_lowrank.decompose.form import (
     usable,
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments
-from tvm_lowrank.decompose.projection import SharedBasis, seen_through
+from tvm_lowrank.decompose.projection import REFINE_BUDGET, SharedBasis, seen_through
 from tvm_lowrank.geometry import ConvGeometry
 
 # Numbers of directions a group that are looked at, and middle ranks as multiples of those.
@@ -60,13 +57,8 @@ class Monochromatic(Form):
         c, f, (x, y) = geometry.in_channels, geometry.out_channels, geometry.kernel
         return (1, c, min(c * x, f * y)) if self.separable else (1, c)
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`: two or more groups, whole vectors of transformed channels."""
-        check_multiple(multiple)
-        if self.refuse(geometry):
-            return []
         found: set[Rank] = set()
         for groups in range(2, geometry.out_channels + 1):
             if geometry.out_channels % groups:
@@ -128,18 +120,15 @@ class Monochromatic(Form):
         last = len(self.stages(geometry, rank)) - 1
         return frozenset({last} if _reorders(geometry.out_channels, groups) else ())
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
-        seed: int = 0,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
-        """See `Form.fitter`; ``seed`` is that of the clustering."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
+        """See `Form.fitter`."""
         return _Fitter(self, weight, geometry, moments, refine, seed)
 
     def _parts(self, rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -180,6 +169,7 @@ class _Fitter(Fitter):
         channels = self._moments.channel_covariance(c, x * y) + self._moments.damping * np.eye(c)
         lower = np.linalg.cholesky(channels)
         self._whitened = np.einsum("fct,cd->fdt", self._weight.reshape(f, c, x * y), lower)
+        self._shared = SharedBasis(self._weight.reshape(f, c, x * y), self._moments)
 
     def fit(self, rank: Rank) -> list[Array]:
         f, c, x, y = self._shape
@@ -192,8 +182,8 @@ class _Fitter(Fitter):
         for members in order.reshape(groups, -1):
             size = len(members)
             part = self._weight[members]
-            shared = SharedBasis(part.reshape(size, c, x * y), self._moments)
-            basis, core, _ = shared.fit(directions, refine=self._refine)
+            shared = self._shared.of(part.reshape(size, c, x * y))
+            basis, core, _ = shared.fit(directions, None, self._refine, REFINE_BUDGET / groups)
             if middle:
                 seen = seen_through(self._moments, basis, x * y)
                 inner = SharedBasis(core.reshape(size, directions * x, y), seen)

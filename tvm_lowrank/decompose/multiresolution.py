@@ -17,13 +17,10 @@ from dataclasses import replace
 import numpy as np
 
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Branch,
     Fitter,
     Form,
     Rank,
-    check_multiple,
-    check_weight,
     geometry_of,
     several,
     spread,
@@ -72,13 +69,8 @@ class MultiResolution(Form):
                 return (side, factor, 1)
         return (side, max(geometry.stride), 1)
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`; for each factor and order, all sides of the small kernel."""
-        check_multiple(multiple)
-        if self.refuse(geometry):
-            return []
         families: list[list[tuple[int, Rank]]] = []
         for factor in FACTORS:
             for order in ORDERS:
@@ -102,17 +94,15 @@ class MultiResolution(Form):
         """See `Form.branches`."""
         return tuple(branch for branch, _ in self._branches(geometry, rank))
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
         """See `Form.fitter`; least squares is the optimum, there is nothing to refine."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
         return _Fitter(self, weight, geometry, moments)
 
     def reconstruct(self, factors: Sequence[Array], geometry: ConvGeometry | None = None) -> Array:

@@ -13,6 +13,7 @@ between the two leave one's threads spinning against the other's (100 times slow
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from tvm_lowrank.decompose.moments import Array, InputMoments
 
 # Relative to the Gram matrix's mean diagonal; only there for exactly collinear rows.
 GRAM_JITTER = 1e-13
-# Multiplications that `SharedBasis.refine` may spend, and the most iterations it makes.
+# Multiplications that refining a layer may spend, and the most iterations it makes.
 REFINE_BUDGET = 2e10
 REFINE_ITERATIONS = 10
 # Errors below this share of the output's variance are rounding.
@@ -61,38 +62,53 @@ class SharedBasis:
         ``blocks`` (p,) is the block of each feature, for `fit_blocks`: features are then whitened
         block by block, so that a basis confined to a block stays confined.
         """
-        self.outputs, self.width, self.taps = weight.shape
+        _, self.width, self.taps = weight.shape
         size = self.width * self.taps
         tap_major = moments.covariance.reshape(self.width, self.taps, self.width, self.taps)
         copied = np.array(tap_major.transpose(1, 0, 3, 2), order="C", copy=True)
         self._covariance = copied.reshape(size, size)
         self._covariance.reshape(-1)[:: size + 1] += moments.damping
-        flat = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(self.outputs, size)
-        self._weighted = flat @ self._covariance
-        self._energy = float(np.sum(self._weighted * flat))
         tapped = self._covariance.reshape(self.taps, self.width, self.taps, self.width)
         shared = sum(tapped[t, :, t, :] for t in range(self.taps)) / self.taps
         if blocks is not None:
             shared = shared * (blocks[:, None] == blocks[None, :])
         self._blocks = blocks
         # Features are whitened by L: x = L z. The search runs in coordinates of z.
-        lower = np.linalg.cholesky(shared)
-        self._unwhitening = np.linalg.inv(lower)
-        unfolded = flat.reshape(-1, self.width) @ lower
+        self._lower = np.linalg.cholesky(shared)
+        self._unwhitening = np.linalg.inv(self._lower)
+        self._read(weight)
+
+    def of(self, weight: Array) -> SharedBasis:
+        """The regression for another weight ``(F', p, q)`` under the same moments."""
+        other = copy(self)
+        other._read(weight)
+        return other
+
+    def _read(self, weight: Array) -> None:
+        self.outputs = len(weight)
+        flat = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(self.outputs, -1)
+        self._weighted = flat @ self._covariance
+        self._energy = float(np.sum(self._weighted * flat))
+        unfolded = flat.reshape(-1, self.width) @ self._lower
         self._unfolded = unfolded.T @ unfolded
         self._directions = np.linalg.eigh(self._unfolded)[1][:, ::-1]
 
     def fit(
-        self, rank: int, outputs: int | None = None, refine: bool = True
+        self,
+        rank: int,
+        outputs: int | None = None,
+        refine: bool = True,
+        budget: float = REFINE_BUDGET,
     ) -> tuple[Array, Array, Array | None]:
         """Basis ``(K, p)``, core ``(F or K2, K, q)`` and, with ``outputs=K2``, mixing ``(F, K2)``.
 
         The start is the SVD of the unfolding in whitened features (Zhang, Zou, He and Sun 2015,
-        section 3, fit the output side so); `refine` then lowers the error.
+        section 3, fit the output side so); ``refine`` then lowers the error, in about ``budget``
+        multiplications.
         """
         outputs = None if outputs == self.outputs else outputs
         start = np.ascontiguousarray(self._directions[:, :rank].T)
-        iterations = self._affordable(rank) if refine and rank < self.width else 0
+        iterations = self._affordable(rank, budget) if refine and rank < self.width else 0
         best = self._solve(start, outputs)
         if iterations and best.error > EXACT * self._energy:
             best = self._descend(start, best, outputs, iterations, rank)
@@ -126,10 +142,10 @@ class SharedBasis:
         core = best.core.reshape(len(best.core), self.taps, len(basis)).transpose(0, 2, 1)
         return np.ascontiguousarray(core), best.mixing
 
-    def _affordable(self, rank: int) -> int:
+    def _affordable(self, rank: int, budget: float = REFINE_BUDGET) -> int:
         size = self.width * self.taps
         once = size * (rank * size + self.outputs * rank * self.taps)
-        return min(REFINE_ITERATIONS, int(REFINE_BUDGET / once))
+        return min(REFINE_ITERATIONS, int(budget / once))
 
     def _descend(
         self, start: Array, best: _Solution, outputs: int | None, iterations: int, together: int

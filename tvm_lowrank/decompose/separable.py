@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_weight,
     geometry_of,
     single,
     single_ranks,
@@ -40,9 +38,7 @@ class Separable(Form):
         """See `Form.full_rank`."""
         return _limit(geometry.weight_shape)
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`; the first stage still runs over all columns of a strided layer."""
         return single_ranks(self, geometry, multiple, _limit(geometry.weight_shape), shares)
 
@@ -69,17 +65,15 @@ class Separable(Form):
         )
         return [vertical, horizontal]
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
-        """See `Form.fitter`; ValueError where `refuse` gives a reason."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
+        """See `Form.fitter`."""
         return _Fitter(weight, moments, refine)
 
 

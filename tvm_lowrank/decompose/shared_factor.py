@@ -11,12 +11,9 @@ from tvm_lowrank.decompose import als
 from tvm_lowrank.decompose.clustering import k_subspaces, order_of
 from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor, split_spatial
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_multiple,
-    check_weight,
     geometry_of,
     pointwise,
     pointwise_after,
@@ -24,7 +21,7 @@ from tvm_lowrank.decompose.form import (
     spread_families,
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments
-from tvm_lowrank.decompose.terms import Dictionaries, TermRegression
+from tvm_lowrank.decompose.terms import POLISH_BUDGET, Dictionaries, TermRegression
 from tvm_lowrank.geometry import ConvGeometry
 
 # (B, G) that plans choose among.
@@ -52,13 +49,8 @@ class SharedFactor(Form):
         """See `Form.full_rank`: all unit vectors."""
         return _limits(geometry.weight_shape)
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`: a few shapes of the tree, the number of its roots by cost."""
-        check_multiple(multiple)
-        if self.refuse(geometry):
-            return []
         limits = _limits(geometry.weight_shape)
         trees: Sequence[tuple[int, ...]] = BRANCHES if len(limits) == 3 else ((2,), (3,))
         families: list[list[tuple[int, Rank]]] = [
@@ -81,18 +73,15 @@ class SharedFactor(Form):
             channels = wider
         return [*chain, pointwise_after(chain[-1], geometry.out_channels)]
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
-        seed: int = 0,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
-        """See `Form.fitter`; ``seed`` is that of the clustering."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
+        """See `Form.fitter`."""
         return _Fitter(weight, moments, refine, seed)
 
 
@@ -107,7 +96,7 @@ class _Fitter(Fitter):
         _, _, x, y = shape = self._problem.shape
         levels = several(rank, _limits(shape), SharedFactor.name)
         terms = unit_vectors(levels) if levels == _limits(shape) else self._clustered(levels)
-        outputs = self._problem.finish(terms, None if self._refine else 0)
+        outputs = self._problem.finish(terms, POLISH_BUDGET * self._refine)
         spatial = terms.vectors[1:]
         if len(spatial) == 2:
             stages = [spatial[0].reshape(-1, 1, x, 1), spatial[1].reshape(-1, 1, 1, y)]

@@ -8,12 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_multiple,
-    check_weight,
     pointwise_after,
     single,
     single_ranks,
@@ -43,11 +40,8 @@ class SVD(Form):
         """See `Form.full_rank`."""
         return _limit(geometry)
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`; shares of the multiplications are shares of the weights here."""
-        check_multiple(multiple)
         return single_ranks(self, geometry, multiple, _limit(geometry), shares)
 
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
@@ -55,17 +49,15 @@ class SVD(Form):
         first = replace(geometry, out_channels=single(rank, _limit(geometry), self.name))
         return [first, pointwise_after(first, geometry.out_channels)]
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
         """See `Form.fitter`; the closed form is the optimum, there is nothing to refine."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
         return LinearCombination().fitter(weight, geometry, moments, refine)
 
 

@@ -9,17 +9,15 @@ import numpy as np
 
 from tvm_lowrank.decompose.cp import split_spatial
 from tvm_lowrank.decompose.form import (
-    SHARES,
     Fitter,
     Form,
     Rank,
-    check_multiple,
     check_weight,
     geometry_of,
     pointwise,
     pointwise_after,
     several,
-    spread,
+    spread_families,
     usable,
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments
@@ -50,23 +48,27 @@ class TensorTrain(Form):
         c, f, (x, y) = geometry.in_channels, geometry.out_channels, geometry.kernel
         return c, min(c * x, f * y), f
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
-        """See `Form.ranks`: ``K1 / C = K3 / F`` and a middle rank in proportion."""
-        check_multiple(multiple)
-        if self.refuse(geometry):
-            return []
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
+        """See `Form.ranks`: either end cut or both, the middle rank in proportion to them."""
         c, f, (x, y) = geometry.in_channels, geometry.out_channels, geometry.kernel
-        costs: list[tuple[int, Rank]] = []
-        for first in range(multiple, c, multiple):
-            last = min(f, max(multiple, round(f * first / c / multiple) * multiple))
-            room = min(first * x, last * y)
-            middle = max(multiple, round(MIDDLE * room / multiple) * multiple)
-            if middle <= room:
-                rank = (first, middle, last)
-                costs.append((self.multiplications(geometry, rank), rank))
-        return spread(costs, geometry.multiplications, shares)
+        inner = range(multiple, c, multiple)
+        balanced = [(k, max(multiple, round(f * k / c / multiple) * multiple)) for k in inner]
+        cuts = (
+            [(k, last) for k, last in balanced if last < f],
+            [(k, f) for k in inner],
+            [(c, k) for k in range(multiple, f, multiple)],
+        )
+        families: list[list[tuple[int, Rank]]] = []
+        for cut in cuts:
+            costs: list[tuple[int, Rank]] = []
+            for first, last in cut:
+                room = min(first * x, last * y)
+                middle = max(multiple, round(MIDDLE * room / multiple) * multiple)
+                if middle <= room:
+                    rank = (first, middle, last)
+                    costs.append((self.multiplications(geometry, rank), rank))
+            families.append(costs)
+        return spread_families(families, geometry.multiplications, shares)
 
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
         """See `Form.stages`: two to four stages."""
@@ -82,17 +84,15 @@ class TensorTrain(Form):
             chain.append(pointwise_after(chain[-1], geometry.out_channels))
         return chain
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
         """See `Form.fitter`."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
         return _Fitter(weight, geometry, moments, refine)
 
 

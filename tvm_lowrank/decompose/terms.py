@@ -19,6 +19,7 @@ from tvm_lowrank.decompose.moments import Array, InputMoments
 from tvm_lowrank.decompose.projection import solve_gram
 
 GRAM_JITTER = 1e-13
+# Multiplications that polishing a layer may spend, and the most iterations it makes.
 POLISH_BUDGET = 6e10
 POLISH_ITERATIONS = 100
 EXACT = 1e-11
@@ -88,16 +89,16 @@ class TermRegression:
             np.tensordot(weight, lower, axes=(1, 0)).transpose(0, 3, 1, 2)
         )
 
-    def finish(self, terms: Dictionaries, iterations: int | None = None) -> Array:
+    def finish(self, terms: Dictionaries, budget: float = POLISH_BUDGET) -> Array:
         """Polish in place, bring the channel vectors to the inputs' coordinates, fit the outputs.
 
-        Returns the outputs' factor ``(F, K)``. ``iterations`` None: as many as the budget lets.
+        Returns the outputs' factor ``(F, K)``. ``budget``: multiplications that polishing may take.
         """
-        rank = len(terms.uses[0])
-        if iterations is None:
-            size = self._weighted.shape[1]
-            once = rank * size * (2 * len(self._weighted) + size * (self._covariance is not None))
-            iterations = min(POLISH_ITERATIONS, int(POLISH_BUDGET / max(once, 1)))
+        size = self._weighted.shape[1]
+        once = len(terms.uses[0]) * size * 2 * len(self._weighted)
+        if self._covariance is not None:
+            once += len(terms.uses[0]) * size * size
+        iterations = min(POLISH_ITERATIONS, int(budget / once))
         outputs, error, _ = self._solve(terms, gradient=False)
         if iterations and error > EXACT * self._energy:
             self._balance(terms, outputs)

@@ -13,8 +13,6 @@ from tvm_lowrank.decompose.form import (
     Fitter,
     Form,
     Rank,
-    check_multiple,
-    check_weight,
     geometry_of,
     pointwise,
     pointwise_after,
@@ -47,13 +45,8 @@ class Tucker2(Form):
         """See `Form.full_rank`."""
         return geometry.in_channels, geometry.out_channels
 
-    def ranks(
-        self, geometry: ConvGeometry, multiple: int, shares: Sequence[float] = SHARES
-    ) -> list[Rank]:
+    def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
         """See `Form.ranks`: pairs ``(K1, F)`` and pairs near ``K1 / C = K2 / F``."""
-        check_multiple(multiple)
-        if self.refuse(geometry):
-            return []
         c, f, dense = geometry.in_channels, geometry.out_channels, geometry.multiplications
         inner = range(multiple, c, multiple)
         mirror: list[Rank] = [(k, f) for k in inner]
@@ -84,17 +77,15 @@ class Tucker2(Form):
             chain.append(pointwise_after(core, geometry.out_channels))
         return chain
 
-    def fitter(
+    def _fitter(
         self,
         weight: Array,
         geometry: ConvGeometry,
-        moments: InputMoments | None = None,
-        refine: bool = True,
+        moments: InputMoments | None,
+        refine: bool,
+        seed: int,
     ) -> Fitter:
-        """See `Form.fitter`; ValueError where `refuse` gives a reason."""
-        if reason := self.refuse(geometry):
-            raise ValueError(reason)
-        check_weight(weight, geometry)
+        """See `Form.fitter`."""
         return _Fitter(weight, moments, refine)
 
 
