@@ -202,8 +202,8 @@ def _curves(found: Sequence[Measured], title: str) -> str:
         for variant in VARIANTS
     }
     parts = [svg.text(70, 18, title)]
-    parts += svg.curves(series, 70, 30, 420, 280, "batch size; milliseconds an image")
-    return svg.document(640, 370, parts)
+    parts += svg.curves(series, 70, 44, 420, 280, "batch size", "milliseconds an image")
+    return svg.document(640, 384, parts)
 
 
 def _bars(each: Measured, title: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from tvm_lowrank.decompose import als
 from tvm_lowrank.decompose.clustering import contiguous, k_subspaces, order_of
 from tvm_lowrank.decompose.compose import permutation
-from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor, split_spatial
+from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor
 from tvm_lowrank.decompose.form import (
     Fitter,
     Form,
@@ -20,6 +20,7 @@ from tvm_lowrank.decompose.form import (
     pointwise,
     pointwise_after,
     several,
+    split_spatial,
     spread_families,
     usable,
 )

@@ -39,7 +39,7 @@ def k_subspaces(
         raise ValueError(f"clusters={clusters}: a divisor of the {n} points was expected")
     if clusters == 1:
         return np.zeros(n, int)
-    if dimension >= points.shape[1]:
+    if clusters == n or dimension >= points.shape[1]:
         return contiguous(n, clusters)
     vectors = _compressed(points.reshape(n, points.shape[1], -1))
     random = np.random.default_rng(seed)
@@ -84,22 +84,16 @@ def _compressed(vectors: Array) -> Array:
 def _residuals(vectors: Array, labels: np.ndarray, clusters: int, dimension: int) -> Array:
     """Energy ``(n, clusters)`` of each point outside of each cluster's principal subspace."""
     n, d, t = vectors.shape
-    bases = [
-        _principal(vectors[labels == cluster].transpose(1, 0, 2).reshape(d, -1), dimension)
-        for cluster in range(clusters)
-    ]
-    inside = np.concatenate(bases) @ vectors.transpose(1, 0, 2).reshape(d, n * t)
+    members = vectors[order_of(labels)].reshape(clusters, -1, d, t).transpose(0, 2, 1, 3)
+    members = members.reshape(clusters, d, -1)
+    if dimension <= members.shape[2] < d:
+        bases = np.linalg.svd(members, full_matrices=False)[0][:, :, :dimension]
+    else:
+        bases = np.linalg.eigh(members @ members.transpose(0, 2, 1))[1][:, :, -dimension:]
+    directions = bases.transpose(0, 2, 1).reshape(-1, d)
+    inside = directions @ vectors.transpose(1, 0, 2).reshape(d, n * t)
     kept = np.sum(inside.reshape(clusters, dimension, n, t) ** 2, axis=(1, 3))
     return np.sum(vectors**2, axis=(1, 2))[:, None] - kept.T
-
-
-def _principal(columns: Array, dimension: int) -> Array:
-    """Orthonormal ``(dimension, d)`` that span most of the energy of columns ``(d, n)``."""
-    d, n = columns.shape
-    if n >= d or n < dimension:
-        return np.linalg.eigh(columns @ columns.T)[1][:, -dimension:].T
-    # Fewer columns than entries: the smaller of the two Gram matrices has the same spectrum.
-    return np.linalg.svd(columns, full_matrices=False)[0][:, :dimension].T
 
 
 def assign(costs: Array) -> np.ndarray:

@@ -17,6 +17,7 @@ from tvm_lowrank.decompose.form import (
     pointwise_after,
     single,
     single_ranks,
+    split_spatial,
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments
 from tvm_lowrank.decompose.terms import POLISH_BUDGET, Dictionaries, TermRegression
@@ -149,29 +150,6 @@ def greedy_cp(
     dictionaries = Dictionaries.apart(factors[1:])
     problem.to_inputs(dictionaries)
     return tuple(to_stages(dictionaries, factors[0], weight.shape))
-
-
-def split_spatial(geometry: ConvGeometry) -> list[ConvGeometry]:
-    """A convolution as one along the rows and one along the columns; itself if it is 1-D."""
-    (x, y), (top, left, bottom, right) = geometry.kernel, geometry.padding
-    if 1 in (x, y):
-        return [geometry]
-    rows = replace(
-        geometry,
-        kernel=(x, 1),
-        stride=(geometry.stride[0], 1),
-        padding=(top, 0, bottom, 0),
-        dilation=(geometry.dilation[0], 1),
-    )
-    columns = replace(
-        geometry,
-        height=rows.out_height,
-        kernel=(1, y),
-        stride=(1, geometry.stride[1]),
-        padding=(0, left, 0, right),
-        dilation=(1, geometry.dilation[1]),
-    )
-    return [rows, columns]
 
 
 def spatial_tensor(tensor: Array, joint: bool) -> Array:

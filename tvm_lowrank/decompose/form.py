@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tvm_lowrank.cost.operations import multiplications
@@ -256,6 +256,29 @@ def pointwise_after(stage: ConvGeometry, outputs: int, groups: int = 1) -> ConvG
         groups=groups,
         batch=stage.batch,
     )
+
+
+def split_spatial(geometry: ConvGeometry) -> list[ConvGeometry]:
+    """A convolution as one along the rows and one along the columns; itself if it is 1-D."""
+    (x, y), (top, left, bottom, right) = geometry.kernel, geometry.padding
+    if 1 in (x, y):
+        return [geometry]
+    rows = replace(
+        geometry,
+        kernel=(x, 1),
+        stride=(geometry.stride[0], 1),
+        padding=(top, 0, bottom, 0),
+        dilation=(geometry.dilation[0], 1),
+    )
+    columns = replace(
+        geometry,
+        height=rows.out_height,
+        kernel=(1, y),
+        stride=(1, geometry.stride[1]),
+        padding=(0, left, 0, right),
+        dilation=(1, geometry.dilation[1]),
+    )
+    return [rows, columns]
 
 
 def check_weight(weight: Array, geometry: ConvGeometry) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from tvm_lowrank.decompose.clustering import k_subspaces, order_of
 from tvm_lowrank.decompose.compose import permutation
-from tvm_lowrank.decompose.cp import split_spatial
 from tvm_lowrank.decompose.form import (
     Fitter,
     Form,
@@ -19,6 +18,7 @@ from tvm_lowrank.decompose.form import (
     pointwise,
     pointwise_after,
     several,
+    split_spatial,
     spread,
     usable,
 )

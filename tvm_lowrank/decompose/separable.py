@@ -14,6 +14,7 @@ from tvm_lowrank.decompose.form import (
     geometry_of,
     single,
     single_ranks,
+    split_spatial,
     usable,
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments
@@ -45,25 +46,8 @@ class Separable(Form):
     def stages(self, geometry: ConvGeometry, rank: Rank) -> list[ConvGeometry]:
         """See `Form.stages`; ``rank`` is from 1 to min(C X, F Y)."""
         inner = single(rank, _limit(geometry.weight_shape), self.name)
-        (x, y), (top, left, bottom, right) = geometry.kernel, geometry.padding
-        vertical = replace(
-            geometry,
-            out_channels=inner,
-            kernel=(x, 1),
-            stride=(geometry.stride[0], 1),
-            padding=(top, 0, bottom, 0),
-            dilation=(geometry.dilation[0], 1),
-        )
-        horizontal = replace(
-            geometry,
-            in_channels=inner,
-            height=vertical.out_height,
-            kernel=(1, y),
-            stride=(1, geometry.stride[1]),
-            padding=(0, left, 0, right),
-            dilation=(1, geometry.dilation[1]),
-        )
-        return [vertical, horizontal]
+        rows, columns = split_spatial(geometry)
+        return [replace(rows, out_channels=inner), replace(columns, in_channels=inner)]
 
     def _fitter(
         self,

@@ -9,7 +9,7 @@ import numpy as np
 
 from tvm_lowrank.decompose import als
 from tvm_lowrank.decompose.clustering import k_subspaces, order_of
-from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor, split_spatial
+from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor
 from tvm_lowrank.decompose.form import (
     Fitter,
     Form,
@@ -18,6 +18,7 @@ from tvm_lowrank.decompose.form import (
     pointwise,
     pointwise_after,
     several,
+    split_spatial,
     spread_families,
 )
 from tvm_lowrank.decompose.moments import Array, InputMoments

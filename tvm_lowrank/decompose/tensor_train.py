@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from tvm_lowrank.decompose.cp import split_spatial
 from tvm_lowrank.decompose.form import (
     Fitter,
     Form,
@@ -17,6 +16,7 @@ from tvm_lowrank.decompose.form import (
     pointwise,
     pointwise_after,
     several,
+    split_spatial,
     spread_families,
     usable,
 )

@@ -17,6 +17,8 @@ from tvm_lowrank.report import svg
 
 # Filters that are drawn, input channels of each, and the most rows of a drawn matrix.
 _FILTERS, _CHANNELS, _MATRIX = 16, 4, 128
+# Pixels: the longest side of a drawn matrix, and of an entry.
+_SIDE, _LARGEST = 360.0, 40.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def measure(
 def draw_filters(weight: np.ndarray, points: Sequence[Point], share: float) -> str:
     """Original and approximated filters side by side (Figure 9), each form near ``share``.
 
-    A column of filters is one output channel, its rows are input channels; each output channel has
-    one grey scale, that of the original.
+    A column of filters is one output channel, its rows are the input channels of the largest
+    weights; each output channel has one grey scale, that of what is shown of the original.
     """
     nearest: dict[str, Point] = {}
     for point in points:
@@ -71,20 +73,25 @@ def draw_filters(weight: np.ndarray, points: Sequence[Point], share: float) -> s
             nearest[point.form] = point
     shown = [("original", weight)]
     shown += [
-        (f"{p.form}, rank {str(p.rank).strip('()')}, error {p.error:.3f}", p.weight)
+        (
+            f"{p.form}, rank {str(p.rank).strip('()')}, {100 * p.share:.0f} % of the operations, "
+            f"error {p.error:.3f}",
+            p.weight,
+        )
         for p in nearest.values()
     ]
     filters, channels, x, y = (min(a, b) for a, b in zip(
         weight.shape, (_FILTERS, _CHANNELS, *weight.shape[2:]), strict=True))  # fmt: skip
     pixel = max(2.0, 24.0 / max(x, y))
-    scales = np.abs(weight).max(axis=(1, 2, 3))
+    strongest = np.sort(np.argsort(-np.sum(weight**2, axis=(0, 2, 3)), kind="stable")[:channels])
+    scales = np.abs(weight[:, strongest]).max(axis=(1, 2, 3))
     parts, top = [], 20.0
     for words, whole in shown:
         parts.append(svg.text(10, top, words))
         for f in range(filters):
-            for c in range(channels):
-                left, row = 10 + f * (y * pixel + 4), top + 6 + c * (x * pixel + 4)
-                parts.append(svg.image(whole[f, c], left, row, pixel, float(scales[f])))
+            for row, c in enumerate(strongest):
+                left, down = 10 + f * (y * pixel + 4), top + 6 + row * (x * pixel + 4)
+                parts.append(svg.image(whole[f, c], left, down, pixel, float(scales[f])))
         top += channels * (x * pixel + 4) + 26
     return svg.document(max(420, 20 + filters * (y * pixel + 4)), top, parts)
 
@@ -100,8 +107,9 @@ def draw_errors(points: Sequence[Point]) -> str:
         by_share.setdefault(point.form, []).append((point.share, point.error))
     for point in sorted(points, key=lambda p: p.terms):
         by_rank.setdefault(point.form, []).append((point.terms, point.error))
-    parts = svg.curves(by_rank, 60, 20, 330, 300, "rank (product of its parts); left: error")
-    parts += svg.curves(by_share, 630, 20, 330, 300, "share of the dense multiplications")
+    parts = svg.curves(by_rank, 60, 20, 330, 300, "rank (product of its parts)", "error")
+    share = "share of the dense multiplications"
+    parts += svg.curves(by_share, 630, 20, 330, 300, share, "error")
     return svg.document(1160, 370, parts)
 
 
@@ -110,24 +118,28 @@ def draw_clusters(
 ) -> str:
     """Norms of the kernels of all pairs of channels, as they are and sorted by bicluster.
 
+    Black is 0, white the largest.
+
     ValueError where the groups do not divide the channels.
     """
     found = bicluster(weight, groups, moments=moments, seed=seed)
     norms = np.linalg.norm(weight, axis=(2, 3))
     rows, columns = order_of(found.outputs), order_of(found.inputs)
-    pixel = 360.0 / max(norms.shape)
-    scale = float(norms.max())
-    parts = [svg.text(10, 14, "outputs by inputs, in order"), svg.text(400, 14, "by cluster")]
-    for left, matrix in ((10.0, norms), (400.0, norms[rows][:, columns])):
-        parts.append(svg.image(matrix, left, 20, pixel, scale))
-    high, wide = pixel * norms.shape[0], pixel * norms.shape[1]
+    high, wide = (min(_LARGEST, _SIDE / size) for size in norms.shape)
+    height, width = high * norms.shape[0], wide * norms.shape[1]
+    second = 40 + max(width, 200)
+    words = f"by cluster, {groups[1]} of outputs by {groups[0]} of inputs"
+    parts = [svg.text(10, 14, "outputs by inputs, in order"), svg.text(second, 14, words)]
+    scale = float(norms.max()) / 2
+    for left, matrix in ((10.0, norms), (second, norms[rows][:, columns])):
+        parts.append(svg.image(matrix - scale, left, 20, wide, scale, high))
     for cut in range(1, groups[0]):
-        place = 400 + wide * cut / groups[0]
-        parts.append(f'<path d="M{place:.1f} 20v{high:.1f}" stroke="red"/>')
+        place = second + width * cut / groups[0]
+        parts.append(f'<path d="M{place:.1f} 20v{height:.1f}" stroke="red"/>')
     for cut in range(1, groups[1]):
-        place = 20 + high * cut / groups[1]
-        parts.append(f'<path d="M400 {place:.1f}h{wide:.1f}" stroke="red"/>')
-    return svg.document(420 + wide, 30 + high, parts)
+        place = 20 + height * cut / groups[1]
+        parts.append(f'<path d="M{second:.1f} {place:.1f}h{width:.1f}" stroke="red"/>')
+    return svg.document(second + max(width, 240) + 10, 30 + height, parts)
 
 
 def write(

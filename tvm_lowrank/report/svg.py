@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -29,14 +30,21 @@ def text(x: float, y: float, words: str, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {_FONT}>{escape(words)}</text>'
 
 
-def image(values: np.ndarray, x: float, y: float, pixel: float, scale: float) -> str:
-    """A matrix ``(rows, columns)`` as grey squares: black -scale, white +scale."""
+def image(
+    values: np.ndarray, x: float, y: float, wide: float, scale: float, high: float | None = None
+) -> str:
+    """A matrix ``(rows, columns)`` in grey: black -scale, white +scale.
+
+    An entry is ``wide`` x ``high`` pixels, a square if only one of those is given.
+    """
     levels = np.clip(127.5 * (1 + values / (scale or 1.0)), 0, 255).round().astype(int)
-    return "".join(
-        f'<rect x="{x + column * pixel:.1f}" y="{y + row * pixel:.1f}" width="{pixel:.2f}" '
-        f'height="{pixel:.2f}" fill="#{level:02x}{level:02x}{level:02x}"/>'
+    high = wide if high is None else high
+    squares = "".join(
+        f'<rect x="{x + column * wide:.1f}" y="{y + row * high:.1f}" width="{wide:.2f}" '
+        f'height="{high:.2f}" fill="#{level:02x}{level:02x}{level:02x}"/>'
         for (row, column), level in np.ndenumerate(levels)
     )
+    return f'<g shape-rendering="crispEdges">{squares}</g>'
 
 
 def curves(
@@ -45,7 +53,8 @@ def curves(
     y: float,
     width: float,
     height: float,
-    title: str,
+    across: str,
+    up: str,
 ) -> list[str]:
     """Named curves of positive points in a frame, both axes logarithmic, the names beside it.
 
@@ -56,7 +65,8 @@ def curves(
     points = np.maximum(points.reshape(-1, 2), 1e-9)
     parts = [
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="black"/>',
-        text(x + width / 2, y + height + 32, title, "middle"),
+        text(x + width / 2, y + height + 32, across, "middle"),
+        text(x, y - 6, up),
     ]
     if not len(points):
         return parts
@@ -68,16 +78,16 @@ def curves(
         return x + share[0] * width, y + (1 - share[1]) * height
 
     for axis in (0, 1):
-        for end, exponent in (
-            (0.0, low[axis]),
-            (0.5, low[axis] + span[axis] / 2),
-            (1.0, high[axis]),
-        ):
-            label = f"{10**exponent:.3g}"
+        for exponent in _ticks(float(low[axis]), float(span[axis])):
+            end, value = (exponent - low[axis]) / span[axis], 10**exponent
+            label = f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+            right, down = x + end * width, y + (1 - end) * height
             if axis == 0:
-                parts.append(text(x + end * width, y + height + 15, label, "middle"))
+                parts.append(f'<path d="M{right:.1f} {y}v{height}" stroke="#e4e4e4"/>')
+                parts.append(text(right, y + height + 15, label, "middle"))
             else:
-                parts.append(text(x - 4, y + (1 - end) * height + 4, label, "end"))
+                parts.append(f'<path d="M{x} {down:.1f}h{width}" stroke="#e4e4e4"/>')
+                parts.append(text(x - 4, down + 4, label, "end"))
     for index, name in enumerate(sorted(series)):
         colour, curve = COLOURS[index % len(COLOURS)], series[name]
         placed = [place(point) for point in curve]
@@ -93,6 +103,12 @@ def curves(
         )
         parts.append(text(x + width + 24, row, name))
     return parts
+
+
+def _ticks(low: float, span: float) -> list[float]:
+    """Exponents of 10 to mark: the whole ones, or both ends and the middle if there are few."""
+    whole = [float(e) for e in range(math.ceil(low), math.floor(low + span) + 1)]
+    return whole if len(whole) > 2 else [low, low + span / 2, low + span]
 
 
 def scatter(
