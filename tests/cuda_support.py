@@ -54,7 +54,7 @@ class Case:
 
     def __init__(self, workload: ConvWorkload, schedule: Schedule) -> None:
         g = workload.geometry
-        self.workload = workload
+        self.workload, self.schedule = workload, schedule
         rng = np.random.default_rng(0)
         x = rng.standard_normal((g.batch, g.in_channels, g.height, g.width)).astype("float32")
         weight = rng.standard_normal(g.weight_shape).astype("float32")
@@ -95,6 +95,15 @@ def source_of(programs: list[Program], arch: str) -> str:
         tvm_ffi.register_global_func(name, compiler, override=True)
     library = library.mod if hasattr(library, "mod") else library
     return library.imports[0].inspect_source()
+
+
+def launch_of(func: tvm.tirx.PrimFunc) -> tuple[list[int], list[int]]:
+    """Extents (x, y, z) of a kernel's blocks and of its grid, from the loops bound to them."""
+    axes = [f"{kind}.{axis}" for kind in ("threadIdx", "blockIdx") for axis in "xyz"]
+    extents = dict.fromkeys(axes, 1)
+    bound = re.findall(r'T\.thread_binding\((\d+), thread="(\w+\.\w)"', func.script())
+    extents.update((axis, int(extent)) for extent, axis in bound)
+    return [extents[axis] for axis in axes[:3]], [extents[axis] for axis in axes[3:]]
 
 
 def resources_of(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tvm
+from cuda_emulator import COMPILER, EmulatedPrograms
 from cuda_support import (
     LOOPS,
     SM80,
     SM90,
     Case,
+    launch_of,
     needs_nvcc,
     resources_of,
     run_on_host,
@@ -105,6 +107,18 @@ def test_kernels_as_loops_compute_the_convolution(geometry, schedule, steps) -> 
     assert error < max(TOLERANCE, kernels.error_bound(case.workload, schedule))
 
 
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not on the PATH")
+def test_kernels_as_threads_compute_the_convolution(tmp_path) -> None:
+    """The very CUDA source, its barriers, shared memory and tensor cores included, emulated."""
+    cases = [Case(ConvWorkload(geometry, 1, steps), s) for geometry, s, steps in CASES]
+    programs = [kernels.emit(case.workload, case.schedule, SM80) for case in cases]
+    emulated = EmulatedPrograms(programs, SM80.name, tmp_path)
+    for case, program in zip(cases, programs, strict=True):
+        error = relative_error(emulated.run(program, case.inputs), case.expected)
+        bound = max(TOLERANCE, kernels.error_bound(case.workload, case.schedule))
+        assert error < bound, (case.workload, case.schedule)
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_any_schedule_of_any_shape_computes_the_convolution(data) -> None:
@@ -152,7 +166,8 @@ def test_every_family_compiles_within_the_limits(tmp_path) -> None:
         assert len(found[arch.name]) == len(stages)
         for index, stage in enumerate(stages):
             used = found[arch.name][f"kernel{index}_kernel"]
-            threads, grid = _launch(stage.func)
+            block, grid = launch_of(stage.func)
+            threads = math.prod(block)
             assert used.spills == used.stack == 0, used
             assert used.registers <= REGISTERS_A_THREAD
             assert used.registers * threads <= arch.registers
@@ -168,21 +183,12 @@ def test_grids_stay_within_bounds_and_tiles_cover_the_map() -> None:
             for schedule in space[:4]:
                 program = kernels.emit(workload, schedule, SM80)
                 for stage in program.stages:
-                    threads, grid = _launch(stage.func)
+                    block, grid = launch_of(stage.func)
+                    threads = math.prod(block)
                     assert threads % 32 == 0 and threads <= MOST_THREADS
                     assert max(grid[1:]) <= MOST_BLOCKS_YZ
                     values = math.prod(program.shapes[stage.writes])
                     assert threads * math.prod(grid) * 64 >= values
-
-
-def _launch(func) -> tuple[int, list[int]]:
-    """Threads of a block and the grid, from the loops bound to them."""
-    extents = dict.fromkeys(("blockIdx.x", "blockIdx.y", "blockIdx.z"), 1)
-    bound = re.findall(r'T\.thread_binding\((\d+), thread="(\w+\.\w)"', func.script())
-    for extent, axis in bound:
-        extents[axis] = int(extent)
-    threads = math.prod(n for axis, n in extents.items() if axis.startswith("threadIdx"))
-    return threads, [extents[f"blockIdx.{axis}"] for axis in "xyz"]
 
 
 @settings(max_examples=50, deadline=None)
