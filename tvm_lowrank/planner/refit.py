@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,9 @@ from tvm_lowrank.planner.segments import Segments, State
 _WORK = 2e12
 _BYTES = 2 << 30
 _FEWEST = 64
+# Samples that are always enough if they give so many equations for each unknown.
+_ENOUGH = 512
+_PLENTY = 24
 # Ridge of the regression, as a share of the mean variance of the inputs: unknowns over equations
 # within these bounds.
 _PULL = (0.01, 0.1)
@@ -69,9 +73,9 @@ def refit(
         so are candidates that were fitted to the weights alone.
     """
     layers = segments.layers
-    inputs = inputs[: affordable(segments, len(inputs))]
     done = dict(choice)
     wanted = _wanted(layers, choice)
+    inputs = inputs[: affordable(segments, min(len(inputs), _plenty(layers, wanted)))]
     changed = [
         index
         for index, layer in enumerate(layers)
@@ -101,6 +105,16 @@ def affordable(segments: Segments, samples: int) -> int:
     # Two networks, before and after a layer.
     by_bytes = _BYTES // max(1, 4 * segments.bytes_alive(segments.batch) // segments.batch)
     return min(samples, max(_FEWEST, min(by_work, by_bytes)))
+
+
+def _plenty(layers: Sequence[ConvLayer], wanted: Sequence[int]) -> int:
+    """Samples of which more would hardly change what the regressions of these layers find."""
+    most = float(_ENOUGH)
+    for layer in (layers[index] for index in wanted):
+        if layer.geometry is not None and not layer.fully_connected:
+            positions = min(POSITIONS, layer.geometry.out_height * layer.geometry.out_width)
+            most = max(most, _PLENTY * _patch(layer) / positions)
+    return math.ceil(most)
 
 
 def _wanted(layers: Sequence[ConvLayer], choice: Choice) -> list[int]:
