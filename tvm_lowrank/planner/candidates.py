@@ -32,6 +32,10 @@ WIDEST = 8192
 # best there are fitted at their other ranks.
 _PROBE_TIME = 0.5
 _FORMS_FITTED = 3
+# Layers whose outputs read more inputs take these forms alone, where one can be faster: fitting the
+# others takes minutes there.
+_WIDE = 2048
+_QUICKLY_FITTED = ("separable", "linear_combination", "tucker2", "svd")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +136,9 @@ def propose(
                 priced.append(_Priced(rank, stages, predicted, extra))
         if priced:
             plausible[name] = sorted(priced, key=lambda p: p.microseconds)
+    quick = {name: priced for name, priced in plausible.items() if name in _QUICKLY_FITTED}
+    if quick and weight[0].size > _WIDE:
+        plausible = quick
     fits = {
         name: _Fit(layer, moments, FORMS[name].fitter(exact, geometry, moments, refine=False), name)
         for name in plausible
