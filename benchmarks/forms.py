@@ -209,7 +209,7 @@ def section(name: str, found: list[Row]) -> str:
     ]
     for row in found:
         lines.append(f"| {row.layer} | {row.shape} | {_cells(names, row.errors)} |")
-        if row.by_pixel:
+        if row.by_pixel not in ({}, row.errors):
             lines.append(f"| {row.layer} | by pixel | {_cells(names, row.by_pixel)} |")
     return "\n".join([*lines, "", _clustering(found), ""])
 
@@ -245,12 +245,35 @@ def _clustering(found: list[Row]) -> str:
     ]
     if not ratios:
         return "No layer of this network has groups to compare."
-    better = sum(r < 0.99 for r in ratios)
+    better, worse = sum(r < 0.99 for r in ratios), sum(r > 1.01 for r in ratios)
     return (
         f"Clustered channels against contiguous slices: error {np.median(ratios):.2f} times as "
         f"large in the median of {len(ratios)} cases ({min(ratios):.2f} to {max(ratios):.2f}), "
-        f"lower by more than 1 % in {better}."
+        f"lower by more than 1 % in {better}, higher in {worse}."
     )
+
+
+def overall(found: list[Row]) -> str:
+    """Which forms are best on the layers of all networks that have more than one tap."""
+    found = [row for row in found if len(row.errors) > 1]
+    lines = [f"Of {len(found)} layers with kernels larger than 1x1:", ""]
+    for index, share in enumerate(("1/4", "1/2")):
+        best: dict[str, int] = {}
+        ratios = []
+        for row in found:
+            errors = {n: e[index] for n, e in row.errors.items() if e[index]}
+            winner = min(errors, key=lambda name: errors[name])
+            best[winner] = best.get(winner, 0) + 1
+            dense = [errors[name] for name in ("separable", "tucker2") if name in errors]
+            ratios += [min(dense) / errors[winner]] if dense else []
+        names = sorted(best, key=lambda name: -best[name])
+        lines.append(
+            f"- At {share} of the operations "
+            + ", ".join(f"{HEADINGS.get(n, n)} loses least on {best[n]}" for n in names)
+            + f". The better of `separable` and Tucker-2 loses {np.median(ratios):.1f} times as "
+            "much as the best in the median."
+        )
+    return "\n".join([*lines, f"- {_clustering(found)}", ""])
 
 
 def write(name: str, text: str) -> None:
@@ -265,6 +288,11 @@ def write(name: str, text: str) -> None:
     if (places := len(re.findall(pattern, page, re.S))) != 1:
         raise NoPlace(f"{PAGE.name} has {places} places for {name}; one was expected")
     PAGE.write_text(re.sub(pattern, lambda _: begin + text + end, page, flags=re.S))
+
+
+def log_of(network: Network) -> Path:
+    """Where the layers of a network are put down as they are done."""
+    return ROOT / "build" / "forms" / f"{network.name}.jsonl"
 
 
 def finished(log: Path, samples: int, refined: int) -> list[Row]:
@@ -283,7 +311,7 @@ def run(network: Network, options: argparse.Namespace) -> None:
     others = shuffled[count : 2 * count] if final is None else final[0][:count]
     mod = normalise(load_model(network.model))
     layers = collect_layers(mod)
-    log = ROOT / "build" / "forms" / f"{network.name}.jsonl"
+    log = log_of(network)
     log.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
         log.unlink(missing_ok=True)
@@ -330,6 +358,10 @@ def main() -> int:
         except NoPlace as error:
             print(f"error: {error}")
             return 2
+    logs = sorted(log_of(network).parent.glob("*.jsonl"))
+    found = [Row(**json.loads(line)) for log in logs for line in log.read_text().splitlines()]
+    if any(len(row.errors) > 1 for row in found):
+        write("overall", overall(found))
     return 0
 
 

@@ -211,12 +211,12 @@ class _Fitter(Fitter):
             found = bicluster(self._weight, (n, m), moments=self._moments, seed=self._seed)
         order_in, order_out = order_of(found.inputs), order_of(found.outputs)
         members = order_in.reshape(n, -1)
-        groups = [self._weight[outputs] for outputs in order_out.reshape(m, -1)]
+        groups = order_out.reshape(m, -1)
         if self._form.separable:
             blocks = self._separable(groups, found.inputs, members, k)
         else:
-            budget = POLISH_BUDGET / m * self._refine
-            blocks = [self._terms(group, found.inputs, members, k, budget) for group in groups]
+            weights, budget = self._weight[groups], POLISH_BUDGET / m * self._refine
+            blocks = [self._terms(own, found.inputs, members, k, budget) for own in weights]
         # Each block's chain has its channels by group of inputs; the first stages of all blocks
         # are brought together by group of inputs, the last one by group of outputs.
         by_inputs = np.concatenate([np.arange(n * m * k).reshape(m, n, k)[:, g] for g in range(n)])
@@ -260,18 +260,17 @@ class _Fitter(Fitter):
         return [reduced[:, :, None, None], *spatial, outputs[:, :, None, None]]
 
     def _separable(
-        self, groups: list[Array], labels: np.ndarray, members: np.ndarray, k: int
+        self, groups: np.ndarray, labels: np.ndarray, members: np.ndarray, k: int
     ) -> list[list[Array]]:
         """SVD of each block in whitened columns; the horizontal factor, and the polish, jointly."""
-        _, c, x, y = groups[0].shape
+        f, c, x, y = self._weight.shape
         moments = self._moments or self._identity
         assert moments is not None
-        columns = [weight.reshape(-1, c * x, y) for weight in groups]
-        shared = SharedBasis(columns[0], moments, np.repeat(labels, x))
-        blocks = []
-        for weight in columns:
-            refine = self._refine and self._moments is not None
-            basis, horizontal = shared.of(weight).fit_blocks(k, refine)
+        whole = self._weight.reshape(f, c * x, y)
+        shared = SharedBasis(whole, moments, np.repeat(labels, x))
+        refine, blocks = self._refine and self._moments is not None, []
+        for outputs in groups:
+            basis, horizontal = shared.of(outputs).fit_blocks(k, refine)
             vertical = [
                 rows[:, inputs]
                 for rows, inputs in zip(basis.reshape(-1, k, c, x), members, strict=True)

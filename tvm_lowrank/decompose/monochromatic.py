@@ -172,7 +172,7 @@ class _Fitter(Fitter):
         self._shared = SharedBasis(self._weight.reshape(f, c, x * y), self._moments)
 
     def fit(self, rank: Rank) -> list[Array]:
-        f, c, x, y = self._shape
+        f, _, x, y = self._shape
         groups, directions, *middle = self._form._parts(rank, self._shape)
         labels = np.arange(f)
         if groups < f:
@@ -181,8 +181,7 @@ class _Fitter(Fitter):
         colours, spatial, columns = [], [], []
         for members in order.reshape(groups, -1):
             size = len(members)
-            part = self._weight[members]
-            shared = self._shared.of(part.reshape(size, c, x * y))
+            shared = self._shared.of(members)
             basis, core, _ = shared.fit(directions, None, self._refine, REFINE_BUDGET / groups)
             if middle:
                 seen = seen_through(self._moments, basis, x * y)

@@ -76,22 +76,25 @@ class SharedBasis:
         # Features are whitened by L: x = L z. The search runs in coordinates of z.
         self._lower = np.linalg.cholesky(shared)
         self._unwhitening = np.linalg.inv(self._lower)
-        self._read(weight)
+        flat = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(len(weight), size)
+        self._read(flat, flat @ self._covariance)
 
-    def of(self, weight: Array) -> SharedBasis:
-        """The regression for another weight ``(F', p, q)`` under the same moments."""
+    def of(self, outputs: np.ndarray) -> SharedBasis:
+        """The regression for some of the weight's outputs alone."""
         other = copy(self)
-        other._read(weight)
+        other._read(self._flat[outputs], self._weighted[outputs])
         return other
 
-    def _read(self, weight: Array) -> None:
-        self.outputs = len(weight)
-        flat = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(self.outputs, -1)
-        self._weighted = flat @ self._covariance
-        self._energy = float(np.sum(self._weighted * flat))
-        unfolded = flat.reshape(-1, self.width) @ self._lower
-        self._unfolded = unfolded.T @ unfolded
-        self._directions = np.linalg.eigh(self._unfolded)[1][:, ::-1]
+    def _read(self, flat: Array, weighted: Array) -> None:
+        """Take a weight ``(outputs, D)``, tap-major, and its product with the covariance."""
+        self.outputs, self._flat, self._weighted = len(flat), flat, weighted
+        self._energy = float(np.sum(weighted * flat))
+        rows = flat.reshape(-1, self.width) @ self._lower
+        self._unfolded = rows.T @ rows
+        if len(rows) < self.width:
+            self._directions = np.linalg.svd(rows)[2].T
+        else:
+            self._directions = np.linalg.eigh(self._unfolded)[1][:, ::-1]
 
     def fit(
         self,
