@@ -106,7 +106,7 @@ class Segments:
 
     def values(self, state: State, name: str) -> np.ndarray:
         """One of the values that are alive, of all samples."""
-        return np.concatenate([values[name].numpy() for values in state])
+        return np.concatenate([np.from_dlpack(values[name]) for values in state])
 
     def bytes_alive(self, samples: int) -> int:
         """The most memory that a state of so many samples takes."""
