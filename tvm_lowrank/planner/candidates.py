@@ -32,8 +32,6 @@ WIDEST = 8192
 # best there are fitted at their other ranks.
 _PROBE_TIME = 0.5
 _FORMS_FITTED = 3
-# Candidates of a layer that are measured at most where a cost model guides.
-_GUIDED = 6
 # Layers whose outputs read more inputs take these forms alone, where one can be faster: fitting the
 # others takes minutes there.
 _WIDE = 2048
@@ -221,7 +219,7 @@ def confirm(
         candidates = _worth_measuring(candidates, times, dense)
     elif timer.guide is not None:
         times = [timer.expected(c.stages) + c.extra_us for c in candidates]
-        candidates = _thin(_worth_measuring(candidates, times, dense), _GUIDED)
+        candidates = _worth_measuring(candidates, times, dense)
     timer.measure_all((w for c in candidates for w in timer.workloads(c.stages)), brief=True)
     faster: list[Candidate] = []
     # The least errors first: what loses more has to be faster than these.
