@@ -182,23 +182,37 @@ def test_without_nvcc_one_sentence_says_what_to_install(tmp_path, monkeypatch, c
 
 @needs_nvcc
 @needs_no_gpu
-def test_tune_without_a_gpu_predicts_says_so_and_exports(small, tmp_path, capsys) -> None:
+def test_tune_without_a_gpu_predicts_says_so_and_exports(tmp_path, capsys) -> None:
+    """A plan of factors and tensor cores, chosen by predicted times, as machine code."""
     import onnx
 
-    onnx.save(small, tmp_path / "net.onnx")
-    inputs = np.random.default_rng(0).standard_normal((40, 3, 18, 18)).astype(np.float32)
+    g = Graph(1, 16, 28, 28)
+    x = g.op("Relu", g.conv("x", 16, 128, size=1))
+    rng = np.random.default_rng(1)
+    thin, core = rng.standard_normal((128, 16)), rng.standard_normal((16, 128, 3, 3))
+    weight = g.constant(np.einsum("fk,kcxy->fcxy", thin, core) / 150)
+    x = g.op("Conv", x, weight, g.constant(rng.standard_normal(128)), pads=[1] * 4)
+    x = g.op("Flatten", g.op("GlobalAveragePool", g.op("Relu", x)))
+    dense = g.constant(rng.standard_normal((128, 10)))
+    g.out = g.op("Gemm", x, dense, g.constant(rng.standard_normal(10)))
+    model = onnx.shape_inference.infer_shapes(g.model(g.out))
+    onnx.save(model, tmp_path / "net.onnx")
+    inputs = rng.standard_normal((40, 16, 28, 28)).astype(np.float32)
     np.savez(tmp_path / "data.npz", inputs=inputs)
     out = tmp_path / "out"
     command = [str(tmp_path / "net.onnx"), "--data", str(tmp_path / "data.npz"), "-o", str(out)]
-    command += ["--forms", "dense,tucker2", "--algorithms", "direct", "--max-drop", "50"]
+    command += ["--forms", "dense,tucker2", "--algorithms", "direct,tf32", "--max-drop", "50"]
     assert tune.main([*command, "--target", "cuda:sm_90"]) == 0
     said = capsys.readouterr()
     notes = [line for line in said.err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1 and "cost model" in notes[0] and "not measured" in notes[0]
+    assert "without the rounding of tf32 kernels" in said.err
     assert "PREDICTED" in said.out and "medians" not in said.out
     plan = Plan.load(out / "plan.json")
     assert plan.result["predicted"] and plan.result["runs"] == 0
     assert plan.result["samples"] > 0
+    (rewritten,) = plan.rewritten
+    assert rewritten.form == "tucker2" and "tf32" in rewritten.algorithms
     assert architectures_in(out / "model.so") == Counter({"sm_90": 1})
     assert not (out / "records.jsonl").exists(), "a prediction is no record"
 

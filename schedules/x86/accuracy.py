@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+from .workload import ConvWorkload
 
 # Half the distance of float32 values around 1: the most that one rounding adds, relatively.
 _ROUNDING = 2.0**-24
@@ -18,3 +21,9 @@ def stated_error(terms: float, amplification: float = 1.0) -> float:
     worst case. ``amplification`` is that of transforms around the sums.
     """
     return _ROUNDING * amplification * (_FURTHER_ROUNDINGS + math.sqrt(terms))
+
+
+def direct_error(workload: ConvWorkload, schedule: Any) -> float:
+    """`stated_error` of a convolution by its definition, whatever the schedule."""
+    _, channels, rows, columns = workload.geometry.weight_shape
+    return stated_error(channels * rows * columns)

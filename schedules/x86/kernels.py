@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tvm_lowrank.schedules.family import KernelFamily
 
 from . import (
@@ -17,17 +15,11 @@ from . import (
     winograd_schedule,
     winograd_space,
 )
-from .accuracy import stated_error
+from .accuracy import direct_error
 from .depthwise import DepthwiseSchedule
 from .fft_schedule import FFTSchedule
 from .winograd_schedule import WinogradSchedule
-from .workload import ConvSchedule, ConvWorkload
-
-
-def _direct_error(workload: ConvWorkload, schedule: Any) -> float:
-    _, channels, rows, columns = workload.geometry.weight_shape
-    return stated_error(channels * rows * columns)
-
+from .workload import ConvSchedule
 
 FAMILIES: dict[str, KernelFamily] = {
     ConvSchedule.kernel: KernelFamily(
@@ -37,7 +29,7 @@ FAMILIES: dict[str, KernelFamily] = {
         convolution.emit,
         packing.pack_weights,
         ConvSchedule.from_json,
-        _direct_error,
+        direct_error,
     ),
     DepthwiseSchedule.kernel: KernelFamily(
         "direct",
@@ -46,7 +38,7 @@ FAMILIES: dict[str, KernelFamily] = {
         depthwise.emit,
         depthwise.pack,
         DepthwiseSchedule.from_json,
-        _direct_error,
+        direct_error,
     ),
     WinogradSchedule.kernel: KernelFamily(
         "winograd",

@@ -115,7 +115,7 @@ class PredictingBench:
         return verify.run_all(network_of(compile_module(module, host)), inputs, self.batch)
 
     def race(self, entries: Sequence[tuple[Plan, Path]]) -> list[verify.Latency]:
-        """Latencies of convolutions alone; they count no runs."""
+        """Latencies of convolutions and dense layers alone; they count no runs."""
         return [self._latency(plan) for plan, _ in entries]
 
     def _latency(self, plan: Plan) -> verify.Latency:

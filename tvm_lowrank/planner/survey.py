@@ -16,7 +16,6 @@ from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.candidates import Candidate, confirm, confirm_memory, forms_for, propose
 from tvm_lowrank.planner.options import Options
 from tvm_lowrank.schedules.kernels import algorithm_of
-from tvm_lowrank.schedules.x86.isa import VectorISA
 
 # Told the stage, how many of its steps are done, and how many there are.
 Report = Callable[[str, int, int], None]
@@ -62,8 +61,6 @@ class Survey:
             reason, geometry = layer.reason, layer.geometry
             if reason is None and geometry is not None:
                 reason = self.timer.refuse([geometry])
-            if layer.fully_connected and not isinstance(self.timer.isa, VectorISA):
-                reason = "fully connected layers have no kernels here for this target"
             if reason:
                 self.reasons[layer.name] = reason
             elif geometry is not None:

@@ -98,7 +98,7 @@ def summary(plan: Plan) -> str:
     how += f"{plan.threads} threads"
     if not result["runs"]:
         source = "PREDICTED by a model and not measured" if result["predicted"] else "measured"
-        how = f"convolutions alone, {source}, batch {result['batch']}"
+        how = f"convolutions and dense layers alone, {source}, batch {result['batch']}"
     lines.append(
         f"latency   {result['latency_before_ms']:.3f} ms -> {result['latency_after_ms']:.3f} ms "
         f"({result['speedup']:.2f}x; {how}; before: as it is, in tuned direct kernels)"
