@@ -6,6 +6,8 @@ OUT ?= out
 # Optional: `make test TORCH=torch` also runs the tests that need PyTorch, `make compare TORCH=torch`
 # compares with it.
 TORCH ?=
+# Test files that run side by side; each compiles on one core and runs kernels on two.
+JOBS ?= 2
 
 .PHONY: demo test lint results compare clean
 
@@ -13,7 +15,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m tvm_lowrank.tune -o $(OUT)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

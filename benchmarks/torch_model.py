@@ -217,11 +217,13 @@ def _flatten(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
     return to.call(torch.flatten, to.value(node.input[0]), attributes.get("axis", 1))
 
 
+def _reshaped(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor in another shape; 0 copies the extent at its place, as in ONNX."""
+    return x.reshape([x.shape[i] if extent == 0 else extent for i, extent in enumerate(shape)])
+
+
 def _reshape(to: _Converter, node: Any, _attributes: Attributes) -> fx.Node:
-    shape = tuple(to.array(node.input[1]).tolist())
-    if 0 in shape:
-        raise ValueError("Reshape that copies extents is not converted")
-    return to.call(torch.reshape, to.value(node.input[0]), shape)
+    return to.call(_reshaped, to.value(node.input[0]), tuple(to.array(node.input[1]).tolist()))
 
 
 def _unsqueeze(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
@@ -241,6 +243,19 @@ def _pad(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
     pads = to.array(node.input[1]).tolist()
     fill = float(to.array(node.input[2])) if len(node.input) > 2 and node.input[2] else 0.0
     return to.call(F.pad, to.value(node.input[0]), _pairs(tuple(pads)), "constant", fill)
+
+
+def _slice(to: _Converter, node: Any, _attributes: Attributes) -> fx.Node:
+    if len(node.input) < 4:
+        raise ValueError("Slice is converted only with its axes as an input")
+    starts, ends, axes = (to.array(name).tolist() for name in node.input[1:4])
+    steps = to.array(node.input[4]).tolist() if len(node.input) > 4 else [1] * len(axes)
+    if min(axes) < 0 or min(steps) < 1:
+        raise ValueError("Slice of axes counted from the end, or backwards, is not converted")
+    index = [slice(None)] * (max(axes) + 1)
+    for axis, *bounds in zip(axes, starts, ends, steps, strict=True):
+        index[axis] = slice(*bounds)
+    return to.call(operator.getitem, to.value(node.input[0]), tuple(index))
 
 
 def _transpose(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
@@ -280,6 +295,7 @@ _CONVERTERS: dict[str, Callable[[_Converter, Any, Attributes], Any]] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
     "Pad": _pad,
+    "Slice": _slice,
     "Softmax": _softmax,
     "Dropout": _identity,
     "Identity": _identity,

@@ -149,7 +149,7 @@ def test_the_torch_conversion_equals_onnx_runtime(small, model):
     assert relative(outputs, reference(model, x)) < 1e-5
 
 
-def test_the_torch_conversion_pads_and_adds_axes(tmp_path):
+def test_the_torch_conversion_pads_slices_and_adds_axes(tmp_path):
     torch = pytest.importorskip("torch")
     from torch_model import load_torch
 
@@ -158,12 +158,17 @@ def test_the_torch_conversion_pads_and_adds_axes(tmp_path):
         "axes": np.array([1, 3]),
         "pads": np.array([0, 0, 2, 1, 0, 0, 0, 3]),
         "fill": np.array(0.5, np.float32),
+        "starts": np.array([1, 0]),
+        "ends": np.array([-1, 2**31 - 1]),
+        "sliced": np.array([3, 1]),
+        "steps": np.array([2, 3]),
         "weight": rng.standard_normal((4, 1, 3, 2)).astype(np.float32),
     }
     nodes = [
         onnx.helper.make_node("Unsqueeze", ["x", "axes"], ["planes"]),
         onnx.helper.make_node("Pad", ["planes", "pads", "fill"], ["padded"]),
-        onnx.helper.make_node("Conv", ["padded", "weight"], ["y"], pads=[1, 0, 0, 2]),
+        onnx.helper.make_node("Conv", ["padded", "weight"], ["all"], pads=[1, 0, 0, 2]),
+        onnx.helper.make_node("Slice", ["all", "starts", "ends", "sliced", "steps"], ["y"]),
     ]
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
