@@ -110,10 +110,11 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         report=report,
     )
     end = time.perf_counter()
-    # What was built with no form changed; the plan's own library where that won.
-    built = [folder / "dense.so", folder / "original.so", folder / "model.so"]
-    shutil.copy(next(path for path in built if path.exists()), folder / "lossless.so")
-    for path in (*built[:2], *folder.glob("attempt*.so")):
+    # What was built with no form changed: the plan's own library where no form won.
+    built = [folder / "dense.so", folder / "original.so"]
+    kept = [path for path in built if plan.transformed and path.exists()]
+    shutil.copy([*kept, folder / "model.so"][0], folder / "lossless.so")
+    for path in (*built, *folder.glob("attempt*.so")):
         path.unlink(missing_ok=True)
     plan.save(folder / "plan.json")
     (folder / "curve.svg").write_text(draw_curve(plan), encoding="utf-8")
