@@ -61,7 +61,7 @@ class _Folder(Rewriter):
         self.gone: set[Any] = set()
         self.left: dict[Any, np.ndarray] = {}
         for var, value in self.made.items():
-            order = self._order(value)
+            order = self._order(var, value)
             if order is None:
                 continue
             identity = np.array_equal(order, np.arange(len(order)))
@@ -87,14 +87,15 @@ class _Folder(Rewriter):
         ]
         return self.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
 
-    def _order(self, value: Any) -> np.ndarray | None:
-        if op_name(value) != "nn.conv2d" or not is_constant(value.args[1]):
+    def _order(self, var: Any, value: Any) -> np.ndarray | None:
+        """The order that a convolution is, with those already folded into it, or None."""
+        if op_name(value) != "nn.conv2d" or (weight := self._array(var, 1)) is None:
             return None
         attrs = value.attrs
         plain = all(int(s) == 1 for s in attrs.strides) and not any(int(p) for p in attrs.padding)
         if not plain or attrs.data_layout != "NCHW" or attrs.kernel_layout != "OIHW":
             return None
-        return channel_order(constant_array(value.args[1]))
+        return channel_order(weight)
 
     def _down(self, var: Any, order: np.ndarray) -> bool:
         """Fold into what reads ``var``; True and the edits noted only if the path is free."""

@@ -10,6 +10,7 @@ from tensorly import cp_to_tensor
 from tensorly.decomposition import parafac
 from tvm import relax
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
+from tvm_lowrank.passes.fold_orders import FoldOrders
 
 from tvm_lowrank.decompose import FORMS, Bicluster, cp, k_subspaces, partition, relative_error
 from tvm_lowrank.geometry import ConvGeometry
@@ -80,6 +81,40 @@ def test_orders_vanish_between_dense_layers(name, rank):
     )(mod)
     inputs = random.normal(size=(1, 5, 9, 9)).astype(np.float32)
     assert relative(run(rewritten, inputs), run(whole, inputs)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("second", "inputs"), [([1, 2, 3, 0, 5, 4], 6), (range(6), 3)], ids=["folds too", "is none"]
+)
+def test_an_order_folds_into_the_next_order_through_a_depthwise_layer(second, inputs):
+    rng = np.random.default_rng(3)
+    weights = {
+        "first": rng.standard_normal((6, 6, 1, 1)),
+        "order": np.eye(6)[[2, 0, 1, 5, 3, 4]].reshape(6, 6, 1, 1),
+        "depthwise": rng.standard_normal((6, 1, 3, 3)),
+        "next_order": np.eye(6)[list(second)].reshape(6, 6, 1, 1),
+        "last": rng.standard_normal((4, inputs, 1, 1)),
+    }
+    build = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, 6, 5, 4), "float32"))
+    with build.function("main", [x]):
+        with build.dataflow():
+            value = x
+            for name, weight in weights.items():
+                conv = relax.op.nn.conv2d(
+                    build.emit(relax.op.nn.relu(value)) if name == "depthwise" else value,
+                    relax.const(weight.astype(np.float32)),
+                    padding=weight.shape[2] // 2,
+                    groups=6 // weight.shape[1],
+                )
+                value = build.emit(conv)
+            value = build.emit_output(value)
+        build.emit_func_output(value)
+    mod = build.get()
+    folded = FoldOrders()(mod)
+    data = rng.standard_normal((1, 6, 5, 4)).astype(np.float32)
+    assert relative(run(folded, data), run(mod, data)) < 1e-6
+    assert operators(folded)["nn.conv2d"] < operators(mod)["nn.conv2d"]
 
 
 def test_cp_is_as_good_as_tensorly():

@@ -147,7 +147,7 @@ def test_candidates_keep_fewer_weights_and_none_is_slower(bench):
     dense = Candidate("dense", 0, (layer.geometry,), (layer.weight,), layer.bias, 0, 9, 10)
     tried = [candidate(layer, rank) for rank in (4, 8, 16, 32)]
     times = {4: 3.0, 8: 11.0, 16: 10.0, 32: 5.0}
-    timer = SimpleNamespace(chain=lambda stages: times[stages[0].out_channels])
+    timer = SimpleNamespace(within=lambda stages, _limit: times[stages[0].out_channels])
     found = confirm_memory(tried, dense, timer, gigabytes=2.0)
     assert [c.rank for c in found] == [4, 16, 32, 0]  # 8 is slower than dense
     assert [c.cost_us for c in found] == [4 * c.weight_count / 2e3 for c in found]
