@@ -185,6 +185,6 @@ class Survey:
                 options[layer.name] = found
             else:
                 none = "smaller and no slower" if layer.fully_connected else "faster"
-                self.reasons[layer.name] = reason or f"no candidate measured {none}"
+                self.reasons[layer.name] = reason or f"no candidate is {none}"
             self.report("fitting and measuring forms", done + 1, len(eligible))
         return options
