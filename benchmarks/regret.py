@@ -184,8 +184,8 @@ def _judge(
 
 def _operations(isa: VectorISA) -> Score:
     def score(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        works = [work_of(workload, schedule, isa.lanes) for schedule in schedules]
-        return np.array([2 * work.products + work.transforms for work in works])
+        works = [work_of(workload, schedule, isa) for schedule in schedules]
+        return np.array([work.operations for work in works])
 
     return score
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from .effort import Effort
 from .x86.workload import ConvWorkload
 
 
@@ -61,7 +62,8 @@ class KernelFamily:
     - ``read(json)``: the inverse of the schedule's ``to_json``;
     - ``error_bound(workload, schedule)``: the stated max|error| / max|result| without an epilogue,
       for standard-normal data;
-    - ``predict(workload, schedule, machine)``: microseconds by a model, for machines that have one.
+    - ``predict(workload, schedule, machine)``: microseconds by a model, for machines that have one;
+    - ``effort(workload, schedule, machine)``: what it asks of core and memory, where it is counted.
     """
 
     algorithm: str
@@ -72,3 +74,4 @@ class KernelFamily:
     read: Callable[[Mapping[str, Any]], Any]
     error_bound: Callable[[ConvWorkload, Any], float]
     predict: Callable[[ConvWorkload, Any, Any], float] | None = None
+    effort: Callable[[ConvWorkload, Any, Any], Effort] | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from tvm import tirx
+from tvm_lowrank.schedules.effort import Effort
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -254,8 +256,32 @@ def _emit_line(
         column(kw, pixels)
 
 
+def effort(workload: ConvWorkload, schedule: DepthwiseSchedule, isa: VectorISA) -> Effort:
+    """What a schedule asks for; see `Effort`."""
+    geometry = workload.geometry
+    maps, taps = -(-geometry.in_channels // isa.lanes), math.prod(geometry.kernel)
+    bands = -(-geometry.out_height // schedule.rows)
+    pixels = bands * schedule.rows * geometry.out_width
+    return Effort(
+        multiplications=float(geometry.batch * maps * isa.lanes * pixels * taps),
+        operations=0.0,
+        products=geometry.batch * maps * _map_cycles(geometry, schedule, isa),
+        transforms=0.0,
+        weight_bytes=4.0 * maps * isa.lanes * taps,
+        tasks=geometry.batch * maps * bands,
+    )
+
+
 def _cycles(geometry: ConvGeometry, schedule: DepthwiseSchedule, isa: VectorISA) -> float:
     """Cycles of a map on a core with two multiply-add units, with the threads' imbalance."""
+    bands = -(-geometry.out_height // schedule.rows)
+    tasks = geometry.batch * -(-geometry.in_channels // isa.lanes) * bands
+    imbalance = sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)
+    return _map_cycles(geometry, schedule, isa) * imbalance
+
+
+def _map_cycles(geometry: ConvGeometry, schedule: DepthwiseSchedule, isa: VectorISA) -> float:
+    """Cycles of a vector of maps on a core with two multiply-add units."""
     rows, columns = geometry.kernel
     # Lines of the input that the rows of a tile read together.
     lines = len(
@@ -282,8 +308,7 @@ def _cycles(geometry: ConvGeometry, schedule: DepthwiseSchedule, isa: VectorISA)
     if any(sides):
         padded = pad_geometry(geometry, sides)
         cycles += 2 * padded.height * padded.width
-    tasks = geometry.batch * -(-geometry.in_channels // isa.lanes) * bands
-    return cycles * sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)
+    return cycles
 
 
 def _expr(value: Index) -> tirx.Expr:

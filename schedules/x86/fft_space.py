@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tvm_lowrank.schedules.effort import Effort
+
 from .fft_schedule import (
     LONG_TILES,
     TILES,
@@ -24,7 +26,6 @@ from .tile_costs import (
     BLOCK_OVERHEAD,
     CYCLES_PER_PLACE,
     NEAR_BYTES,
-    exchange_cycles,
     loads_per_cycle,
     parallel_cycles,
     ranked,
@@ -166,15 +167,42 @@ def _of_reals(axis: Axis) -> float:
     return operations / 2 + _CYCLES_PER_VALUE * size
 
 
+def effort(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> Effort:
+    """What a schedule asks for; see `Effort`."""
+    grid = grid_of(workload, schedule, isa)
+    geometry, rows = grid.geometry, grid.blocks * grid.rows
+    channels, operations = geometry.in_channels // geometry.groups * grid.terms, 0.0
+    vectors = geometry.groups * -(-geometry.out_channels // geometry.groups // isa.lanes)
+    size = math.prod(axis.points for axis in grid.axes)
+    # A real transform in half of the 5 n log2 n operations of a complex one.
+    for maps in (geometry.in_channels * grid.terms, geometry.out_channels):
+        operations += 2.5 * rows * maps * size * math.log2(size)
+    products, tasks = 0.0, -(-grid.blocks // schedule.blocks) if schedule.blocks else 0
+    of_pair = 3 if grid.gauss else 4
+    if is_depthwise(geometry):
+        tasks = -(-geometry.in_channels // isa.lanes)
+        vectors = tasks
+        products = rows * grid.terms * tasks * (grid.reals + of_pair * grid.pairs)
+    else:
+        products = _product_cycles(workload, schedule, isa)
+    stages = 1 if tasks else 4
+    return Effort(
+        multiplications=float(
+            rows * channels * vectors * isa.lanes * (grid.reals + of_pair * grid.pairs)
+        ),
+        operations=operations,
+        products=float(products),
+        transforms=_transform_cycles(workload, schedule, isa),
+        weight_bytes=4.0 * grid.slots * channels * geometry.out_channels,
+        weight_reads=1.0 if is_depthwise(geometry) else float(max(1, tasks)),
+        # What one thread transforms, another multiplies: it goes through the shared cache.
+        exchange_bytes=0.0 if tasks else float(grid.blocks * _scratch(grid)),
+        task_bytes=float(schedule.blocks * _scratch(grid)),
+        tasks=tasks or (grid.reals + grid.pairs) * (vectors // schedule.vectors),
+        stages=stages,
+    )
+
+
 def _cycles(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> float:
     """Cycles times threads, averaged over some numbers of threads."""
-    grid = grid_of(workload, schedule, isa)
-    product = _product_cycles(workload, schedule, isa)
-    transforms = _transform_cycles(workload, schedule, isa)
-    channels = grid.geometry.in_channels // grid.geometry.groups * grid.terms
-    weights = 4 * grid.slots * channels * grid.geometry.out_channels
-    tasks = -(-grid.blocks // schedule.blocks) if schedule.blocks else 0
-    if not tasks:
-        # What one thread transforms, another multiplies: it goes through the shared cache.
-        transforms += exchange_cycles(grid.blocks * _scratch(grid))
-    return parallel_cycles(product, transforms, weights, tasks, stages=4)
+    return parallel_cycles(effort(workload, schedule, isa))

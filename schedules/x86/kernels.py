@@ -11,6 +11,7 @@ from . import (
     fft_schedule,
     fft_space,
     packing,
+    space,
     winograd,
     winograd_schedule,
     winograd_space,
@@ -30,6 +31,7 @@ FAMILIES: dict[str, KernelFamily] = {
         packing.pack_weights,
         ConvSchedule.from_json,
         direct_error,
+        effort=space.effort,
     ),
     DepthwiseSchedule.kernel: KernelFamily(
         "direct",
@@ -39,6 +41,7 @@ FAMILIES: dict[str, KernelFamily] = {
         depthwise.pack,
         DepthwiseSchedule.from_json,
         direct_error,
+        effort=depthwise.effort,
     ),
     WinogradSchedule.kernel: KernelFamily(
         "winograd",
@@ -48,6 +51,7 @@ FAMILIES: dict[str, KernelFamily] = {
         winograd.pack,
         WinogradSchedule.from_json,
         winograd_schedule.error_bound,
+        effort=winograd_space.effort,
     ),
     FFTSchedule.kernel: KernelFamily(
         "fft",
@@ -57,5 +61,6 @@ FAMILIES: dict[str, KernelFamily] = {
         fft.pack,
         FFTSchedule.from_json,
         fft_schedule.error_bound,
+        effort=fft_space.effort,
     ),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tvm_lowrank.schedules.effort import Effort
+
 from tvm_lowrank.geometry import ConvGeometry
 
 from .groups import is_depthwise, merge_groups
@@ -182,27 +184,46 @@ def _cycles(
     """Cycles for one image on a core with two multiply-add units."""
     steps = geometry.weight_count // geometry.out_channels
     groups = -(-geometry.out_channels // (isa.lanes * schedule.vectors))
-    weights = schedule.vectors * isa.vector_bytes
-    # Weights that do not stay in the first-level cache come in at 128 bytes a cycle at most.
-    fetch = weights / 128 if weights * steps > _NEAR_BYTES else 0.0
-    in_row = geometry.stride[1] < geometry.kernel[1]
     tiles = _tiling(geometry, schedule)
     per_line = 0.0
     for group in tiles.groups:
-        work = group.width * schedule.vectors / 2
-        loads = (group.width + schedule.vectors) / _LOADS_PER_CYCLE
-        step = max(work, loads, 4 / schedule.chains) + fetch
-        if in_row and workload.in_block == 1:
-            # LLVM keeps inputs that neighbouring taps share, and spills what no longer fits.
-            kept = group.width + geometry.kernel[1] - 1
-            step += 0.2 * max(0, _registers(schedule) + kept - isa.registers)
+        step = _step_cycles(workload, geometry, schedule, isa, group.width)
         per_line += group.count * (steps * step + _TILE_OVERHEAD)
     cycles = per_line * tiles.lines * groups
+    return cycles + _padding_cycles(workload, geometry, schedule, isa)
+
+
+def _step_cycles(
+    workload: ConvWorkload,
+    geometry: ConvGeometry,
+    schedule: ConvSchedule,
+    isa: VectorISA,
+    width: int,
+) -> float:
+    """Cycles of one step of the reduction for ``width`` pixels."""
+    steps = geometry.weight_count // geometry.out_channels
+    weights = schedule.vectors * isa.vector_bytes
+    # Weights that do not stay in the first-level cache come in at 128 bytes a cycle at most.
+    fetch = weights / 128 if weights * steps > _NEAR_BYTES else 0.0
+    work = width * schedule.vectors / 2
+    loads = (width + schedule.vectors) / _LOADS_PER_CYCLE
+    step = max(work, loads, 4 / schedule.chains) + fetch
+    if geometry.stride[1] < geometry.kernel[1] and workload.in_block == 1:
+        # LLVM keeps inputs that neighbouring taps share, and spills what no longer fits.
+        kept = width + geometry.kernel[1] - 1
+        step += 0.2 * max(0, _registers(schedule) + kept - isa.registers)
+    return step
+
+
+def _padding_cycles(
+    workload: ConvWorkload, geometry: ConvGeometry, schedule: ConvSchedule, isa: VectorISA
+) -> float:
+    """Cycles to copy the map between zeros, if the kernel needs that."""
     sides = padded_copy(geometry, schedule, workload.in_block)
-    if any(sides):
-        padded = pad_geometry(geometry, sides)
-        cycles += geometry.in_channels * padded.height * padded.width / isa.lanes * 2
-    return cycles
+    if not any(sides):
+        return 0.0
+    padded = pad_geometry(geometry, sides)
+    return geometry.in_channels * padded.height * padded.width / isa.lanes * 2
 
 
 def _imbalance(geometry: ConvGeometry, schedule: ConvSchedule, groups: int) -> float:
@@ -210,3 +231,45 @@ def _imbalance(geometry: ConvGeometry, schedule: ConvSchedule, groups: int) -> f
     chunks = -(-_tiling(geometry, schedule).count // schedule.chunk)
     tasks = groups * geometry.batch * chunks
     return sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)
+
+
+def effort(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> Effort:
+    """What a schedule asks for; see `Effort`. Rows and columns of padding are skipped."""
+    geometry = direct_geometry(workload, isa)
+    steps, width = geometry.weight_count // geometry.out_channels, isa.lanes * schedule.vectors
+    groups = geometry.groups * -(-geometry.out_channels // geometry.groups // width)
+    tiles = _tiling(geometry, schedule)
+    chunks = geometry.batch * -(-tiles.count // schedule.chunk)
+    rows, columns = geometry.kernel
+    of_tap = steps // (rows * columns)
+    # Tiles of several rows read a padded copy, so they skip nothing.
+    taps = [rows] * tiles.lines if schedule.rows > 1 else _rows_within(geometry)
+    pixels, cycles = 0.0, 0.0
+    for part in tiles.groups:
+        shared = part.full[1] - part.full[0]
+        users = [part.width] * shared + [len(of) for _, of in part.partial]
+        pixels += part.count * sum(users)
+        of_row = sum(_step_cycles(workload, geometry, schedule, isa, each) for each in users)
+        cycles += part.count * (sum(taps) * of_tap * of_row + tiles.lines * _TILE_OVERHEAD)
+    cycles = cycles * groups + _padding_cycles(workload, geometry, schedule, isa)
+    return Effort(
+        multiplications=float(geometry.batch * sum(taps) * of_tap * pixels * groups * width),
+        operations=0.0,
+        products=geometry.batch * cycles,
+        transforms=0.0,
+        weight_bytes=4.0 * groups * width * steps,
+        weight_reads=float(chunks if schedule.order == "rows" else 1),
+        input_reads=float(groups if schedule.order == "channels" else 1),
+        task_bytes=4.0 * width * steps,
+        tasks=groups * chunks,
+    )
+
+
+def _rows_within(geometry: ConvGeometry) -> list[int]:
+    """Of each row of the output, the rows of the kernel that meet the map."""
+    reach = range(0, geometry.kernel[0] * geometry.dilation[0], geometry.dilation[0])
+    first = range(-geometry.padding[0], geometry.height * geometry.stride[0], geometry.stride[0])
+    return [
+        sum(0 <= start + tap < geometry.height for tap in reach)
+        for start in first[: geometry.out_height]
+    ]

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import TypeVar
 
+from tvm_lowrank.schedules.effort import Effort
+
 from .isa import VectorISA
 
 # Cycles of a register block outside of its sum: index arithmetic, clearing.
@@ -57,36 +59,23 @@ def loads_per_cycle(vectors: int, isa: VectorISA) -> float:
     return 2.0 if vectors == 1 and isa.lanes == 16 else _LOADS_PER_CYCLE
 
 
-def exchange_cycles(bytes_moved: int) -> float:
-    """Cycles in which what one thread transforms comes to another that multiplies it."""
-    return bytes_moved / _BYTES_PER_CYCLE
+def parallel_cycles(effort: Effort) -> float:
+    """Cycles times threads of a kernel in transformed domains, averaged over some threads.
 
-
-def parallel_cycles(
-    product: float, transforms: float, weight_bytes: int, tasks: int, stages: int
-) -> float:
-    """Cycles times threads, averaged over some numbers of threads.
-
-    Parameters
-    ----------
-    product, transforms : float
-        Cycles of one core.
-    tasks : int
-        That run all stages, each reading the weights; 0 for one stage after the other.
-    stages : int
-        Parallel loops without tasks.
+    Each of its tasks reads all weights; without tasks, one stage follows the other.
     """
     total = 0.0
+    exchange = effort.exchange_bytes / _BYTES_PER_CYCLE
     for threads in _THREADS:
-        if tasks:
-            passes = -(-tasks // threads) if weight_bytes > _CACHE_BYTES else 1
-            fetch = passes * weight_bytes / _BYTES_PER_CYCLE * threads
-            imbalance = -(-tasks // threads) * threads / tasks
-            starts = 1
+        if effort.stages == 1:
+            rounds = -(-effort.tasks // threads)
+            passes = rounds if effort.weight_bytes > _CACHE_BYTES else 1
+            fetch = passes * effort.weight_bytes / _BYTES_PER_CYCLE * threads
+            imbalance = rounds * threads / effort.tasks
         else:
-            fetch = weight_bytes / _BYTES_PER_CYCLE
-            imbalance, starts = 1.0, stages
+            fetch, imbalance = effort.weight_bytes / _BYTES_PER_CYCLE, 1.0
         # Fetching overlaps with the products, but not all of it.
-        busy = max(product, fetch) + min(product, fetch) / 3
-        total += (busy + transforms) * imbalance + starts * _START * threads
+        busy = max(effort.products, fetch) + min(effort.products, fetch) / 3
+        total += (busy + effort.transforms + exchange) * imbalance
+        total += effort.stages * _START * threads
     return total / len(_THREADS)

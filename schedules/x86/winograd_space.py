@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tvm_lowrank.schedules.effort import Effort
 from tvm_lowrank.schedules.transforms.cook_toom import MOST_POINTS, transform_code
 
 from .isa import VectorISA
@@ -13,7 +14,6 @@ from .tile_costs import (
     BLOCK_OVERHEAD,
     CYCLES_PER_PLACE,
     NEAR_BYTES,
-    exchange_cycles,
     loads_per_cycle,
     parallel_cycles,
     ranked,
@@ -112,9 +112,31 @@ def _product_cycles(workload: ConvWorkload, schedule: WinogradSchedule, isa: Vec
     return grid.points * grid.blocks * groups * call
 
 
-def _transform_cycles(workload: ConvWorkload, grid: TileGrid, isa: VectorISA) -> float:
-    """Cycles of both transforms on one core."""
-    total = 0.0
+def effort(workload: ConvWorkload, schedule: WinogradSchedule, isa: VectorISA) -> Effort:
+    """What a schedule asks for; see `Effort`."""
+    grid, geometry = grid_of(workload, schedule), workload.geometry
+    in_channels, vectors = geometry.in_channels, -(-geometry.out_channels // isa.lanes)
+    scratch, rows = _scratch(workload, grid), grid.blocks * grid.rows
+    tasks = -(-grid.blocks // schedule.blocks) if schedule.blocks else 0
+    operations = rows * isa.lanes * _transform_instructions(workload, grid, isa)
+    return Effort(
+        multiplications=float(grid.points * rows * in_channels * vectors * isa.lanes),
+        operations=float(operations),
+        products=_product_cycles(workload, schedule, isa),
+        transforms=_transform_cycles(workload, grid, isa),
+        weight_bytes=4.0 * grid.points * in_channels * geometry.out_channels,
+        weight_reads=float(max(1, tasks)),
+        # What one thread transforms, another multiplies: it goes through the shared cache.
+        exchange_bytes=0.0 if tasks else float(grid.blocks * scratch),
+        task_bytes=float(schedule.blocks * scratch),
+        tasks=tasks or grid.points * (vectors // schedule.vectors),
+        stages=1 if tasks else 3,
+    )
+
+
+def _transform_instructions(workload: ConvWorkload, grid: TileGrid, isa: VectorISA) -> int:
+    """Vector instructions of both transforms of a tile."""
+    total = 0
     for matrix, channels in (
         ("input", workload.geometry.in_channels),
         ("output", workload.geometry.out_channels),
@@ -123,20 +145,19 @@ def _transform_cycles(workload: ConvWorkload, grid: TileGrid, isa: VectorISA) ->
             transform_code(outputs, taps, matrix)
             for outputs, taps in zip(grid.tile, grid.geometry.kernel, strict=True)
         )
-        instructions = down.instructions * across.inputs + across.instructions * len(down.outputs)
-        of_tile = instructions / 2 + CYCLES_PER_PLACE * grid.points
+        of_tile = down.instructions * across.inputs + across.instructions * len(down.outputs)
         total += -(-channels // isa.lanes) * of_tile
-    return total * grid.blocks * grid.rows
+    return total
+
+
+def _transform_cycles(workload: ConvWorkload, grid: TileGrid, isa: VectorISA) -> float:
+    """Cycles of both transforms on one core."""
+    g = workload.geometry
+    vectors = -(-g.in_channels // isa.lanes) + -(-g.out_channels // isa.lanes)
+    places = CYCLES_PER_PLACE * grid.points * vectors
+    return (_transform_instructions(workload, grid, isa) / 2 + places) * grid.blocks * grid.rows
 
 
 def _cycles(workload: ConvWorkload, schedule: WinogradSchedule, isa: VectorISA) -> float:
     """Cycles times threads, averaged over some numbers of threads."""
-    grid = grid_of(workload, schedule)
-    product = _product_cycles(workload, schedule, isa)
-    transforms = _transform_cycles(workload, grid, isa)
-    weights = 4 * grid.points * workload.geometry.in_channels * workload.geometry.out_channels
-    tasks = -(-grid.blocks // schedule.blocks) if schedule.blocks else 0
-    if not tasks:
-        # What one thread transforms, another multiplies: it goes through the shared cache.
-        transforms += exchange_cycles(grid.blocks * _scratch(workload, grid))
-    return parallel_cycles(product, transforms, weights, tasks, stages=3)
+    return parallel_cycles(effort(workload, schedule, isa))

@@ -15,15 +15,12 @@ from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 # Starting a parallel loop, and calling a kernel, in microseconds.
-_LOOP, _CALL = 1.5, 0.5
-# Accumulators that hide the latency of multiply-add, for two units of a depth of four.
-_ENOUGH_SUMS = 8.0
-# Loads that a cycle sustains while two multiply-adds start.
-_LOADS = 1.6
-# Against the copy that the bandwidth was measured by: maps that were just written are this much
-# nearer, and weights so much that fit into the last cache.
-_NEAR, _SHARED = 8.0, 3.0
-_SHARED_BYTES = 40 << 20
+_LOOP, _CALL = 2.5, 1.0
+# Bytes that a core keeps to itself, and that all share.
+_OWN_BYTES, _SHARED_BYTES = 1 << 20, 40 << 20
+# Against the copy that the bandwidth was measured by: reading from memory, from the cache that all
+# share, what another thread has written there, and maps that were just written.
+_READ, _SHARED, _EXCHANGED, _NEAR = 1.5, 3.5, 2.5, 10.0
 
 
 class CostModel(ABC):
@@ -60,23 +57,37 @@ class AnalyticModel(CostModel):
 
     def predict(self, workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """See `CostModel.predict`."""
-        works = [work_of(workload, schedule, self.isa.lanes) for schedule in schedules]
+        works = [work_of(workload, schedule, self.isa) for schedule in schedules]
         return np.array([self.microseconds(work) for work in works])
 
     def microseconds(self, work: Work) -> float:
         """Time of counted work."""
-        peak, bandwidth = self.roofline.gflops * 1e3, self.roofline.gigabytes * 1e3
-        # Cycles of a step over those that its multiply-adds alone would take.
-        step = max(work.sums, 2 * work.inputs / _LOADS, _ENOUGH_SUMS) / work.sums
-        uneven = math.ceil(work.tasks / self.threads) * self.threads / work.tasks
-        products = 2 * work.products * step * uneven / peak
-        transforms = work.transforms * uneven / (work.share * peak)
-        near = (work.map_bytes + 2 * work.scratch_bytes) / (_NEAR * bandwidth)
-        fetch = work.weight_bytes / bandwidth
-        if work.weight_bytes < _SHARED_BYTES:
-            fetch /= _SHARED
-        overlapped = max(products, fetch)
-        return overlapped + transforms + near + _LOOP * work.stages + _CALL
+        return sum(self.parts(work).values())
+
+    def parts(self, work: Work) -> dict[str, float]:
+        """Microseconds by what takes them."""
+        effort, copy = work.effort, self.roofline.gigabytes * 1e3
+        # A core's microseconds of a cycle: two multiply-adds of whole vectors.
+        cycle = 4 * self.isa.lanes * self.threads / (self.roofline.gflops * 1e3)
+        share = math.ceil(effort.tasks / self.threads) / effort.tasks
+        fetch = effort.weight_bytes / (_SHARED * copy)
+        if effort.weight_bytes > _OWN_BYTES:
+            fetch *= max(1.0, effort.weight_reads / self.threads)
+        if effort.weight_bytes > _SHARED_BYTES:
+            fetch += effort.weight_bytes / (_READ * copy)
+        maps = work.map_bytes / (_NEAR * copy)
+        if work.input_bytes > _OWN_BYTES * self.threads:
+            maps += (effort.input_reads - 1) * work.input_bytes / (_SHARED * copy)
+        products = effort.products * share * cycle
+        return {
+            "products": products,
+            # Weights are fetched while products are made.
+            "weights": max(0.0, fetch - products),
+            "transforms": effort.transforms * share * cycle,
+            "exchange": effort.exchange_bytes / (_EXCHANGED * copy),
+            "maps": maps,
+            "start": _LOOP * effort.stages + _CALL,
+        }
 
 
 def features(
@@ -91,7 +102,9 @@ def features(
     checked against.
     """
     g = workload.geometry
-    work = work_of(workload, schedule, model.isa.lanes)
+    work = work_of(workload, schedule, model.isa)
+    effort, parts = work.effort, model.parts(work)
+    total = sum(parts.values())
     sizes = {
         "in channels": g.in_channels,
         "out channels": g.out_channels,
@@ -104,23 +117,30 @@ def features(
         "groups": g.groups,
         "batch": g.batch,
         "multiplications": g.multiplications,
-        "products": work.products,
-        "transforms": 1 + work.transforms,
-        "weight bytes": work.weight_bytes,
+        "products": effort.multiplications,
+        "weight bytes": effort.weight_bytes,
+        "weight reads": effort.weight_reads,
+        "input reads": effort.input_reads,
         "map bytes": work.map_bytes,
-        "scratch bytes": 1 + work.scratch_bytes,
-        "task bytes": 1 + work.task_bytes,
-        "tasks a thread": work.tasks / model.threads,
-        "sums": work.sums,
+        "exchange bytes": 1 + effort.exchange_bytes,
+        "task bytes": 1 + effort.task_bytes,
+        "tasks a thread": effort.tasks / model.threads,
         "threads": model.threads,
         "lanes": model.isa.lanes,
     }
     found = {name: math.log2(size) for name, size in sizes.items()}
-    found["saved"] = math.log2(g.multiplications / work.products)
-    found["operations a byte"] = math.log2(work.products / (work.weight_bytes + work.map_bytes))
-    found["loads a product"] = work.inputs / work.sums
-    found["uneven"] = math.ceil(work.tasks / model.threads) * model.threads / work.tasks
-    found["stages"] = float(work.stages)
+    found["saved"] = math.log2(g.multiplications / effort.multiplications)
+    found["cycles a product"] = math.log2(
+        (effort.products + 1) * 2 * model.isa.lanes / effort.multiplications
+    )
+    found["operations a byte"] = math.log2(
+        effort.multiplications / (effort.weight_bytes + work.map_bytes)
+    )
+    tasks = effort.tasks
+    found["uneven"] = math.ceil(tasks / model.threads) * model.threads / tasks
+    found["stages"] = float(effort.stages)
+    for name, part in parts.items():
+        found[f"share of {name}"] = part / total
     found["plain"] = float(workload.in_block == 1)
     found["padded"] = float(any(g.padding))
     # The stage of a form: only its last has an epilogue, the others differ in their kernel's shape.
@@ -130,7 +150,7 @@ def features(
     found["depthwise"] = float(g.groups == g.in_channels > 1)
     found["peak a thread"] = model.roofline.gflops / model.threads
     found["bandwidth"] = model.roofline.gigabytes
-    found["analytic"] = math.log2(model.microseconds(work))
+    found["analytic"] = math.log2(total)
     family = schedule["kernel"]
     found[f"is {family}"] = 1.0
     for name, value in schedule.items():

@@ -1,0 +1,47 @@
+"""What a kernel asks of a core and of its memory, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Counts of one kernel for the whole batch.
+
+    Cycles are those of one core that starts two vector multiply-adds in each, all tasks together.
+
+    Attributes
+    ----------
+    multiplications : float
+        Multiply-adds of the direct sum, or of the products between transforms, with those that
+        fill up vectors, register blocks and tiles.
+    operations : float
+        Operations of the transforms of data; those of weights are done beforehand.
+    products, transforms : float
+        Cycles of both.
+    weight_bytes : float
+        Weights as the kernel reads them: transformed, padded.
+    weight_reads, input_reads : float
+        How many times all tasks together go through all weights and through the input map.
+    exchange_bytes : float
+        Transformed data and products that one thread leaves to another.
+    task_bytes : float
+        The same of one task, if it keeps them to itself.
+    tasks : int
+        Parallel tasks of the longest stage.
+    stages : int
+        Parallel loops, one after the other.
+    """
+
+    multiplications: float
+    operations: float
+    products: float
+    transforms: float
+    weight_bytes: float
+    weight_reads: float = 1.0
+    input_reads: float = 1.0
+    exchange_bytes: float = 0.0
+    task_bytes: float = 0.0
+    tasks: int = 1
+    stages: int = 1
