@@ -1,8 +1,8 @@
 """What the cost model's choices cost: regret against exhaustive measurement, by network held out.
 
-A layer counts where records hold at least two algorithms at one place (processor and threads). The
-model is trained without every layer of the network it is judged on. `tune --survey` makes such
-records.
+A layer counts where records of one place (processor and threads) hold every algorithm, and every
+size of tile, that its kernels can compute it by. The model is trained without every layer of the
+network it is judged on. `tune --survey` makes such records.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tvm_lowrank.schedules.kernels import schedule_from_json, spaces
 from tvm_lowrank.schedules.x86 import isa as instruction_sets
 from tvm_lowrank.schedules.x86.isa import VectorISA
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
+from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.guide import Guide
 from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.cost.sampling import algorithm_class, recorded_layers
-from tvm_lowrank.cost.trees import signature
+from tvm_lowrank.cost.trees import Trees, signature
 from tvm_lowrank.cost.work import work_of
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.records import Place, TuningRecords, shipped_records, survey_records
@@ -33,6 +36,8 @@ from tvm_lowrank.report import svg
 # Given a workload and its schedules, a score of each; the least is picked.
 Score = Callable[[ConvWorkload, Sequence[Mapping[str, Any]]], np.ndarray]
 BUDGETS = (1, 2, 4)
+# Kernels of a layer that a search measures at most.
+TRIALS = 4
 ISAS = {isa.name: isa for isa in (instruction_sets.AVX512, instruction_sets.AVX2)}
 
 
@@ -48,6 +53,15 @@ class Layer:
     def classes(self) -> list[str]:
         """The algorithm of each schedule: family and tile."""
         return [algorithm_class(schedule) for schedule in self.schedules]
+
+    def has_choice(self, isa: VectorISA) -> bool:
+        """Whether there are two algorithms or more, all of them measured."""
+        names = {
+            algorithm_class(schedule.to_json())
+            for space in spaces(self.workload, isa).values()
+            for schedule in space
+        }
+        return len(names) > 1 and names <= {*self.classes}
 
     def algorithm_regret(self, scores: np.ndarray) -> float:
         """The best measured time of the picked algorithm over the best of all, less one."""
@@ -124,15 +138,18 @@ def _layers(
 
 @dataclass(frozen=True)
 class Judged:
-    """A network: its layers, and for each model the scores of each layer's schedules."""
+    """A network: its layers, and for each model the scores of each layer's schedules.
+
+    ``choices`` are the layers with a choice of algorithm, ``guided`` what a search that the model
+    guides measures: how many kernels, and the time of the best of them over the best of all, less
+    one.
+    """
 
     name: str
     layers: list[Layer]
     scores: dict[str, list[np.ndarray]]
-
-    def with_choice(self) -> list[int]:
-        """Layers measured in two algorithms or more."""
-        return [i for i, layer in enumerate(self.layers) if len(set(layer.classes)) > 1]
+    choices: list[int]
+    guided: tuple[int, float] = (0, 0.0)
 
     def network_error(self, model: str) -> float:
         """Predicted over measured time of the network in the kernels that the model picks, less 1.
@@ -158,7 +175,8 @@ def _judge(
     judged = []
     for name, geometries in sorted(networks.items()):
         layers = _layers(records, place, geometries, isa)
-        if not any(len(set(layer.classes)) > 1 for layer in layers):
+        choices = [i for i, layer in enumerate(layers) if layer.has_choice(isa)]
+        if not choices:
             continue
         held = {layer.workload.geometry for layer in layers} | geometries
 
@@ -178,8 +196,43 @@ def _judge(
             model: [score(layer.workload, layer.schedules) for layer in layers]
             for model, score in models.items()
         }
-        judged.append(Judged(name, layers, scores))
+        guided = _guided(layers, trees, records, isa, place) if trees else (0, 0.0)
+        judged.append(Judged(name, layers, scores, choices, guided))
     return judged
+
+
+def _guided(
+    layers: Sequence[Layer],
+    trees: Trees,
+    records: TuningRecords,
+    isa: VectorISA,
+    place: Place,
+) -> tuple[int, float]:
+    """What a search measures of these layers, and what that loses; see `Judged`."""
+    here = TuningRecords(None, isa.name, place[1], machine=place[0])
+    for key in (machine.COPY, machine.reference(isa).key()):
+        for known, where, schedule, us in records.rows():
+            if known == key and where == place:
+                here.remember(key, schedule, us)
+    guide, count, taken, best = Guide(trees, here, isa), 0, 0.0, 0.0
+    for layer in layers:
+        truth = {
+            schedule_from_json(schedule): us
+            for schedule, us in zip(layer.schedules, layer.microseconds, strict=True)
+        }
+        times: dict[str, dict[Any, float | None]] = {
+            family: {schedule: None for schedule in space if schedule in truth}
+            for family, space in spaces(layer.workload, isa).items()
+        }
+        times = {family: known for family, known in times.items() if known}
+        looked = []
+        while (schedule := guide.next(layer.workload, times, TRIALS)) is not None:
+            times[schedule.kernel][schedule] = truth[schedule]
+            looked.append(truth[schedule])
+        count += len(looked)
+        taken += min(looked)
+        best += float(layer.microseconds.min())
+    return count, taken / best - 1
 
 
 def _operations(isa: VectorISA) -> Score:
@@ -224,7 +277,7 @@ def _direct(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> n
 
 
 def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
-    layers = sum(len(network.with_choice()) for network in judged)
+    layers = sum(len(network.choices) for network in judged)
     lines = [
         f"{place[0]}, {place[1]} threads; {count} records. {layers} layers with a choice of "
         f"algorithm in {len(judged)} networks; the trees that predict one saw none of its layers.",
@@ -236,7 +289,7 @@ def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
     for model in judged[0].scores if judged else ():
         algorithm, schedule = [], []
         for network in judged:
-            for index in network.with_choice():
+            for index in network.choices:
                 scores = network.scores[model][index]
                 algorithm.append(network.layers[index].algorithm_regret(scores))
                 schedule.append(network.layers[index].schedule_regret(scores))
@@ -257,7 +310,7 @@ def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
             f"{network.network_error(model):+.1%}" if model in network.scores else "-"
             for model in ("learned", "analytic")
         ]
-        choice = len(network.with_choice())
+        choice = len(network.choices)
         lines.append(
             f"| {network.name} | {len(network.layers)} | {choice} | {' | '.join(errors)} |"
         )
@@ -272,8 +325,8 @@ def _budgets(judged: Sequence[Judged]) -> list[str]:
         "",
         "| network | candidates | "
         + " | ".join(f"loss with {count} a layer (measured)" for count in BUDGETS)
-        + " |",
-        "|---|---|" + "---|" * len(BUDGETS),
+        + " | as a search does it |",
+        "|---|---|" + "---|" * (len(BUDGETS) + 1),
     ]
     for network in judged:
         if "learned" not in network.scores:
@@ -288,6 +341,8 @@ def _budgets(judged: Sequence[Judged]) -> list[str]:
             )
             share = sum(min(size, count) for size in sizes) / sum(sizes)
             cells.append(f"{taken / best - 1:.1%} ({share:.0%})")
+        count, loss = network.guided
+        cells.append(f"{loss:.1%} ({count / sum(sizes):.0%})")
         lines.append(f"| {network.name} | {sum(sizes)} | {' | '.join(cells)} |")
     return lines
 

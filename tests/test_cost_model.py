@@ -34,23 +34,46 @@ def workload(channels=64, size=28, kernel=3, groups=1):
     return ConvWorkload(geometry, 16, ("bias", "relu"))
 
 
+DIRECT = {"kernel": "direct", "tile": 7, "vectors": 2, "order": "channels", "chunk": 1}
+DIRECT |= {"chains": 1, "rows": 1, "prefetch": False}
+
+
 def test_the_direct_algorithm_is_counted_by_the_definition():
-    work = work_of(workload(64, 28), {"kernel": "direct", "tile": 7, "vectors": 2}, 16)
-    assert work.products == 64 * 64 * 9 * 28 * 28
-    assert work.weight_bytes == 4 * 64 * 64 * 9
-    assert work.map_bytes == 4 * 2 * 64 * 28 * 28
-    overhanging = work_of(workload(60, 27), {"kernel": "direct", "tile": 7, "vectors": 2}, 16)
-    assert overhanging.products == 60 * 64 * 9 * 27 * 28
+    effort = work_of(workload(64, 28, 1), DIRECT, AVX512).effort
+    assert effort.multiplications == 64 * 64 * 28 * 28
+    assert effort.weight_bytes == 4 * 64 * 64
+    assert effort.tasks == 2 * 28 * 28 // 7
+    assert work_of(workload(64, 28), DIRECT, AVX512).map_bytes == 4 * 2 * 64 * 28 * 28
+    filled = work_of(workload(60, 28, 1), DIRECT, AVX512).effort
+    assert filled.multiplications == 60 * 64 * 28 * 28
+
+
+def test_taps_on_padding_are_not_counted():
+    """A 3x3 kernel on an s x s map meets (3 s - 2)^2 of its 9 s^2 taps."""
+    effort = work_of(workload(64, 28), DIRECT, AVX512).effort
+    assert effort.multiplications == 64 * 64 * (3 * 28 - 2) ** 2
+    # A map of one column is computed as one row, in tiles along it.
+    column = ConvGeometry(16, 32, 16, 1, (15, 1), padding=(7, 0, 7, 0))
+    effort = work_of(ConvWorkload(column, 16, ("bias",)), {**DIRECT, "tile": 4}, AVX512).effort
+    taps = sum(min(15, 16 - row + 7) - max(0, 7 - row) for row in range(16))
+    assert effort.multiplications == 16 * 32 * taps
 
 
 def test_winograd_is_counted_as_its_tiles():
     """Lavin and Gray: F(4x4, 3x3) needs 36 products for 16 outputs of 9 taps each."""
     schedule = {"kernel": "winograd", "tile": [4, 4], "rows": 7, "vectors": 2, "blocks": 1}
-    work = work_of(workload(64, 28), schedule, 16)
-    direct = work_of(workload(64, 28), {"kernel": "direct", "tile": 7, "vectors": 2}, 16)
-    assert direct.products / work.products == pytest.approx(16 * 9 / 36)
-    assert work.weight_bytes == 4 * 36 * 64 * 64
-    assert work.transforms > 0 and work.tasks == 7
+    effort = work_of(workload(64, 28), schedule, AVX512).effort
+    assert effort.multiplications == 64 * 64 * 28 * 28 * 36 / 16
+    assert effort.weight_bytes == 4 * 36 * 64 * 64
+    assert effort.operations > 0 and effort.tasks == effort.weight_reads == 7
+    assert effort.exchange_bytes == 0 and effort.stages == 1
+    staged = work_of(workload(64, 28), {**schedule, "blocks": 0}, AVX512).effort
+    assert staged.weight_reads == 1 and staged.stages == 3 and staged.task_bytes == 0
+    assert staged.exchange_bytes == 4 * 36 * 49 * (64 + 64)
+    # 27 outputs in tiles of 4 are as many as 28.
+    assert work_of(workload(64, 27), schedule, AVX512).effort.multiplications == (
+        effort.multiplications
+    )
 
 
 def test_fourier_tiles_cost_less_the_larger_the_kernel():
@@ -59,14 +82,17 @@ def test_fourier_tiles_cost_less_the_larger_the_kernel():
     for kernel in (3, 5, 9):
         layer = workload(64, 32, kernel)
         schedule = {"kernel": "fft", "tile": [16, 16], "rows": 1, "vectors": 2, "blocks": 0}
-        work = work_of(layer, schedule, 16)
-        saved.append(layer.geometry.multiplications / work.products)
+        effort = work_of(layer, {**schedule, "gauss": False}, AVX512).effort
+        gauss = work_of(layer, {**schedule, "gauss": True}, AVX512).effort
+        assert gauss.multiplications < effort.multiplications
+        assert gauss.weight_bytes > effort.weight_bytes
+        saved.append(layer.geometry.multiplications / effort.multiplications)
     assert saved == sorted(saved) and saved[-1] > 4
 
 
 def test_more_work_and_slower_machines_take_longer():
     model = AnalyticModel(ROOFLINE, AVX512, 2)
-    schedule = {"kernel": "direct", "tile": 7, "vectors": 2}
+    schedule = DIRECT
     times = [model.predict(workload(64, size), [schedule])[0] for size in (14, 28, 56)]
     assert times == sorted(times)
     for slow in (Roofline(100.0, 20.0), Roofline(200.0, 0.1)):

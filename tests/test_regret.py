@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tvm_lowrank.schedules.kernels import spaces
+from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
@@ -50,15 +52,25 @@ def test_regret_is_the_time_over_the_best(scores, algorithm, schedule):
 
 def test_the_error_of_a_network_is_that_of_its_picks():
     scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
-    judged = regret.Judged("net", [layer()], scores)
+    judged = regret.Judged("net", [layer()], scores, [0])
     assert judged.network_error("learned") == pytest.approx(16 / 15 - 1)
-    assert judged.with_choice() == [0]
 
 
 def test_what_a_budget_of_measurements_loses():
     scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
-    table = regret._budgets([regret.Judged("net", [layer()], scores)])
-    assert table[-1] == "| net | 4 | 50.0% (25%) | 20.0% (50%) | 0.0% (100%) |"
+    table = regret._budgets([regret.Judged("net", [layer()], scores, [0], (3, 0.1))])
+    assert table[-1] == "| net | 4 | 50.0% (25%) | 20.0% (50%) | 0.0% (100%) | 10.0% (75%) |"
+
+
+def test_only_layers_measured_in_every_algorithm_are_judged():
+    assert not layer().has_choice(AVX512)
+    classes = {
+        regret.algorithm_class(schedule.to_json()): schedule.to_json()
+        for space in spaces(workload(), AVX512).values()
+        for schedule in space
+    }
+    whole = regret.Layer(workload(), [*classes.values()], np.ones(len(classes)))
+    assert whole.has_choice(AVX512)
 
 
 def test_the_papers_formula_knows_no_winograd_and_turns_to_fourier_for_large_kernels():

@@ -198,7 +198,7 @@ def effort(workload: ConvWorkload, schedule: FFTSchedule, isa: VectorISA) -> Eff
         # What one thread transforms, another multiplies: it goes through the shared cache.
         exchange_bytes=0.0 if tasks else float(grid.blocks * _scratch(grid)),
         task_bytes=float(schedule.blocks * _scratch(grid)),
-        tasks=tasks or (grid.reals + grid.pairs) * (vectors // schedule.vectors),
+        tasks=tasks or (grid.reals + grid.pairs) * -(-vectors // schedule.vectors),
         stages=stages,
     )
 

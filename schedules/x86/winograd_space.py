@@ -129,7 +129,7 @@ def effort(workload: ConvWorkload, schedule: WinogradSchedule, isa: VectorISA) -
         # What one thread transforms, another multiplies: it goes through the shared cache.
         exchange_bytes=0.0 if tasks else float(grid.blocks * scratch),
         task_bytes=float(schedule.blocks * scratch),
-        tasks=tasks or grid.points * (vectors // schedule.vectors),
+        tasks=tasks or grid.points * -(-vectors // schedule.vectors),
         stages=1 if tasks else 3,
     )
 
