@@ -20,6 +20,7 @@ from lossless import build_lossless
 from machine import describe, disturbance
 from peers import PeerError, Timing, outputs_of, take_turns
 from runtimes import LOADERS
+from tvm_lowrank.schedules.kernels import REDUCED
 from zoo import NETWORKS, cache_folder
 
 from tvm_lowrank.errors import LowRankError
@@ -67,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
     add("--target", default="llvm", help="cuda compares on this machine's GPU (default: llvm)")
     add("--threads", type=int, default=physical_cores(), help="default: all physical cores")
     add("--against", default=",".join(_DEFAULT_PEERS), metavar="A,B", help=f"of {', '.join(PEERS)}")
-    add("--algorithms", default=",".join(ALGORITHMS), metavar="A,B", help=", ".join(ALGORITHMS))
+    add(
+        "--algorithms",
+        default=",".join(ALGORITHMS),
+        metavar="A,B",
+        help=f"{', '.join(ALGORITHMS)}; on a GPU also {', '.join(REDUCED)}",
+    )
     add("--trials", type=int, default=4, help="schedules we try a kernel (default: 4)")
     add("--seconds", type=float, default=3.0, help="timing of each runtime (default: 3)")
     add("--records", type=Path, help="our tuning records (default: in the cache folder)")
@@ -83,12 +89,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         against = names("--against", args.against, PEERS)
-        args.algorithms = names("--algorithms", args.algorithms, ALGORITHMS)
+        gpu = args.target.startswith("cuda")
+        known = (*ALGORITHMS, *REDUCED) if gpu else ALGORITHMS
+        args.algorithms = names("--algorithms", args.algorithms, known)
         check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")
         check_folder(args.markdown)
         if args.build_only and not args.libraries:
             raise BadInput("--build-only needs --libraries, a folder to build into")
-        if args.target.startswith("cuda"):
+        if gpu:
             return _report(compare_gpu.compare(args), args.markdown)
         batches = args.batch or [1]
         cases = [find_case(name, n) for name in args.networks or NETWORKS for n in batches]

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ def compare(args: argparse.Namespace) -> list[str]:
         "*Ratio*: its median over ours; more than 1 is slower than ours."
     ]
     print(sections[0], flush=True)
+    images: dict[str, dict[int, dict[str, Any]]] = {}
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="compare-") as folder:
             library = Path(folder) / "model.so"
@@ -56,9 +57,27 @@ def compare(args: argparse.Namespace) -> list[str]:
                 name: _measure(name, library if name == _OURS else case.path, case)
                 for name in VARIANTS
             }
+        images.setdefault(case.name, {})[case.batch] = found
         sections += [table(str(case), found), layers(plan)]
         print("\n".join(sections[-2:]), flush=True)
+    for name, batches in images.items():
+        sections.append(per_image(name, batches))
+        print(sections[-1], flush=True)
     return sections
+
+
+def per_image(title: str, batches: Mapping[int, Mapping[str, dict[str, Any] | str]]) -> str:
+    """The paper's figure 6: milliseconds an image of each runtime at each batch."""
+    lines = [
+        f"\n## {title}, milliseconds an image\n",
+        f"| runtime | {' | '.join(f'batch {batch}' for batch in batches)} |",
+        "|---" * (1 + len(batches)) + "|",
+    ]
+    for name in dict.fromkeys(name for found in batches.values() for name in found):
+        rows = [(batch, found.get(name)) for batch, found in batches.items()]
+        cells = [f"{r['median_ms'] / n:.4f}" if isinstance(r, dict) else "-" for n, r in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _build(case: Case, args: argparse.Namespace, folder: Path) -> Plan:
@@ -107,7 +126,7 @@ def table(title: str, found: dict[str, dict[str, Any] | str]) -> str:
 
 
 def layers(plan: Plan) -> str:
-    """The paper's figures 6 and 7: microseconds of each convolution, ours and cuDNN's."""
+    """The paper's figure 7: microseconds of each convolution, ours and cuDNN's."""
     target = parse_target(plan.target)
     machine = machine_of(target)
     lines = [

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -38,6 +39,14 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+static inline int2 make_int2(int x, int y) { return {x, y}; }
+static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -196,11 +205,17 @@ struct matrix_a;
 struct matrix_b;
 struct accumulator;
 struct row_major;
-enum layout_t { mem_row_major };
+struct col_major;
+enum layout_t { mem_row_major, mem_col_major };
 template <typename Use, int M, int N, int K, typename T, typename Layout = void>
 struct fragment {
+  static constexpr bool turned = std::is_same_v<Layout, col_major>;
   float values[256];
 };
+// Where element i of a tile, counted by rows, lies in memory.
+static int place_of(int i, int stride, bool turned) {
+  return turned ? i % 16 * stride + i / 16 : i / 16 * stride + i % 16;
+}
 
 template <typename F>
 static void fill_fragment(F &into, float value) {
@@ -208,11 +223,12 @@ static void fill_fragment(F &into, float value) {
 }
 template <typename F, typename T>
 static void load_matrix_sync(F &into, const T *from, int stride) {
-  for (int i = 0; i < 256; ++i) into.values[i] = float(from[i / 16 * stride + i % 16]);
+  for (int i = 0; i < 256; ++i) into.values[i] = float(from[place_of(i, stride, F::turned)]);
 }
 template <typename F, typename T>
-static void store_matrix_sync(T *into, const F &from, int stride, layout_t) {
-  for (int i = 0; i < 256; ++i) into[i / 16 * stride + i % 16] = from.values[i];
+static void store_matrix_sync(T *into, const F &from, int stride, layout_t layout) {
+  const bool turned = layout == mem_col_major;
+  for (int i = 0; i < 256; ++i) into[place_of(i, stride, turned)] = from.values[i];
 }
 template <typename F, typename A, typename B>
 static void mma_sync(F &into, const A &a, const B &b, const F &sums) {

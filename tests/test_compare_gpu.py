@@ -67,3 +67,21 @@ def test_rows_have_ratios_errors_and_reasons() -> None:
     assert [cells[4].strip() for cells in rows] == ["1.00", "1.50", "-"]
     assert [cells[5].strip() for cells in rows] == ["9e-02", "0e+00", "-"]
     assert rows[2][6].strip() == "no gcc"
+
+
+def test_times_an_image_stand_side_by_side_for_each_batch() -> None:
+    text = compare_gpu.per_image(
+        "net",
+        {1: {"ours": {"median_ms": 2.0}, "torch": "absent"}, 128: {"ours": {"median_ms": 64.0}}},
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[-4:]]
+    assert rows[0] == ["runtime", "batch 1", "batch 128"]
+    assert rows[2:] == [["ours", "2.0000", "0.5000"], ["torch", "-", "-"]]
+
+
+def test_algorithms_of_tensor_cores_are_known_on_a_gpu_alone(capsys) -> None:
+    assert compare.main(["resnet18", "--algorithms", "tf32"]) == 2
+    assert "tf32" in capsys.readouterr().err
+    if not tvm.cuda(0).exist:
+        assert compare.main(["resnet18", "--target", "cuda", "--algorithms", "tf32"]) == 2
+        assert "nothing was measured" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -90,13 +91,21 @@ CASES = [
     (POINTWISE, TF32Schedule(64, 32, 32, 2, 2), ("affine",)),
     (GROUPED, TF32Schedule(32, 32, 16, 1, 1), ()),
     (SAME3, TF32Schedule(32, 32, 16, 2, 1, channels_last=True), ("bias", "relu")),
-    (UNEVEN, TF32Schedule(32, 64, 8, 2, 2, False, channels_last=True), ("bias", "residual")),
+    (UNEVEN, TF32Schedule(32, 64, 8, 2, 2, True, False), ("bias", "residual")),
     (POINTWISE, TF32Schedule(64, 32, 32, 2, 2, channels_last=True), ("affine",)),
+    (SAME3, TensorSchedule(32, 32, 32, 1, 2, True), ("bias", "relu")),
+    (UNEVEN, TensorSchedule(32, 64, 32, 2, 2, True), ("bias", "residual", "relu")),
+    (POINTWISE, TensorSchedule(64, 32, 32, 2, 1, True), ("affine", "residual")),
+    (SAME3, DirectSchedule(32, 64, 8, 4, 4, channels_last=True), ("bias", "relu")),
+    (UNEVEN, DirectSchedule(64, 32, 16, 8, 4, False, channels_last=True), ("bias", "residual")),
+    (POINTWISE, DirectSchedule(16, 64, 8, 2, 4, channels_last=True), ("affine", "residual")),
     (DENSE, DenseSchedule(4, 2), ("bias", "affine", "relu")),
     (FLATTENED, DenseSchedule(2, 1), ("bias", "residual")),
     (DEPTHWISE, DepthwiseSchedule(64, 2), ("bias", "affine", "relu")),
     (DEPTHWISE, DepthwiseSchedule(32, 4), ()),
     (LARGE_DEPTHWISE, DepthwiseSchedule(128, 4), ("bias", "residual")),
+    (DEPTHWISE, DepthwiseSchedule(64, 4, True), ("bias", "affine", "relu")),
+    (LARGE_DEPTHWISE, DepthwiseSchedule(128, 2, True), ("bias", "residual")),
 ]
 
 
@@ -147,19 +156,36 @@ RESNET = [
     ConvGeometry(256, 256, 28, 28, (3, 3), padding=(1, 1, 1, 1), groups=256, batch=128),
     ConvGeometry(2048, 1000, 1, 1, (1, 1), batch=4),
 ]
+# Other shapes for the families that few of the layers above are of.
+OTHERS = [
+    (DEPTHWISE, "cuda_depthwise"),
+    (DENSE, "cuda_dense"),
+    (ROW, "cuda_winograd"),
+    (ConvGeometry(16, 24, 30, 30, (5, 5), padding=(2, 2, 2, 2)), "cuda_fft"),
+    (ODD, "cuda_tensor"),
+    (ODD, "cuda_tf32"),
+]
 
 
 @needs_nvcc
 def test_every_family_compiles_within_the_limits(tmp_path) -> None:
     """On both architectures: neither spills nor memory of a thread's own, and blocks that fit."""
-    programs, families = [], set()
-    for geometry in RESNET:
+    programs, shapes, layouts = [], Counter(), set()
+    every = (*kernels.ALGORITHMS, *kernels.REDUCED)
+    for geometry, only in [*((geometry, None) for geometry in RESNET), *OTHERS]:
         workload = ConvWorkload(geometry, 1, ("bias", "residual", "relu"))
-        every = (*kernels.ALGORITHMS, *kernels.REDUCED)
         for name, space in kernels.spaces(workload, SM80, every).items():
-            programs.append(kernels.emit(workload, space[0], SM80))
-            families.add(name)
-    assert families == set(CUDA_FAMILIES)
+            if only not in (None, name):
+                continue
+            shapes[name] += 1
+            first = {getattr(s, "channels_last", False): s for s in reversed(space)}
+            for last, schedule in first.items():
+                if not last or (name, last) not in layouts:
+                    programs.append(kernels.emit(workload, schedule, SM80))
+                layouts.add((name, last))
+    assert set(shapes) == set(CUDA_FAMILIES) and min(shapes.values()) >= 2, shapes
+    turned = {name for name, last in layouts if last}
+    assert turned == {"cuda_direct", "cuda_tensor", "cuda_tf32", "cuda_depthwise"}
     found = resources_of(source_of(programs, SM80.name), (SM80.name, SM90.name), tmp_path)
     stages = [stage for program in programs for stage in program.stages]
     for arch in (SM80, SM90):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -15,6 +16,8 @@ import threading
 import time
 
 import pytest
+import tvm
+from cuda_support import needs_nvcc
 from tvm_lowrank.schedules.kernels import default_schedule, emit
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -99,6 +102,17 @@ def test_a_fleet_measures_and_tells_bad_kernels_from_lost_devices(tracker):
         assert all(each.state == "ready" for each in both.devices)
     finally:
         both.close()
+
+
+@pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")
+@needs_nvcc
+def test_servers_without_a_gpu_are_named_where_kernels_need_one(tracker, tmp_path, capsys):
+    command = ["--target", "cuda:sm_80", "--lossless", "-o", str(tmp_path / "out")]
+    command += ["--rpc-tracker", tracker[0], "--rpc-key", "loop"]
+    assert tune.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "2 servers of key 'loop', none of which can" in error
+    assert re.search("has no GPU|not enabled", error)
 
 
 def test_a_server_that_dies_midway_costs_nothing(tracker, tmp_path, capsys):

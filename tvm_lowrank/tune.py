@@ -24,6 +24,7 @@ from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import records_for
 from tvm_lowrank.cost.sampling import Survey
 from tvm_lowrank.cost.trees import FILE
+from tvm_lowrank.cuda import prepare_compiler
 from tvm_lowrank.data import Samples, read_npz
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
@@ -194,8 +195,8 @@ def _fleet(args: argparse.Namespace, console: Console) -> Iterator[Fleet | None]
         yield None
         return
     parsed = parse_target(args.target)
-    if parsed.kind.name != "llvm":
-        raise LowRankError("--rpc-tracker measures on processors only; name an llvm --target")
+    if parsed.kind.name == "cuda":
+        prepare_compiler(parsed)
     target = dict(json.loads(str(parsed)))
     fleet = Fleet(args.rpc_tracker, args.rpc_key, target, args.threads)
     try:

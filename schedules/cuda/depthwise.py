@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import model
+from . import model, turn
 from .arch import MOST_THREADS, WARP, CudaArch
 from .epilogue import Epilogue, map_shape, operand_shapes
 from .program import WEIGHTS, Program, Stage, X, Y, moved_bytes
@@ -29,13 +29,16 @@ _UNROLLED_TAPS = 49
 class DepthwiseSchedule:
     """The tunable choices: ``threads`` of a block, and ``pixels`` of a row for each of them.
 
-    Neighbouring pixels of a thread share their inputs, which it keeps in registers.
+    Neighbouring pixels of a thread share their inputs, which it keeps in registers. With
+    ``channels_last`` neighbouring threads have neighbouring channels of NHWC maps, which other
+    kernels turn.
     """
 
     kernel: ClassVar[str] = "cuda_depthwise"
 
     threads: int
     pixels: int
+    channels_last: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -44,7 +47,7 @@ class DepthwiseSchedule:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DepthwiseSchedule:
         """Rebuild a schedule from `to_json`'s dictionary."""
-        return cls(data["threads"], data["pixels"])
+        return cls(**{name: value for name, value in data.items() if name != "kernel"})
 
 
 def refuse(workload: ConvWorkload, arch: CudaArch) -> str | None:
@@ -75,7 +78,8 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[DepthwiseSchedule]:
     """The legal schedules, the one predicted fastest first."""
     width = workload.geometry.out_width
     found = [
-        DepthwiseSchedule(threads, pixels)
+        DepthwiseSchedule(threads, pixels, last)
+        for last in (False, True)
         for pixels in (4, 2, 1)
         if pixels == 1 or pixels <= width
         for threads in (128, 256, 64)
@@ -91,9 +95,10 @@ def predict(workload: ConvWorkload, schedule: DepthwiseSchedule, arch: CudaArch)
     taps = g.kernel[0] * g.kernel[1]
     reused = 1 + 4 / schedule.pixels
     memory = moved_bytes(workload, 4 * g.weight_count)
-    return model.of_streaming(
+    time = model.of_streaming(
         values, memory, 2 * taps * reused, arch, schedule.threads, schedule.pixels
     )
+    return time + (turn.of_convolution(workload, arch) if schedule.channels_last else 0.0)
 
 
 def pack(
@@ -117,6 +122,8 @@ def emit(workload: ConvWorkload, schedule: DepthwiseSchedule, arch: CudaArch) ->
         Y: map_shape(g),
     }
     func = _schedule(_define(workload, schedule, shapes), workload, schedule, arch)
+    if schedule.channels_last:
+        return turn.program(func, shapes, tuple(operands), arch)
     return Program((Stage(func, (X, WEIGHTS, *operands), Y),), shapes, tuple(operands))
 
 
@@ -130,15 +137,22 @@ def _define(
     zero = tirx.const(0, "float32")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "global_symbol": "main"})
-        x = T.arg(X, T.buffer(shapes[X], "float32"))
+        last = schedule.channels_last
+        x = T.arg(X, T.buffer(turn.last_shape(shapes[X]) if last else shapes[X], "float32"))
         weights = T.arg(WEIGHTS, T.buffer(shapes[WEIGHTS], "float32"))
-        epilogue = Epilogue(g, workload.epilogue)
-        y = T.arg(Y, T.buffer(shapes[Y], "float32"))
+        epilogue = Epilogue(g, workload.epilogue, last)
+        y = T.arg(Y, T.buffer(turn.last_shape(shapes[Y]) if last else shapes[Y], "float32"))
         with T.sblock("root"):
             sums = T.sblock_alloc_buffer((count, schedule.pixels), "float32")
 
             def place(strip: ir.Expr, pixel: ir.Expr) -> list[ir.Expr]:
                 """NCHW indices of an output."""
+                if last:
+                    line = strip // g.out_channels
+                    column = line % strips * schedule.pixels + pixel
+                    row = line // strips
+                    image, row = row // g.out_height, row % g.out_height
+                    return [image, strip % g.out_channels, row, column]
                 line = strip // strips
                 plane, row = line // g.out_height, line % g.out_height
                 column = strip % strips * schedule.pixels + pixel
@@ -151,7 +165,7 @@ def _define(
                 image, channel, row, column = place(vs, vp)
                 row = row * g.stride[0] + vi * g.dilation[0] - g.padding[0]
                 column = column * g.stride[1] + vj * g.dilation[1] - g.padding[1]
-                value = x[image, channel // per_group, row, column]
+                value = x[tuple(turn.indices([image, channel // per_group, row, column], last))]
                 inside = []
                 if g.padding[0] or g.padding[2]:
                     inside += [row >= 0, row < g.height]
@@ -166,9 +180,10 @@ def _define(
                 at = place(vs, vp)
                 if g.out_width % schedule.pixels:
                     with T.If(at[3] < g.out_width), T.Then():
-                        T.buffer_store(y, epilogue.apply(sums[vs, vp], at), at)
+                        value = epilogue.apply(sums[vs, vp], at)
+                        T.buffer_store(y, value, turn.indices(at, last))
                 else:
-                    T.buffer_store(y, epilogue.apply(sums[vs, vp], at), at)
+                    T.buffer_store(y, epilogue.apply(sums[vs, vp], at), turn.indices(at, last))
     return builder.get()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -25,13 +25,20 @@ from .threads import ThreadSchedule
 # Threads of the kernel that adds up the parts of a split sum.
 _SUM_THREADS = 256
 _MOST_SCHEDULES = 32
+_MOST_LAST = 4
 
 
 @dataclass(frozen=True)
 class DirectSchedule(GemmSchedule):
-    """The tiles of a convolution's product: F output channels by N * OH * OW pixels."""
+    """The tiles of a convolution's product: F output channels by N * OH * OW pixels.
+
+    With ``channels_last`` the kernel works on NHWC maps, of which it reads four channels at once;
+    others turn its maps.
+    """
 
     kernel: ClassVar[str] = "cuda_direct"
+
+    channels_last: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -57,8 +64,20 @@ def is_schedule_legal(
     workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch
 ) -> str | None:
     """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
-    problem = refuse(workload, arch)
-    return problem or is_legal(gemm_of(workload.geometry, schedule.block_k), schedule, arch)
+    s, g = schedule, workload.geometry
+    problem = refuse(workload, arch) or is_legal(gemm_of(g, s.block_k), s, arch)
+    if problem or not s.channels_last:
+        return problem
+    rows, columns = s.threads
+    return refuse_last(g, s, rows * columns)
+
+
+def refuse_last(geometry: ConvGeometry, schedule: Tiles, threads: int) -> str | None:
+    """Why a block of so many threads cannot gather columns of NHWC maps, or None if it can."""
+    each = schedule.block_k * schedule.block_n // threads
+    if schedule.split_k > 1 or geometry.in_channels // geometry.groups % 4 or each % 4:
+        return "channels last are read by four, of a sum that is not split"
+    return None
 
 
 def space(workload: ConvWorkload, arch: CudaArch) -> list[DirectSchedule]:
@@ -66,9 +85,21 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[DirectSchedule]:
     rough = gemm_of(workload.geometry, 8)
     found = {DirectSchedule(**asdict(tile)) for tile in tiles(rough, arch)}
     found |= {replace(schedule, pipeline=False) for schedule in found}
+    found |= {replace(schedule, channels_last=True) for schedule in found}
     legal = [s for s in found if is_schedule_legal(workload, s, arch) is None]
     legal.sort(key=lambda s: (predict(workload, s, arch), str(s)))
-    return legal[:_MOST_SCHEDULES]
+    return some_of_each(legal, _MOST_SCHEDULES)
+
+
+def some_of_each(legal: list[Any], most: int) -> list[Any]:
+    """The first schedules, some of each layout, in their order.
+
+    With channels last a kernel is the faster the more its neighbours are so.
+    """
+    last = [schedule for schedule in legal if schedule.channels_last][:_MOST_LAST]
+    first = [schedule for schedule in legal if not schedule.channels_last]
+    kept = {*last, *first[: most - len(last)]}
+    return [schedule for schedule in legal if schedule in kept]
 
 
 def predict(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> float:
@@ -77,9 +108,10 @@ def predict(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) ->
     gemm = gemm_of(g, schedule.block_k)
     memory = moved_bytes(workload, 4 * g.weight_count)
     pointwise = g.kernel == (1, 1) and g.stride == (1, 1)
-    gather = 0.3 if pointwise else 1.0
+    gather = 0.3 if pointwise or schedule.channels_last else 1.0
     product = model.of_gemm(gemm, schedule, memory + parts_bytes(gemm, schedule), arch, gather)
-    return product + predict_adding(gemm, schedule, arch)
+    turning = turn.of_convolution(workload, arch) if schedule.channels_last else 0.0
+    return product + predict_adding(gemm, schedule, arch) + turning
 
 
 def parts_bytes(gemm: Gemm, schedule: Tiles) -> float:
@@ -120,7 +152,8 @@ def emit(workload: ConvWorkload, schedule: DirectSchedule, arch: CudaArch) -> Pr
     if problem:
         raise ValueError(f"{schedule} for {workload.geometry}: {problem}")
     product = Convolution(workload, schedule)
-    return program_of(product, emit_gemm(product.gemm, schedule, product, arch), arch)
+    func = emit_gemm(product.gemm, schedule, product, arch, schedule.channels_last)
+    return program_of(product, func, arch)
 
 
 def program_of(product: Convolution, func: tirx.PrimFunc, arch: CudaArch) -> Program:
@@ -135,7 +168,7 @@ def program_of(product: Convolution, func: tirx.PrimFunc, arch: CudaArch) -> Pro
     }
     names = tuple(operands)
     if product.channels_last:
-        return _turned(product, func, shapes, names, arch)
+        return turn.program(func, shapes, names, arch)
     if product.split == 1:
         return Program((Stage(func, (X, WEIGHTS, *names), Y),), shapes, names)
     shapes["parts"] = product.parts
@@ -144,35 +177,6 @@ def program_of(product: Convolution, func: tirx.PrimFunc, arch: CudaArch) -> Pro
         Stage(_add_parts(workload, product.parts, arch), ("parts", *names), Y),
     )
     return Program(stages, shapes, names)
-
-
-def _turned(
-    product: Convolution,
-    func: tirx.PrimFunc,
-    shapes: Mapping[str, Shape],
-    operands: tuple[str, ...],
-    arch: CudaArch,
-) -> Program:
-    """A kernel of maps with channels last, among those that turn its maps."""
-    twins = {name: f"{name}_last" for name, shape in shapes.items() if len(shape) == 4}
-    every = {**shapes, **{twin: turn.last_shape(shapes[name]) for name, twin in twins.items()}}
-    stages = [
-        Stage(turn.emit(name, twin, shapes[name], True, arch), (name,), twin)
-        for name, twin in twins.items()
-        if name != Y
-    ]
-    reads = tuple(twins.get(name, name) for name in (X, WEIGHTS, *operands))
-    back = turn.emit(twins[Y], Y, shapes[Y], False, arch)
-    stages += [Stage(func, reads, twins[Y]), Stage(back, (twins[Y],), Y)]
-    return Program(tuple(stages), every, operands, twins=twins)
-
-
-def predict_turning(workload: ConvWorkload, arch: CudaArch) -> float:
-    """Predicted microseconds of the kernels that turn a convolution's maps."""
-    g = workload.geometry
-    maps = [(g.batch, g.in_channels, g.height, g.width), map_shape(g)]
-    maps += [map_shape(g)] * workload.epilogue.count("residual")
-    return sum(turn.predict(shape, arch) for shape in maps)
 
 
 def pack(weight: np.ndarray, workload: ConvWorkload, schedule: Tiles, arch: CudaArch) -> np.ndarray:
@@ -213,6 +217,8 @@ class Convolution(Operands):
         )
         if pointwise and self.pixels % 4 == 0:
             self.vector = 4
+        # Neighbouring rows that `write` leaves next to each other in memory.
+        self.vector_rows = 4 if self.channels_last and self.gemm.m % 4 == 0 else 1
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -239,12 +245,6 @@ class Convolution(Operands):
     def _shape(self, channels: int, height: int, width: int) -> Shape:
         shape = (self.geometry.batch, channels, height, width)
         return turn.last_shape(shape) if self.channels_last else shape
-
-    def _place(self, place: Sequence[Index]) -> list[Index]:
-        """Indices of a map in its layout, from those in NCHW."""
-        if not self.channels_last:
-            return list(place)
-        return [place[0], *place[2:], place[1]]
 
     def _part(self, batch: Index) -> tuple[Index, Index]:
         """The part of the sum and the group of a product."""
@@ -283,7 +283,7 @@ class Convolution(Operands):
         inside += _within(row, g.height, g.padding[0], g.padding[2])
         inside += _within(column, g.width, g.padding[1], g.padding[3])
         place = [j // self.pixels, group * per_group + channel, row, column]
-        value = self.x[tuple(self._place(place))]
+        value = self.x[tuple(turn.indices(place, self.channels_last))]
         if not inside:
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "float32"))
@@ -294,7 +294,7 @@ class Convolution(Operands):
         part, group = self._part(batch)
         inside = []
         if self.whole.m > gemm.m:
-            inside.append(i < gemm.m)
+            inside.append(i // self.vector_rows * self.vector_rows < gemm.m)
         if self.whole.n > gemm.n:
             inside.append(self._first(j) < gemm.n)
 
@@ -309,7 +309,8 @@ class Convolution(Operands):
                 pixel // g.out_width,
                 pixel % g.out_width,
             ]
-            T.buffer_store(self.y, self.epilogue.apply(value, place), self._place(place))
+            where = turn.indices(place, self.channels_last)
+            T.buffer_store(self.y, self.epilogue.apply(value, place), where)
 
         if not inside:
             store()

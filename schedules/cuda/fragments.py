@@ -1,7 +1,7 @@
 """Tensor-core operations on 16 x 16 x 16 tiles, as TVM's scheduler wants them described.
 
 TVM ships such descriptions, but importing them parses every intrinsic of every target, which takes
-half a minute; these five are built directly, on the same built-in operations.
+half a minute; these are built directly, on the same built-in operations.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ def register() -> dict[str, str]:
     """Register the operations with TVM, once; names of ``load_a``, ``load_b``, ``fill``, ...
 
     ``load_a`` and ``load_b`` take float16 tiles from shared memory into fragments, ``multiply``
-    adds their product to float32 sums, ``store`` writes these to shared memory.
+    adds their product to float32 sums, ``store`` writes these to shared memory. Those that end in
+    ``_turned`` find columns, or write results, one column after the other.
     """
     made = {
-        "load_a": (_copy_description, _load(_A)),
-        "load_b": (_copy_description, _load(_B)),
+        "load_a": (_copy_description(False), _load("row_major")),
+        "load_b": (_copy_description(False), _load("row_major")),
+        "load_b_turned": (_copy_description(True), _load("col_major")),
         "fill": (_fill_description, _fill),
         "multiply": (_multiply_description, _multiply),
-        "store": (_copy_description, _store),
+        "store": (_copy_description(False), _store("row_major")),
+        "store_turned": (_copy_description(True), _store("col_major")),
     }
     scopes = {
         "load_a": [("float16", "shared"), ("float16", _A)],
@@ -43,6 +46,7 @@ def register() -> dict[str, str]:
         "multiply": [("float16", _A), ("float16", _B), ("float32", _SUMS)],
         "store": [("float32", _SUMS), ("float32", RESULTS)],
     }
+    scopes.update(load_b_turned=scopes["load_b"], store_turned=scopes["store"])
     names = {}
     for kind, (description, operation) in made.items():
         names[kind] = f"tvm_lowrank.fragment.{kind}"
@@ -84,11 +88,20 @@ def _function(
     return builder.get()
 
 
-def _copy_description(tiles: list[tirx.Buffer]) -> None:
-    source, sink = tiles
-    with T.grid(SIDE, SIDE) as (i, j), T.sblock("copy"):
-        vi, vj = T.axis.remap("SS", [i, j])
-        T.buffer_store(sink, source[vi, vj], [vi, vj])
+def _copy_description(turned: bool) -> Callable[[list[tirx.Buffer]], None]:
+    def describe(tiles: list[tirx.Buffer]) -> None:
+        source, sink = tiles
+        # Of a fragment the order is that of the matrix; the other side is turned.
+        loads = sink.scope() in (_A, _B)
+        with T.grid(SIDE, SIDE) as (i, j), T.sblock("copy"):
+            vi, vj = T.axis.remap("SS", [i, j])
+            place, other = [vi, vj], [vj, vi] if turned else [vi, vj]
+            if loads:
+                T.buffer_store(sink, source[tuple(other)], place)
+            else:
+                T.buffer_store(sink, source[tuple(place)], other)
+
+    return describe
 
 
 def _fill_description(tiles: list[tirx.Buffer]) -> None:
@@ -105,11 +118,11 @@ def _multiply_description(tiles: list[tirx.Buffer]) -> None:
         T.buffer_store(sums, sums[vi, vj] + term, [vi, vj])
 
 
-def _load(scope: str) -> Callable[[list[tirx.Buffer]], None]:
+def _load(order: str) -> Callable[[list[tirx.Buffer]], None]:
     def load(tiles: list[tirx.Buffer]) -> None:
         source, sink = tiles
         pointer = source.access_ptr("r", ptr_type="float16")
-        _call("tvm_load_matrix_sync", *_fragment(sink), pointer, source.strides[0], "row_major")
+        _call("tvm_load_matrix_sync", *_fragment(sink), pointer, source.strides[0], order)
 
     return load
 
@@ -123,10 +136,13 @@ def _multiply(tiles: list[tirx.Buffer]) -> None:
     _call("tvm_mma_sync", *sums, *a, *b, *sums)
 
 
-def _store(tiles: list[tirx.Buffer]) -> None:
-    source, sink = tiles
-    pointer = sink.access_ptr("w", ptr_type="float32")
-    _call("tvm_store_matrix_sync", *_fragment(source), pointer, sink.strides[0], "row_major")
+def _store(order: str) -> Callable[[list[tirx.Buffer]], None]:
+    def store(tiles: list[tirx.Buffer]) -> None:
+        source, sink = tiles
+        pointer = sink.access_ptr("w", ptr_type="float32")
+        _call("tvm_store_matrix_sync", *_fragment(source), pointer, sink.strides[0], order)
+
+    return store
 
 
 def _fragment(tile: tirx.Buffer) -> tuple[Any, ...]:

@@ -152,6 +152,8 @@ class Operands:
 
     #: Neighbouring columns that `read` finds next to each other in memory, and `write` leaves so.
     vector = 1
+    #: Neighbouring rows that `write` leaves next to each other in memory.
+    vector_rows = 1
 
     def declare(self) -> None:
         """Add the parameters of the function, in order."""
@@ -174,12 +176,22 @@ class Operands:
         raise NotImplementedError
 
 
-def emit(gemm: Gemm, schedule: GemmSchedule, operands: Operands, arch: CudaArch) -> tirx.PrimFunc:
-    """The kernel of a product; ValueError if the schedule is not legal for it."""
+def emit(
+    gemm: Gemm,
+    schedule: GemmSchedule,
+    operands: Operands,
+    arch: CudaArch,
+    channels_last: bool = False,
+) -> tirx.PrimFunc:
+    """The kernel of a product; ValueError if the schedule is not legal for it.
+
+    With ``channels_last`` columns are read by four along the sum, and results written along rows.
+    """
     problem = is_legal(gemm, schedule, arch)
     if problem:
         raise ValueError(f"{schedule} for {gemm}: {problem}")
-    return _schedule(define(gemm.padded(schedule), operands), schedule, operands.vector, arch)
+    func = define(gemm.padded(schedule), operands)
+    return _schedule(func, schedule, operands, arch, channels_last)
 
 
 def define(whole: Gemm, operands: Operands) -> tirx.PrimFunc:
@@ -218,9 +230,14 @@ def define(whole: Gemm, operands: Operands) -> tirx.PrimFunc:
 
 
 def _schedule(
-    func: tirx.PrimFunc, schedule: GemmSchedule, vector: int, arch: CudaArch
+    func: tirx.PrimFunc,
+    schedule: GemmSchedule,
+    operands: Operands,
+    arch: CudaArch,
+    channels_last: bool,
 ) -> tirx.PrimFunc:
     """Tiles in the order blocks, threads, pieces of the sum, register tile."""
+    vector = operands.vector
     sch = ThreadSchedule(func, arch)
     tir = sch.tir
     weights, columns, product, write = map(
@@ -236,15 +253,18 @@ def _schedule(
         j, [None, schedule.thread_n // piece_n, across, piece_n]
     )
     outer_k, inner_k = tir.split(k, [None, schedule.block_k])
-    blocks, threads = (b, block_i, block_j), (piece_i, piece_j, thread_i, thread_j)
+    # Neighbouring threads of a warp write neighbouring values.
+    order = (thread_j, thread_i) if channels_last else (thread_i, thread_j)
+    shape = (across, rows) if channels_last else (rows, across)
+    blocks, threads = (b, block_i, block_j), (piece_i, piece_j, *order)
     tir.reorder(*blocks, *threads, outer_k, inner_k, inner_i, inner_j)
     sch.bind(block_j, "blockIdx.x")
     sch.bind(block_i, "blockIdx.y")
     sch.bind(b, "blockIdx.z")
     sch.bind(piece_i, "vthread.y")
     sch.bind(piece_j, "vthread.x")
-    sch.bind(thread_i, "threadIdx.y")
-    sch.bind(thread_j, "threadIdx.x")
+    sch.bind(order[0], "threadIdx.y")
+    sch.bind(order[1], "threadIdx.x")
     tir.unroll(inner_k)
     for copy, extent, lanes in (
         (weights, schedule.block_m, _PIECE),
@@ -255,16 +275,27 @@ def _schedule(
         each = schedule.block_k * extent // (rows * across)
         while each % lanes or extent % lanes:
             lanes //= 2
-        sch.spread(copy, tir.get_loops(copy)[-2:], (rows, across), lanes)
+        line, along = tir.get_loops(copy)[-2:]
+        if copy is columns and channels_last:
+            tir.reorder(along, line)
+            line, along, lanes = along, line, _PIECE
+        sch.spread(copy, (line, along), shape, lanes)
     tir.set_scope(product, 0, sch.scope("local"))
-    tir.reverse_compute_at(write, thread_j, preserve_unit_loops=True)
+    tir.reverse_compute_at(write, order[1], preserve_unit_loops=True)
     for index in range(2):
         registers = tir.cache_read(product, index, sch.scope("local"))
         tir.compute_at(registers, inner_k, preserve_unit_loops=True)
         tir.vectorize(tir.get_loops(registers)[-1])
     start = tir.decompose_reduction(product, outer_k)
     sch.unroll(start, 2)
-    if vector > 1 and piece_n % vector == 0:
+    if channels_last:
+        tir.reorder(*reversed(tir.get_loops(write)[-2:]))
+        if operands.vector_rows > 1:
+            tir.vectorize(tir.get_loops(write)[-1])
+            tir.unroll(tir.get_loops(write)[-2])
+        else:
+            sch.unroll(write, 2)
+    elif vector > 1 and piece_n % vector == 0:
         tir.vectorize(tir.get_loops(write)[-1])
         tir.unroll(tir.get_loops(write)[-2])
     else:

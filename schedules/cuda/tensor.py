@@ -13,7 +13,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import direct, fragments, model
+from . import direct, fragments, model, turn
 from .arch import STATIC_SHARED_BYTES, WARP, CudaArch
 from .direct import Convolution
 from .fragments import SIDE
@@ -35,7 +35,9 @@ class TensorSchedule:
     """Tiles of a convolution's product on tensor cores.
 
     - ``block_m``, ``block_n``, ``block_k``: as of `GemmSchedule`, in multiples of 16;
-    - ``warps_m``, ``warps_n``: warps of a block along rows and columns.
+    - ``warps_m``, ``warps_n``: warps of a block along rows and columns;
+    - ``channels_last``: whether the kernel works on NHWC maps, of which it reads four channels at
+      once; others turn its maps.
     """
 
     kernel: ClassVar[str] = "cuda_tensor"
@@ -45,6 +47,7 @@ class TensorSchedule:
     block_k: int
     warps_m: int
     warps_n: int
+    channels_last: bool = False
 
     @property
     def split_k(self) -> int:
@@ -61,6 +64,8 @@ class TensorSchedule:
         """Shared memory of a block: pieces in float16, results in float32."""
         rows = self.block_m * (self.block_k + SKEW)
         columns = self.block_k * (self.block_n + SKEW)
+        if self.channels_last:
+            columns = (self.block_k + SKEW) * self.block_n
         return 2 * (rows + columns) + 4 * self.block_m * self.block_n
 
     @property
@@ -103,24 +108,29 @@ def is_legal(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -
         return f"it needs {s.shared_bytes} of {STATIC_SHARED_BYTES} bytes of shared memory"
     if s.registers > MOST_REGISTERS or s.registers * threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {threads} threads"
-    return None
+    return direct.refuse_last(workload.geometry, s, threads) if s.channels_last else None
 
 
 def space(workload: ConvWorkload, arch: CudaArch) -> list[TensorSchedule]:
     """Legal schedules, the one predicted fastest first."""
     sizes, warps = (32, 64, 128), (1, 2, 4)
-    choices = itertools.product(sizes, sizes, (32, 16, 64), warps, warps)
+    choices = itertools.product(sizes, sizes, (32, 16, 64), warps, warps, (False, True))
     found = [TensorSchedule(*choice) for choice in choices]
     legal = [s for s in found if is_legal(workload, s, arch) is None]
     legal.sort(key=lambda schedule: (predict(workload, schedule, arch), str(schedule)))
-    return legal[:_MOST_SCHEDULES]
+    return direct.some_of_each(legal, _MOST_SCHEDULES)
 
 
 def predict(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -> float:
     """Predicted microseconds."""
     whole = direct.gemm_of(workload.geometry, schedule.block_k).padded(schedule)
     memory = moved_bytes(workload, 2 * workload.geometry.weight_count)
-    return predict_tiles(whole, schedule, arch, arch.tensor_gflops, memory, 2)
+    last = schedule.channels_last
+    vector = 4 if last else 1
+    product = predict_tiles(
+        whole, schedule, arch, arch.tensor_gflops, memory, 2, overlapped=False, vector=vector
+    )
+    return product + (turn.of_convolution(workload, arch) if last else 0.0)
 
 
 def predict_tiles(
@@ -185,7 +195,7 @@ def emit(workload: ConvWorkload, schedule: TensorSchedule, arch: CudaArch) -> Pr
     if problem:
         raise ValueError(f"{schedule} for {workload.geometry}: {problem}")
     product = _Product(workload, schedule)
-    func = _schedule(_define(product.whole, product), schedule, product.vector, arch)
+    func = _schedule(_define(product.whole, product), schedule, product, arch)
     return replace(direct.program_of(product, func, arch), dtypes={WEIGHTS: "float16"})
 
 
@@ -235,11 +245,11 @@ def _define(whole: Gemm, product: _Product) -> tirx.PrimFunc:
 
 
 def _schedule(
-    func: tirx.PrimFunc, schedule: TensorSchedule, vector: int, arch: CudaArch
+    func: tirx.PrimFunc, schedule: TensorSchedule, product_of: _Product, arch: CudaArch
 ) -> tirx.PrimFunc:
     """Blocks, warps, pieces of the sum, fragments."""
     sch = ThreadSchedule(func, arch)
-    tir, s = sch.tir, schedule
+    tir, s, last = sch.tir, schedule, schedule.channels_last
     weights, columns, product, write = map(
         tir.get_sblock, ("weights", "columns", "product", "write")
     )
@@ -258,25 +268,34 @@ def _schedule(
     for loop, axis in ((block_j, "x"), (block_i, "y"), (b, "z")):
         sch.bind(loop, f"blockIdx.{axis}")
     sch.bind(warp, "threadIdx.y")
-    for copy, lanes in ((weights, 8), (columns, vector)):
-        tir.set_scope(copy, 0, sch.scope("shared"))
-        tir.compute_at(copy, outer_k, preserve_unit_loops=True)
-        sch.spread(copy, tir.get_loops(copy)[-2:], (warps, WARP), lanes)
-        tir.storage_align(copy, 0, axis=-2, factor=2 * SKEW, offset=SKEW)
     loads = []
     for index, scope in enumerate(("wmma.matrix_a", "wmma.matrix_b")):
         load = tir.cache_read(tile, index, sch.scope(scope))
         tir.compute_at(load, k, preserve_unit_loops=True)
         loads.append(load)
+    for copy, lanes in ((weights, 8), (columns, 4 if last else product_of.vector)):
+        tir.set_scope(copy, 0, sch.scope("shared"))
+        tir.compute_at(copy, outer_k, preserve_unit_loops=True)
+        if copy is columns and last:
+            _turn(tir, copy)
+        sch.spread(copy, tir.get_loops(copy)[-2:], (warps, WARP), lanes)
+        tir.storage_align(copy, 0, axis=-2, factor=2 * SKEW, offset=SKEW)
     store = tir.cache_write(tile, 0, sch.scope("wmma.accumulator"))
     tir.reverse_compute_at(store, warp, preserve_unit_loops=True)
     tir.set_scope(store, 0, sch.scope(fragments.RESULTS))
     tir.reverse_compute_at(write, block_j, preserve_unit_loops=True)
-    sch.spread(write, tir.get_loops(write)[-2:], (warps, WARP), 4 if vector == 4 else 1)
+    if last:
+        tir.transform_layout(store, ("write", 0), lambda b, i, j: [b, j, i])
+        tir.reorder(*reversed(tir.get_loops(write)[-2:]))
+    lanes = product_of.vector_rows if last else product_of.vector
+    sch.spread(write, tir.get_loops(write)[-2:], (warps, WARP), lanes)
     start = tir.decompose_reduction(tile, outer_k)
     if not arch.loops:
         names = fragments.register()
-        for copy, name in (*zip(loads, ("load_a", "load_b"), strict=True), (store, "store")):
+        used = (
+            ("load_a", "load_b_turned", "store_turned") if last else ("load_a", "load_b", "store")
+        )
+        for copy, name in zip((*loads, store), used, strict=True):
             *_, i, j = tir.get_loops(copy)
             i, inner_i = tir.split(i, [None, SIDE])
             j, inner_j = tir.split(j, [None, SIDE])
@@ -285,3 +304,9 @@ def _schedule(
         tir.tensorize(tir.get_loops(tir.get_child_blocks(start)[0])[-2], names["fill"])
         tir.tensorize(tir.get_loops(tir.get_child_blocks(tile)[0])[-3], names["multiply"])
     return sch.finish()
+
+
+def _turn(tir: Any, copy: Any) -> None:
+    """Columns of a piece one after the other in shared memory, and copied in that order."""
+    tir.transform_layout(copy, ("write", 0), lambda b, k, j: [b, j, k])
+    tir.reorder(*reversed(tir.get_loops(copy)[-2:]))

@@ -12,7 +12,7 @@ import tvm
 from tvm import ir, s_tir, tirx
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import direct, mma
+from . import direct, mma, turn
 from .arch import STATIC_SHARED_BYTES, WARP, CudaArch, version_of
 from .direct import Convolution
 from .gemm import define, refuse_grid
@@ -21,7 +21,6 @@ from .tensor import MOST_REGISTERS, SKEW, TensorSchedule, predict_tiles
 from .threads import ThreadSchedule
 
 _MOST_SCHEDULES = 16
-_MOST_LAST = 4
 # The first architecture whose tensor cores know TF32.
 _OLDEST = 80
 # Of a thread; with twice as many some kernels spill, by what they need to gather columns.
@@ -34,15 +33,13 @@ _SKEW_LAST = 4
 class TF32Schedule(TensorSchedule):
     """Tiles of a convolution's product on tensor cores; ``block_n``, ``block_k`` in multiples of 8.
 
-    ``pipeline`` and ``split_k`` are as of `gemm.GemmSchedule`. With ``channels_last`` the kernel
-    works on NHWC maps, of which it reads four channels at once; others turn its maps.
+    ``pipeline`` and ``split_k`` are as of `gemm.GemmSchedule`.
     """
 
     kernel: ClassVar[str] = "cuda_tf32"
 
     pipeline: bool = True
     split_k: int = 1
-    channels_last: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -88,10 +85,8 @@ def is_legal(workload: ConvWorkload, schedule: TF32Schedule, arch: CudaArch) -> 
         return f"a thread would keep more than {_MOST_SUMS} sums"
     if s.registers > MOST_REGISTERS or s.registers * s.threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {s.threads} threads"
-    if s.channels_last:
-        g = workload.geometry
-        if s.split_k > 1 or g.in_channels // g.groups % 4 or s.block_k * s.block_n // s.threads % 4:
-            return "channels last are read by four, of a sum that is not split"
+    if s.channels_last and (problem := direct.refuse_last(workload.geometry, s, s.threads)):
+        return problem
     return refuse_grid(direct.gemm_of(workload.geometry, s.block_k), s)
 
 
@@ -100,7 +95,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[TF32Schedule]:
     sizes, warps = (32, 64, 128), (1, 2, 4)
     both = (True, False)
     pieces = (16, 32, 8)
-    choices = itertools.product(sizes, sizes, pieces, warps, warps, both, (1, 2, 4), both)
+    choices = itertools.product(sizes, sizes, pieces, warps, warps, both, both, (1, 2, 4))
     legal = []
     for schedule in itertools.starmap(TF32Schedule, choices):
         if is_legal(workload, schedule, arch) is not None:
@@ -109,11 +104,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[TF32Schedule]:
         if schedule.split_k == 1 or gemm.blocks(schedule) <= 4 * arch.multiprocessors:
             legal.append(schedule)
     legal.sort(key=lambda schedule: (predict(workload, schedule, arch), str(schedule)))
-    # Some of each layout: with channels last a kernel is the faster the more its neighbours are so.
-    last = [schedule for schedule in legal if schedule.channels_last][:_MOST_LAST]
-    first = [schedule for schedule in legal if not schedule.channels_last]
-    kept = {*last, *first[: _MOST_SCHEDULES - len(last)]}
-    return [schedule for schedule in legal if schedule in kept]
+    return direct.some_of_each(legal, _MOST_SCHEDULES)
 
 
 def predict(workload: ConvWorkload, schedule: TF32Schedule, arch: CudaArch) -> float:
@@ -125,7 +116,7 @@ def predict(workload: ConvWorkload, schedule: TF32Schedule, arch: CudaArch) -> f
     product = predict_tiles(
         whole, s, arch, arch.tensor_gflops / 2, memory, 4, s.pipeline, 4 if s.channels_last else 1
     )
-    turning = direct.predict_turning(workload, arch) if s.channels_last else 0.0
+    turning = turn.of_convolution(workload, arch) if s.channels_last else 0.0
     return product + direct.predict_adding(gemm, s, arch) + turning
 
 

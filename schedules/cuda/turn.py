@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from . import model
 from .arch import WARP, CudaArch
+from .epilogue import map_shape
 from .gemm import round_up
-from .program import Shape
+from .program import WEIGHTS, Program, Shape, Stage, X, Y
 from .threads import ThreadSchedule
 
 Place = Callable[[ir.Expr, ir.Expr, ir.Expr], list[ir.Expr]]
@@ -23,6 +25,46 @@ def last_shape(shape: Shape) -> Shape:
     """NHWC shape of a map whose NCHW shape is ``shape``."""
     batch, channels, height, width = shape
     return (batch, height, width, channels)
+
+
+def indices(place: Sequence[ir.Expr], channels_last: bool) -> list[ir.Expr]:
+    """Indices of a map in its layout, from those in NCHW."""
+    return [place[0], *place[2:], place[1]] if channels_last else list(place)
+
+
+def program(
+    func: tirx.PrimFunc, shapes: Mapping[str, Shape], operands: tuple[str, ...], arch: CudaArch
+) -> Program:
+    """A kernel of maps with channels last, among those that turn its maps.
+
+    Parameters
+    ----------
+    func : tirx.PrimFunc
+        Reads x, weights and the operands, writes y; its maps are NHWC.
+    shapes : mapping
+        Of these values; of maps in NCHW.
+    operands : tuple of str
+    arch : CudaArch
+    """
+    twins = {name: f"{name}_last" for name, shape in shapes.items() if len(shape) == 4}
+    every = {**shapes, **{twin: last_shape(shapes[name]) for name, twin in twins.items()}}
+    stages = [
+        Stage(emit(name, twin, shapes[name], True, arch), (name,), twin)
+        for name, twin in twins.items()
+        if name != Y
+    ]
+    reads = tuple(twins.get(name, name) for name in (X, WEIGHTS, *operands))
+    back = emit(twins[Y], Y, shapes[Y], False, arch)
+    stages += [Stage(func, reads, twins[Y]), Stage(back, (twins[Y],), Y)]
+    return Program(tuple(stages), every, operands, twins=twins)
+
+
+def of_convolution(workload: ConvWorkload, arch: CudaArch) -> float:
+    """Predicted microseconds of the kernels that turn a convolution's maps."""
+    g = workload.geometry
+    maps = [(g.batch, g.in_channels, g.height, g.width), map_shape(g)]
+    maps += [map_shape(g)] * workload.epilogue.count("residual")
+    return sum(predict(shape, arch) for shape in maps)
 
 
 def predict(shape: Shape, arch: CudaArch) -> float:

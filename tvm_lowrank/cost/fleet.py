@@ -82,11 +82,13 @@ class Fleet:
         self._where["gpu"] = target["kind"] == "cuda"
         self._timeout = timeout
         count = _registered(tracker, key)
+        self._refused: list[str] = []
         self.devices = self._join(count)
         if not self.devices:
+            why = "; ".join(sorted(set(self._refused))) or "none is free"
             raise LowRankError(
-                f"the tracker at {tracker} has {count} servers of key {key!r}, none of them free; "
-                "start some with python -m tvm.exec.rpc_server"
+                f"the tracker at {tracker} has {count} servers of key {key!r}, none of which can "
+                f"be used ({why}); start some with python -m tvm.exec.rpc_server"
             )
         self.threads = threads or min(device.threads for device in self.devices)
         _side_by_side(self._look_at, self.devices)
@@ -108,6 +110,9 @@ class Fleet:
             if answer is not None and "lost" not in answer:
                 names = (answer["device"], answer["machine"], answer["threads"])
                 found.append(Device(*names, worker))
+            else:
+                self._refused += [answer["lost"]] if answer else []
+                worker.close()
 
         _side_by_side(connect, workers)
         return sorted(found, key=lambda device: device.name)
