@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ from test_lowering import Graph
 from tvm_lowrank.passes.lower import lower, survey
 from tvm_lowrank.passes.lower_for_cuda import LowerForCuda
 from tvm_lowrank.passes.pipeline import factor, normalise
+from tvm_lowrank.schedules.cuda.fragments import SIDE
 from tvm_lowrank.schedules.kernels import default_schedule, predict, spaces
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -36,6 +39,20 @@ from tvm_lowrank.target import is_measurable, parse_target, target_key
 
 needs_no_gpu = pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")
 needs_gpu = pytest.mark.skipif(not tvm.cuda(0).exist, reason="this machine has no GPU")
+
+
+# The library where only TVM's runtime is installed.
+BARE = """
+import os, sys
+sys.modules["tvm_lowrank"] = None
+os.environ["TVM_USE_RUNTIME_LIB"] = "1"
+import numpy as np
+import tvm
+from tvm.runtime import vm
+library, x, y = sys.argv[1:]
+machine = vm.VirtualMachine(tvm.runtime.load_module(library), [tvm.cuda(), tvm.cpu()])
+np.save(y, machine["main"](tvm.runtime.tensor(np.load(x), tvm.cuda())).numpy())
+"""
 
 
 def choose(workload: ConvWorkload):
@@ -223,6 +240,16 @@ WORKLOADS = [
 ]
 
 
+@pytest.mark.parametrize("name", ["tucker2", "cp", "separable", "linear_combination"])
+def test_ranks_are_whole_tiles_of_tensor_cores(name) -> None:
+    geometry = ConvGeometry(72, 136, 28, 28, (3, 3), padding=(1, 1, 1, 1))
+    ranks = list(FORMS[name].ranks(geometry, SM90.lanes))
+    assert len(ranks) > 1
+    for rank in ranks:
+        stages = FORMS[name].stages(geometry, rank)
+        assert all(stage.out_channels % SIDE == 0 for stage in stages[:-1]), rank
+
+
 @needs_no_gpu
 def test_imported_times_win_and_scale_the_predictions(tmp_path) -> None:
     path, target = tmp_path / "records.jsonl", parse_target("cuda:sm_80")
@@ -257,3 +284,8 @@ def test_a_network_on_the_gpu_equals_onnx_runtime(small, tmp_path) -> None:
     built = tvm_lowrank.load(tmp_path / "model.so")
     for _ in range(3):  # captured, then replayed
         assert relative(built(x), reference(small, x)) < 1e-4
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-c", BARE, *(str(tmp_path / n) for n in ("model.so", "x.npy", "y"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert relative(np.load(tmp_path / "y.npy"), reference(small, x)) < 1e-4
