@@ -14,6 +14,7 @@ from cuda_support import needs_nvcc
 from tvm_lowrank.schedules.machine import machine_of
 
 from tvm_lowrank import tune
+from tvm_lowrank.cost import measure_batch
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cuda import architectures_in
 from tvm_lowrank.records import TuningRecords
@@ -90,6 +91,29 @@ def test_folders_without_results_and_used_ones_are_refused(exported, network, tm
     assert "run measure.py in it first" in capsys.readouterr().err
     assert tune.main([str(network), "--export-batch", str(exported), "--lossless"]) == 2
     assert "holds a batch already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"us": "soon"}', '{"us": -1.0}', '{"us": 1.0, "index": 10000}']
+)
+def test_damaged_results_are_one_sentence(exported, tmp_path, capsys, line) -> None:
+    manifest = (exported / "manifest.json").read_text()
+    folder = tmp_path / "batch"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(manifest)
+    good = {"batch": json.loads(manifest)["batch"], "index": 0, "us": 5.0, "machine": "x"}
+    bad = json.dumps({**good, **json.loads(line)}) if line[1:2] == '"' else line
+    (folder / "results.jsonl").write_text(f"{json.dumps(good)}\n{bad}\n")
+    out = tmp_path / "out"
+    assert tune.main(["--import-results", str(folder), "-o", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "holds no measured batch" in error and error.count("\n") == 1
+    assert not (out / "records.jsonl").exists()
+    # What an interrupted run has written of a line is no damage.
+    (folder / "results.jsonl").write_text(f'{json.dumps(good)}\n{{"batch": "')
+    assert tune.main(["--import-results", str(folder), "-o", str(out)]) == 0
+    measure_batch.mend(folder / "results.jsonl")
+    assert (folder / "results.jsonl").read_text() == json.dumps(good) + "\n"
 
 
 @needs_nvcc

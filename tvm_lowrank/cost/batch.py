@@ -181,15 +181,16 @@ def import_results(folder: Path, path: Path) -> tuple[int, int]:
         manifest = json.loads((folder / measure_batch.MANIFEST).read_text())
         if manifest["format"] != measure_batch.FORMAT:
             raise ValueError(f"format {manifest['format']}, expected {measure_batch.FORMAT}")
-        lines = (folder / measure_batch.RESULTS).read_text().splitlines()
-        results = [json.loads(line) for line in lines]
+        # Without its end, the last line is of a run that was interrupted.
+        whole = (folder / measure_batch.RESULTS).read_text().rpartition("\n")[0]
+        results = [json.loads(line) for line in whole.splitlines()]
         results = [result for result in results if result["batch"] == manifest["batch"]]
         entries = manifest["candidates"]
         measured = {int(result["index"]): result for result in results}
         machines = {str(result["machine"]) for result in results if result["us"] is not None}
         if not machines:
             raise ValueError("no candidate was measured")
-        pairs = [(entries[index], result) for index, result in measured.items()]
+        times = [(entries[index], _microseconds(r)) for index, r in measured.items()]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise LowRankError(
             f"{folder} holds no measured batch ({error}); run measure.py in it first"
@@ -203,10 +204,17 @@ def import_results(folder: Path, path: Path) -> tuple[int, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     records = TuningRecords(path, manifest["isa"], threads, machine=machine)
     added = 0
-    for entry, result in pairs:
+    for entry, us in times:
         key = ConvWorkload.from_json(entry["workload"]).key()
         if records.time(key, entry["schedule"]) is None:
-            us = math.inf if result["us"] is None else float(result["us"])
             records.add(key, entry["schedule"], us)
             added += 1
     return added, len(entries) - len(measured)
+
+
+def _microseconds(result: dict[str, Any]) -> float:
+    """The time of a result, infinite for a failed candidate; ValueError if it is no time."""
+    us = math.inf if result["us"] is None else float(result["us"])
+    if not us > 0:
+        raise ValueError(f"a time of {result['us']}")
+    return us

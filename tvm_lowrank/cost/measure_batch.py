@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) > 1:
         measure_candidates(folder, manifest, [int(index) for index in arguments[1:]])
         return 0
+    mend(folder / RESULTS)
     todo = remaining(folder, manifest)
     print(f"{len(todo)} of {len(manifest['candidates'])} candidates to measure", flush=True)
     while todo:
@@ -63,6 +64,13 @@ def run_group(folder: Path, group: list[int]) -> str:
         return "it took too long"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return "" if done.returncode == 0 else (lines or [f"exit code {done.returncode}"])[-1][:300]
+
+
+def mend(path: Path) -> None:
+    """Take off what a run that was interrupted while it wrote has left of its last line."""
+    data = path.read_bytes() if path.exists() else b""
+    if not data.endswith(b"\n") and data:
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
 def remaining(folder: Path, manifest: dict[str, Any]) -> list[int]:
