@@ -205,6 +205,15 @@ def test_without_nvcc_one_sentence_says_what_to_install(tmp_path, monkeypatch, c
 
 @needs_nvcc
 @needs_no_gpu
+def test_metaschedule_needs_a_gpu_to_measure_on(tmp_path, capsys) -> None:
+    command = ["--target", "cuda:sm_80", "--lossless", "-o", str(tmp_path / "out")]
+    assert tune.main([*command, "--metaschedule-trials", "4"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("error: metaschedule_trials") and "sm_80" in error[-1]
+
+
+@needs_nvcc
+@needs_no_gpu
 def test_tune_without_a_gpu_predicts_says_so_and_exports(tmp_path, capsys) -> None:
     """A plan of factors and tensor cores, chosen by predicted times, as machine code."""
     import onnx
@@ -274,6 +283,15 @@ def test_imported_times_win_and_scale_the_predictions(tmp_path) -> None:
         assert math.isclose(timer.microseconds(workload), expected, rel_tol=1e-3)
         assert timer.choose(workload) == choose(workload)
     assert path.read_bytes() == before
+    # Another family has its own ratio.
+    for workload in known:
+        schedule = spaces(workload, SM80, ("winograd",))["cuda_winograd"][0]
+        us = 5 * predict(workload, schedule, SM80)
+        measured.add(workload.key(), schedule.to_json(), us)
+    timer = PredictingTimer(target, records_for(path, target, 2, False), algorithms=("winograd",))
+    (first, *_) = spaces(unknown, SM80, ("winograd",))["cuda_winograd"]
+    expected = 5 * predict(unknown, first, SM80)
+    assert math.isclose(timer.time(unknown, first), expected, rel_tol=1e-3)
     fresh = TuningRecords(None, "sm_80", 1, machine=NO_CARD)
     fresh = PredictingTimer(target, fresh, algorithms=("direct",))
     assert fresh.microseconds(unknown) == predict(unknown, choose(unknown), SM80)

@@ -78,13 +78,14 @@ class PredictingTimer(KernelTimer):
 
     A convolution of which the records hold times, imported from a machine with a GPU, has those.
     Any other has the time that its family's model predicts, for the schedule that other records
-    found best or that the model ranks first; where there are enough imported times, scaled by their
-    median ratio to the model's. Predictions never get into a file.
+    found best or that the model ranks first; where there are enough imported times, of its family
+    of kernels or else of all, scaled by their median ratio to the model's. Predictions never get
+    into a file.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._scale = self._learnt_scale()
+        self._scales = self._learnt_scales()
 
     def time(self, workload: Any, schedule: Any) -> float:
         """Microseconds of one schedule, from the records or predicted."""
@@ -93,8 +94,9 @@ class PredictingTimer(KernelTimer):
             return known
         predicted = predict(workload, schedule, self.isa)
         assert predicted is not None
-        self.records.remember(workload.key(), schedule.to_json(), self._scale * predicted)
-        return self._scale * predicted
+        predicted *= self._scales.get(schedule.kernel, self._scales[""])
+        self.records.remember(workload.key(), schedule.to_json(), predicted)
+        return predicted
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time of the best schedule on record, else of the one that is ranked first."""
@@ -109,9 +111,12 @@ class PredictingTimer(KernelTimer):
         assert isinstance(self.isa, CudaArch)
         return Roofline(self.isa.gflops * _REACHED, self.isa.gigabytes)
 
-    def _learnt_scale(self) -> float:
-        """How many times longer than predicted the kernels on record took."""
-        ratios = []
+    def _learnt_scales(self) -> dict[str, float]:
+        """How many times longer than predicted the kernels on record took.
+
+        By family where there are enough of it, and of all under the empty name.
+        """
+        ratios: dict[str, list[float]] = {"": []}
         for key, place, data, microseconds in self.records.rows():
             if place != self.records.here:
                 continue
@@ -124,5 +129,7 @@ class PredictingTimer(KernelTimer):
             except (ValueError, KeyError, TypeError):
                 continue
             if predicted:
-                ratios.append(microseconds / predicted)
-        return statistics.median(ratios) if len(ratios) >= _LEAST_TIMES else 1.0
+                for name in ("", schedule.kernel):
+                    ratios.setdefault(name, []).append(microseconds / predicted)
+        enough = {name: each for name, each in ratios.items() if len(each) >= _LEAST_TIMES}
+        return {"": 1.0, **{name: statistics.median(each) for name, each in enough.items()}}

@@ -19,6 +19,7 @@ from tvm_lowrank.cost.trees import Trees
 from tvm_lowrank.cost.trees import find as find_trees
 from tvm_lowrank.cuda import prepare_compiler
 from tvm_lowrank.data import Samples, input_shape, split
+from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.extras import require_torch
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.metrics import Metric, check_resolution, metric_of
@@ -38,7 +39,13 @@ from tvm_lowrank.planner.survey import Report, Survey
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.machine import machine_of
-from tvm_lowrank.target import host_target, is_measurable, parse_target, require_runnable
+from tvm_lowrank.target import (
+    host_target,
+    is_measurable,
+    parse_target,
+    require_runnable,
+    target_key,
+)
 from tvm_lowrank.threads import set_threads
 
 # Kept beside the records.
@@ -87,6 +94,11 @@ def _search(
     require_runnable(target)
     if target.kind.name == "cuda":
         prepare_compiler(target)
+    if options.metaschedule_trials and not is_measurable(target):
+        raise LowRankError(
+            "metaschedule_trials is for operators that are measured here, and no GPU that runs "
+            f"{target_key(target)} is at hand; leave it out"
+        )
     classes = options.metric is None or options.metric in ("top1", "disagreement")
     parts = split(mod, data, final, options.seed, class_labels=classes, spare=options.recover > 0)
     labelled = parts.final.labels is not None and parts.select.labels is not None
