@@ -29,6 +29,7 @@ from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.cuda import mma, model
 from tvm_lowrank.schedules.cuda.arch import (
     ARCHITECTURES,
+    MOST_BLOCKS_X,
     MOST_BLOCKS_YZ,
     MOST_THREADS,
     REGISTERS_A_THREAD,
@@ -205,14 +206,15 @@ def test_every_family_compiles_within_the_limits(tmp_path) -> None:
 def test_grids_stay_within_bounds_and_tiles_cover_the_map() -> None:
     for geometry in RESNET:
         workload = ConvWorkload(geometry, 1, ("bias",))
-        for space in kernels.spaces(workload, SM80).values():
+        every = (*kernels.ALGORITHMS, *kernels.REDUCED)
+        for space in kernels.spaces(workload, SM80, every).values():
             for schedule in space[:4]:
                 program = kernels.emit(workload, schedule, SM80)
                 for stage in program.stages:
                     block, grid = launch_of(stage.func)
                     threads = math.prod(block)
                     assert threads % 32 == 0 and threads <= MOST_THREADS
-                    assert max(grid[1:]) <= MOST_BLOCKS_YZ
+                    assert max(grid[1:]) <= MOST_BLOCKS_YZ and grid[0] <= MOST_BLOCKS_X
                     values = math.prod(program.shapes[stage.writes])
                     assert threads * math.prod(grid) * 64 >= values
 
