@@ -137,7 +137,12 @@ def measure(row: Row, layer: ConvLayer, given: InputMoments, unseen: InputMoment
         if padded != geometry:
             row.by_pixel[name] = [fits.error(share, padded) for share in SHARES]
         spent = time.process_time() - start
-        print(f"  {layer.name} {name}: {row.errors[name]}, {spent:.1f} s", flush=True)
+        fitted = [f"{lost[0]:.4f}" for lost in fits.found.values()]
+        print(
+            f"  {layer.name} {name}: {row.errors[name]}, on the samples that fitted it "
+            f"{', '.join(fitted)}, {spent:.1f} s",
+            flush=True,
+        )
 
 
 class Fits:

@@ -109,27 +109,24 @@ def assign(costs: Array) -> np.ndarray:
         open_costs = np.where(room > 0, costs[point], np.inf)
         labels[point] = int(open_costs.argmin())
         room[labels[point]] -= 1
+    # Gains up to this are rounding.
+    worth = 1e-12 * float(np.abs(costs).max())
     for _ in range(n):
         gains = costs[np.arange(n), labels][:, None] - costs
         best = np.stack([gains[labels == a].max(axis=0) for a in range(clusters)])
-        pairs = np.argwhere(np.triu(best + best.T > _worth(costs), 1))
-        moved = [_exchange(costs, labels, a, b) for a, b in pairs]
+        pairs = np.argwhere(np.triu(best + best.T > worth, 1))
+        moved = [_exchange(costs, labels, a, b, worth) for a, b in pairs]
         if not any(moved):
             break
     return labels
 
 
-def _worth(costs: Array) -> float:
-    """Gains up to this are rounding."""
-    return 1e-12 * float(np.abs(costs).max())
-
-
-def _exchange(costs: Array, labels: np.ndarray, a: int, b: int) -> bool:
+def _exchange(costs: Array, labels: np.ndarray, a: int, b: int, worth: float) -> bool:
     """Exchange members of two clusters while that lowers the cost; whether any moved."""
     in_a, in_b = np.flatnonzero(labels == a), np.flatnonzero(labels == b)
     gain_a = costs[in_a, a] - costs[in_a, b]
     gain_b = costs[in_b, b] - costs[in_b, a]
     by_a, by_b = np.argsort(-gain_a, kind="stable"), np.argsort(-gain_b, kind="stable")
-    worth = gain_a[by_a] + gain_b[by_b] > _worth(costs)
-    labels[in_a[by_a[worth]]], labels[in_b[by_b[worth]]] = b, a
-    return bool(worth.any())
+    better = gain_a[by_a] + gain_b[by_b] > worth
+    labels[in_a[by_a[better]]], labels[in_b[by_b[better]]] = b, a
+    return bool(better.any())
