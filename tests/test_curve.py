@@ -115,3 +115,13 @@ def test_training_in_vain_is_dropped(made):
     trained = [point for point in curve.points if point.recovered]
     # The second choice trained is slower than the first, which missed the budget.
     assert trained[1].microseconds > trained[0].microseconds
+
+
+def test_steps_back_are_slower_each_time_and_end(made):
+    curve, times = made(3.3), []
+    point = curve.search()
+    while point is not None and len(times) < 10:
+        times.append(point.microseconds)
+        point = curve.step_back(point)
+    assert point is None and len(times) > 1
+    assert times == sorted(set(times)) and times[-1] < curve.slowest

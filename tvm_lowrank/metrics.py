@@ -130,15 +130,6 @@ class Quality:
         low, high = self.interval
         return (high - low) / (2 * _NORMAL_95)
 
-    @property
-    def cautious_drop(self) -> float:
-        """``drop`` and half its standard error.
-
-        Among many choices the one that looks best on few samples is partly the luckiest; without
-        this allowance most of them fail on other samples.
-        """
-        return self.drop + self.standard_error / 2
-
 
 def judge(
     outputs: np.ndarray, original: np.ndarray, labels: np.ndarray | None, metric: Metric | str
@@ -300,11 +291,12 @@ def divergence(outputs: np.ndarray, original: np.ndarray, classifier: bool) -> f
     flat, reference = (np.asarray(y, np.float64).reshape(len(y), -1) for y in (outputs, original))
     if not classifier:
         return float(((flat - reference) ** 2).sum() / max((reference**2).sum(), 1e-30))
-    p, q = _log_probabilities(reference), _log_probabilities(flat)
+    p, q = log_probabilities(reference), log_probabilities(flat)
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def _log_probabilities(outputs: np.ndarray) -> Any:
+def log_probabilities(outputs: np.ndarray) -> Any:
+    """Of class scores (samples, classes): a softmax unless they are probabilities already."""
     if (outputs >= 0).all() and np.allclose(outputs.sum(1), 1.0, atol=1e-3):
         return np.log(np.maximum(outputs, 1e-12))
     shifted = outputs - outputs.max(1, keepdims=True)

@@ -12,6 +12,7 @@ from tvm_lowrank.metrics import Metric, Quality, judge
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.candidates import Candidate
+from tvm_lowrank.planner.expected import Expected, expected_drop
 from tvm_lowrank.planner.refit import refit
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Report
@@ -27,15 +28,22 @@ _HOPEFUL = 5.0
 # Points tried by bisection, and the ratio of two times that are not worth telling apart.
 _POINTS = 7
 _SAME = 1.02
+# What a step back from a choice that misses the budget on other samples adds to its time, and how
+# much longer each further step is.
+_STEP, _LONGER = 0.06, 2.0
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A choice, the measured time of its kernels, and its quality on the selection samples."""
+    """A choice, the measured time of its kernels, and its quality on the selection samples.
+
+    ``expected`` is what that quality lets expect on others.
+    """
 
     choice: Choice
     microseconds: float
     quality: Quality
+    expected: Expected
     recovered: bool = False
 
 
@@ -81,6 +89,7 @@ class Curve:
         self.split, self.metric, self.max_drop = split, metric, max_drop
         self.seed, self.report, self.train = seed, report, train
         self.points: list[Point] = []
+        self._step = _STEP
         self.original = trial.run(split.select.inputs)
         self.fastest = sum(options[0].cost_us for options in candidates.values())
         self.slowest = sum(options[-1].cost_us for options in candidates.values())
@@ -99,7 +108,7 @@ class Curve:
             if point is None and spent < self.slowest:
                 point = self._try(choice)
             if point is None or self.keeps(point):
-                high = middle
+                high = min(spent, middle)
             else:
                 low = middle
         if self.train is not None:
@@ -128,25 +137,38 @@ class Curve:
             self.judge(train(hopeful[0].choice, share), hopeful[0].microseconds, recovered=True)
 
     def step_back(self, point: Point) -> Point | None:
-        """A slower point that keeps the budget: one that was tried, else with less of the gain."""
+        """A point that takes a little longer: tried before and within the budget, or a new one.
+
+        Each call goes twice as far as the one before, but not beyond half of what is gained.
+        """
         slower = [kept for kept in self._kept() if kept.microseconds > point.microseconds]
-        if slower:
-            return min(slower, key=lambda kept: kept.microseconds)
-        for share in (0.75, 0.5, 0.25):
-            choice = self._choice(self.slowest - share * (self.slowest - point.microseconds))
+        nearest = min(slower, key=lambda kept: kept.microseconds, default=None)
+        limit = min((1 + self._step) * point.microseconds, (point.microseconds + self.slowest) / 2)
+        self._step *= _LONGER
+        if nearest is not None and nearest.microseconds <= limit:
+            return nearest
+        # Where layers are few, no choice may be so near: then one with less of the gain.
+        halves = [
+            self.slowest - share * (self.slowest - point.microseconds) for share in (0.5, 0.25)
+        ]
+        for microseconds in (limit, *halves):
+            choice = self._choice(microseconds)
             if point.microseconds < allocate.microseconds(choice) < self.slowest:
-                return self._try(choice)
-        return None
+                found = self._try(choice)
+                return found if nearest is None or self.keeps(found) else nearest
+        return nearest
 
     def keeps(self, point: Point) -> bool:
         """Whether the point promises to keep the budget."""
-        return point.quality.cautious_drop <= self.max_drop
+        return point.expected.cautious <= self.max_drop
 
     def judge(self, choice: Choice, microseconds: float, recovered: bool = False) -> Point:
         """A choice with its quality on the selection samples, kept as a point of the curve."""
         outputs = self.trial.run(self.split.select.inputs, weights_of(choice))
-        quality = judge(outputs, self.original, self.split.select.labels, self.metric)
-        point = Point(choice, microseconds, quality, recovered)
+        labels = self.split.select.labels
+        quality = judge(outputs, self.original, labels, self.metric)
+        expected = expected_drop(outputs, self.original, labels, self.metric, quality)
+        point = Point(choice, microseconds, quality, expected, recovered)
         self.points.append(point)
         return point
 
@@ -157,6 +179,7 @@ class Curve:
                 "microseconds": point.microseconds,
                 "dense_us": self.slowest,
                 "drop": point.quality.drop,
+                "expected_drop": point.expected.drop,
                 "interval": None if (i := point.quality.interval) is None else list(i),
                 "agreement": point.quality.agreement,
                 "samples": point.quality.samples,
