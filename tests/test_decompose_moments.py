@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tvm_lowrank.decompose import (
+    FORMS,
     InputMoments,
     MomentAccumulator,
     PatchSampler,
@@ -142,6 +143,32 @@ def test_identity_and_damping():
     assert many.damping == pytest.approx(2 * 4e-4)
     assert few.damping == pytest.approx(2 * 0.1)
     assert InputMoments(np.zeros((4, 4)), np.zeros(4), 8).damping > 0
+
+
+def test_few_samples_do_not_promise_what_others_do_not_keep():
+    # 60 inputs seen through 40 samples: a fully connected layer sees one position a sample.
+    random = np.random.default_rng(3)
+    mixing = random.normal(size=(60, 60)) * np.geomspace(1.0, 0.05, 60)[:, None]
+    few, many = (random.normal(size=(n, 60)) @ mixing for n in (40, 20_000))
+    seen = InputMoments(np.cov(few.T, bias=True), few.mean(axis=0), len(few))
+    truth = InputMoments(np.cov(many.T, bias=True), many.mean(axis=0), len(many))
+    weight = random.normal(size=(30, 60))
+    geometry = ConvGeometry(60, 30, 1, 1, (1, 1))
+
+    def errors(moments):
+        factors = FORMS["svd"].fitter(weight.reshape(30, 60, 1, 1), geometry, moments).fit(20)
+        found = FORMS["svd"].reconstruct(factors, geometry)
+        return [relative_error(weight, found, m) for m in (moments, truth)]
+
+    promised, kept = errors(seen)
+    assert promised < 0.3 * kept
+    expected, other = errors(seen.shrunk())
+    assert 0.5 * other < expected < 2 * other
+    assert other < 1.25 * kept
+    # Of a group each what it is alone; plenty of samples are believed.
+    both = InputMoments(np.stack([seen.covariance, 2 * seen.covariance]), np.zeros((2, 60)), 40)
+    np.testing.assert_allclose(both.shrunk().covariance[1], 2 * seen.shrunk().covariance)
+    assert truth.shrunk() is truth
 
 
 def test_what_cannot_be_is_named():

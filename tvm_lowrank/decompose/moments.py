@@ -18,6 +18,8 @@ CHUNK_BYTES = 64 << 20
 DAMPING_FLOOR = 1e-6
 DAMPING_PER_SHORTAGE = 1.0
 DAMPING_CEILING = 0.1
+# Samples for each input below which a covariance says too little of other samples.
+SCARCE = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +101,27 @@ class InputMoments:
         level = float(np.trace(self.covariance)) / size
         share = max(DAMPING_FLOOR, DAMPING_PER_SHORTAGE * size / self.samples)
         return (level or 1.0) * min(share, DAMPING_CEILING)
+
+    def shrunk(self) -> InputMoments:
+        """What other samples are to be expected to have: these moments if samples are plenty.
+
+        With fewer than ``SCARCE`` samples for each of the D inputs, directions that these samples
+        happen to lack would count for nothing, both when factors are fitted and in their error. The
+        covariance is then drawn towards a multiple of the identity by the oracle approximating
+        shrinkage (Chen, Wiesel, Eldar and Hero 2010, equation 23).
+        """
+        size = self.mean.shape[-1]
+        if self.is_identity or self.samples >= SCARCE * size or size == 1:
+            return self
+        covariance = self.covariance.reshape(-1, size, size)
+        trace = np.trace(covariance, axis1=1, axis2=2)
+        square, spread = np.sum(covariance**2, axis=(1, 2)), trace**2
+        above = (1 - 2 / size) * square + spread
+        below = (self.samples + 1 - 2 / size) * (square - spread / size)
+        share = np.divide(above, below, out=np.ones_like(above), where=below > 0).clip(0, 1)
+        found = (1 - share)[:, None, None] * covariance
+        found[:, range(size), range(size)] += (share * trace / size)[:, None]
+        return InputMoments(found.reshape(self.covariance.shape), self.mean, self.samples)
 
     def channel_covariance(self, channels: int, taps: int) -> Array:
         """Covariance ``(C, C)`` of the channels at one tap, averaged over the ``X Y`` taps."""

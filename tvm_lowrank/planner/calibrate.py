@@ -47,7 +47,7 @@ def input_moments(
         for name, accumulator in gather.items():
             accumulator.update(activations[name])
         report(done)
-    return {name: accumulator.moments() for name, accumulator in gather.items()}
+    return {name: accumulator.moments().shrunk() for name, accumulator in gather.items()}
 
 
 def gathered(

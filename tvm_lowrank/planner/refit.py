@@ -221,7 +221,7 @@ class _Pair:
         covariance = self._products / self._rows - np.outer(offset, offset)
         covariance = (covariance + covariance.T) / 2
         cross = self._cross / self._rows - np.outer(offset, offset_out)
-        moments = InputMoments(covariance, self._shift + offset, self._rows)
+        moments = InputMoments(covariance, self._shift + offset, self._rows).shrunk()
         target = self._target(covariance, cross).reshape(self.geometry.weight_shape)
         if candidate.form == "dense":
             whole, factors, error = target, [target], 0.0
