@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from tvm_lowrank.decompose import FORMS, InputMoments, PatchSampler
+from tvm_lowrank.decompose.moments import SCARCE
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.allocate import Choice
@@ -26,9 +27,6 @@ _PLENTY = 24
 # Ridge of the regression, as a share of the mean variance of the inputs: unknowns over equations
 # within these bounds.
 _PULL = (0.01, 0.1)
-# With fewer equations for each unknown the regression would learn the samples; the target is then
-# the original weight. So it is for fully connected layers, which see one position a sample.
-_EQUATIONS = 2
 # A layer that stays dense is refitted too, unless its patches are so large that the regression
 # takes longer than it is worth.
 _DENSE_PATCH = 1200
@@ -241,7 +239,9 @@ class _Pair:
     def _target(self, covariance: np.ndarray, cross: np.ndarray) -> np.ndarray:
         """The dense weight (F, C * X * Y) that the factors are fitted to."""
         size = len(covariance)
-        if self._rows < _EQUATIONS * size:
+        if self._rows < SCARCE * size:
+            # The regression would learn the samples. So it is for fully connected layers, which see
+            # one position a sample.
             return self.weight
         variance = max(float(covariance.diagonal().mean()), 1e-12)
         pull = float(np.clip(size / self._rows, *_PULL)) * variance
