@@ -36,6 +36,13 @@ from tvm_lowrank.report import svg
 # Given a workload and its schedules, a score of each; the least is picked.
 Score = Callable[[ConvWorkload, Sequence[Mapping[str, Any]]], np.ndarray]
 BUDGETS = (1, 2, 4)
+_READ = """
+Read the table with this in mind: candidates of these layers that stood out (far above the analytic
+prediction, or near the best on an old record alone) were measured again and the least time kept;
+the constants of the analytic level were fitted on the shipped survey; how many trees there are a
+round was settled on these networks. The best time is the best on record.
+
+"""
 # Kernels of a layer that a search measures at most.
 TRIALS = 4
 ISAS = {isa.name: isa for isa in (instruction_sets.AVX512, instruction_sets.AVX2)}
@@ -105,7 +112,8 @@ def main() -> int:
     text = _table(judged, place, len(records))
     print(text)
     if args.markdown:
-        title = "# Regret of the cost model\n\nWritten by `benchmarks/regret.py`.\n\n"
+        command = "python benchmarks/regret.py --markdown docs/regret.md --svg docs/regret.svg"
+        title = f"# Regret of the cost model\n\nWritten by `{command}`.\n{_READ}"
         plot = f"\n\n![predicted against measured]({args.svg.name})" if args.svg else ""
         args.markdown.write_text(f"{title}{text}{plot}\n", encoding="utf-8")
     if args.svg:
