@@ -79,7 +79,7 @@ SHAPES = {
         1,
     ),
     "first_layer": (ConvGeometry(3, 32, 30, 30, (7, 7), (2, 2), (3, 3, 3, 3)), 1),
-    "dense": (ConvGeometry(67, 40, 1, 1, (1, 1), batch=3), 1),
+    "dense": (ConvGeometry(67, 40, 1, 1, (1, 1)), 1),
     "dense_blocked": (ConvGeometry(64, 10, 1, 1, (1, 1)), 0),
     "pointwise": (ConvGeometry(33, 64, 13, 7, (1, 1), batch=2), 0),
     "pointwise_strided": (ConvGeometry(33, 64, 13, 7, (1, 1), (2, 2)), 0),

@@ -58,23 +58,24 @@ class Epilogue:
         stride: int,
         channel: Index,
         channel_step: int,
+        pixel_stride: int | None = None,
     ) -> None:
         """Emit the steps on a register tile and store it in ``y``.
 
-        ``values[j][i]`` belongs at offset ``base + j * stride + i * lanes`` and to the channels
-        from ``channel + j * channel_step`` on.
+        ``values[j][i]`` belongs at offset ``base + j * stride + i * pixel_stride`` (a vector if not
+        given) and to the channels from ``channel + j * channel_step`` on.
         """
-        em = self._em
+        em, apart = self._em, pixel_stride or self._em.lanes
         is_long = any(name in _LONG for name, _, _ in self._steps)
         for j, line in enumerate(values):
             of_line = channel + j * channel_step
             for i, value in enumerate(line):
-                position = base + (j * stride + i * em.lanes)
+                position = base + (j * stride + i * apart)
                 done = value if is_long else self.apply(value, of_line, position)
                 em.store(y, done, position)
             if is_long:
                 with em.loop(len(line), prefix="pixel") as pixel:
-                    position = em.bind_index(base + j * stride + pixel * em.lanes, "at")
+                    position = em.bind_index(base + j * stride + pixel * apart, "at")
                     em.store(y, self.apply(em.load(y, position), of_line, position), position)
 
     def apply(self, value: ir.Expr, channel: Index, position: Index) -> ir.Expr:

@@ -6,6 +6,7 @@ from tvm_lowrank.schedules.family import KernelFamily
 
 from . import (
     convolution,
+    dense,
     depthwise,
     fft,
     fft_schedule,
@@ -17,6 +18,7 @@ from . import (
     winograd_space,
 )
 from .accuracy import direct_error
+from .dense import DenseSchedule
 from .depthwise import DepthwiseSchedule
 from .fft_schedule import FFTSchedule
 from .winograd_schedule import WinogradSchedule
@@ -32,6 +34,16 @@ FAMILIES: dict[str, KernelFamily] = {
         ConvSchedule.from_json,
         direct_error,
         effort=space.effort,
+    ),
+    DenseSchedule.kernel: KernelFamily(
+        "direct",
+        dense.refuse,
+        dense.space,
+        dense.emit,
+        packing.pack_weights,
+        DenseSchedule.from_json,
+        direct_error,
+        effort=dense.effort,
     ),
     DepthwiseSchedule.kernel: KernelFamily(
         "direct",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from .dense import DenseSchedule
 from .groups import merge_groups, merge_weight
 from .isa import VectorISA
 from .workload import ConvSchedule, ConvWorkload
 
 
 def pack_weights(
-    weight: np.ndarray, workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA
+    weight: np.ndarray,
+    workload: ConvWorkload,
+    schedule: ConvSchedule | DenseSchedule,
+    isa: VectorISA,
 ) -> np.ndarray:
-    """Lay out an OIHW weight for the direct convolution.
+    """Lay out an OIHW weight for the direct convolution, dense layers of several samples included.
 
     Returns float32 of shape ``(tiles, blocks, X, Y, in_block, vectors * lanes)``: a tile is
     ``schedule.vectors`` vectors of output channels, and ``blocks`` are those of the input channels

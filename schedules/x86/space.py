@@ -8,6 +8,7 @@ from tvm_lowrank.schedules.effort import Effort
 
 from tvm_lowrank.geometry import ConvGeometry
 
+from .dense import is_dense
 from .groups import is_depthwise, merge_groups
 from .isa import VectorISA
 from .padding import pad_geometry, padded_copy
@@ -74,6 +75,8 @@ def refuse(workload: ConvWorkload, isa: VectorISA) -> str | None:
         return f"in_block is {workload.in_block}, expected 1 or {isa.lanes}"
     if is_depthwise(workload.geometry) and workload.in_block == isa.lanes:
         return f"{workload.geometry} is depthwise, which has a kernel of its own"
+    if is_dense(workload.geometry):
+        return f"{workload.geometry} is dense, which for several samples has a kernel of its own"
     return None
 
 
