@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--target", default=None, help="default: the plan's, or this machine's")
     add("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128], metavar="N")
     add("--breakdown", type=int, nargs="*", default=[128, 1], metavar="N", help="default: 128 1")
-    add("--trials", type=int, default=2, metavar="N", help="schedules a family (default: 2)")
+    add("--trials", type=int, default=4, metavar="N", help="schedules a family (default: 4)")
     add("--threads", type=int, metavar="N")
     add("--max-drop", type=float, default=1.0, metavar="POINTS", help="for that search")
     add("-o", "--output", type=Path, default=Path("figures"), metavar="DIR")
@@ -202,7 +202,7 @@ def _curves(found: Sequence[Measured], title: str) -> str:
         for variant in VARIANTS
     }
     parts = [svg.text(70, 18, title)]
-    parts += svg.curves(series, 70, 44, 420, 280, "batch size", "milliseconds an image")
+    parts += svg.lines(series, 70, 44, 420, 280, "batch size", "milliseconds an image")
     return svg.document(640, 384, parts)
 
 

@@ -105,6 +105,50 @@ def curves(
     return parts
 
 
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    across: str,
+    up: str,
+) -> list[str]:
+    """Named lines through all of their points, from zero upwards, over a logarithmic axis.
+
+    Marks on that axis are where the points are, those on the other at quarters.
+    """
+    points = np.array([point for line in series.values() for point in line], float).reshape(-1, 2)
+    parts = [
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="black"/>',
+        text(x + width / 2, y + height + 32, across, "middle"),
+        text(x, y - 6, up),
+    ]
+    if not len(points):
+        return parts
+    marks, most = sorted(set(points[:, 0])), float(points[:, 1].max()) or 1.0
+    low, span = math.log(marks[0]), max(math.log(marks[-1] / marks[0]), 1e-3)
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        return x + (math.log(point[0]) - low) / span * width, y + (1 - point[1] / most) * height
+
+    for mark in marks:
+        at = place((mark, 0.0))[0]
+        parts.append(f'<path d="M{at:.1f} {y}v{height}" stroke="#e4e4e4"/>')
+        parts.append(text(at, y + height + 15, f"{mark:g}", "middle"))
+    for quarter in range(5):
+        down = y + (1 - quarter / 4) * height
+        parts.append(f'<path d="M{x} {down:.1f}h{width}" stroke="#e4e4e4"/>')
+        parts.append(text(x - 4, down + 4, f"{most * quarter / 4:.3g}", "end"))
+    for index, (name, line) in enumerate(series.items()):
+        colour, placed = COLOURS[index % len(COLOURS)], [place(point) for point in line]
+        joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
+        parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}"/>')
+        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in placed]
+        parts.append(text(placed[-1][0] + 8, placed[-1][1] + 4, name))
+    return parts
+
+
 def _ticks(low: float, span: float) -> list[float]:
     """Exponents of 10 to mark: the whole ones, or both ends and the middle if there are few."""
     whole = [float(e) for e in range(math.ceil(low), math.floor(low + span) + 1)]
