@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from tvm import relax
 from tvm_lowrank.passes.kernel_calls import Convolution, Shape, Step
 from tvm_lowrank.schedules.x86.gather import GatherWorkload
+from tvm_lowrank.schedules.x86.placement import Images
 
 # How the network sees a map: as it is, with channels last (whatever the axes before them), or
 # flattened to (N, C H W) in either order.
@@ -54,7 +55,8 @@ class BlockedTensor:
     """A value that is there plain (as the network sees it), in blocks, both, or is pending.
 
     ``map`` is the (N, C, H, W) map behind it, of which the blocked form is made, and ``view`` how
-    the network sees that map: ``shape`` is its shape there.
+    the network sees that map: ``shape`` is its shape there. Some images of a plain batch are at
+    first there only as ``piece`` of it: that batch, and which images.
     """
 
     shape: tuple[int, ...]
@@ -63,6 +65,7 @@ class BlockedTensor:
     plain: relax.Expr | None = None
     blocked: relax.Expr | None = None
     pending: Pending | None = None
+    piece: tuple[relax.Expr, Images] | None = None
 
     @property
     def is_blocked(self) -> bool:

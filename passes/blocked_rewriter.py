@@ -99,7 +99,8 @@ class BlockedRewriter(Rewriter):
         """1 if a convolution reads ``data`` plain, else the channels of a block."""
         flat = len(data.shape) == 2
         few = geometry.in_channels <= PLAIN_CHANNELS and geometry.groups == 1
-        return 1 if data.plain is not None and (few or flat) else self.calls.isa.lanes
+        is_plain = data.plain is not None or data.piece is not None
+        return 1 if is_plain and (few or flat) else self.calls.isa.lanes
 
     def refuses(self, geometry: ConvGeometry, in_block: int) -> bool:
         """Whether no kernel takes a convolution whose input has such blocks."""
@@ -174,7 +175,7 @@ class BlockedRewriter(Rewriter):
             tensor.blocked = self._write(tensor.pending)
             tensor.pending = None
         if tensor.blocked is None:
-            plain = tensor.plain
+            plain = self._plain_of(tensor)
             if self._is_one_layout(tensor):
                 lanes = self.calls.isa.lanes
                 shape = (tensor.map[0], tensor.channels // lanes, 1, 1, lanes)
@@ -193,7 +194,7 @@ class BlockedRewriter(Rewriter):
         """The plain form of a value, converted from its blocks where it has none."""
         if not isinstance(value, BlockedTensor):
             return value
-        if value.plain is None and self._is_one_layout(value):
+        if self._plain_of(value) is None and self._is_one_layout(value):
             value.plain = self.emit(relax.op.reshape(self.blocked(value), value.shape))
         if value.plain is None:
             plain = self.calls.unblock(self.blocked(value), value.map)
@@ -203,6 +204,14 @@ class BlockedRewriter(Rewriter):
                 plain = self.emit(relax.op.reshape(plain, value.shape))
             value.plain = plain
         return value.plain
+
+    def _plain_of(self, tensor: BlockedTensor) -> relax.Expr | None:
+        """The plain form of a tensor that has one; a piece of a batch is cut out for it."""
+        if tensor.plain is None and tensor.piece is not None:
+            batch, images = tensor.piece
+            ends = [images.first], [images.first + tensor.map[0]]
+            tensor.plain = self.emit(relax.op.strided_slice(batch, [0], *ends))
+        return tensor.plain
 
     def _write(self, pending: Pending, sink: Sink | None = None) -> relax.Expr:
         operation, sources = pending.operation, pending.sources
@@ -221,6 +230,8 @@ class BlockedRewriter(Rewriter):
             if fused is not None:
                 return fused
             return self.calls.convolve(self._source(data), in_block, operation, sink)
+        if data.piece is not None and data.plain is None:
+            return self.calls.convolve(Source(*data.piece), 1, operation, sink)
         plain = data.plain
         if data.shape != data.map:
             plain = self.emit(relax.op.reshape(plain, data.map))

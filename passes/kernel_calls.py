@@ -82,10 +82,10 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Source:
-    """The blocks that a kernel reads, or the tensor of which they are a part."""
+    """The map that a kernel reads, or the tensor of which it is a part."""
 
     blocks: relax.Expr
-    part: Part | None = None
+    part: Part | Images | None = None
 
 
 @dataclass(frozen=True)
@@ -309,10 +309,10 @@ class KernelCalls:
         key: Any,
         make: Callable[[], tirx.PrimFunc],
         name: str,
-        source: Part | None = None,
+        source: Part | Images | None = None,
         sink: Sink | None = None,
     ) -> tvm.ir.GlobalVar:
-        parts: tuple[Part | None, Part | Images | None] = (source, sink.part if sink else None)
+        parts = (source, sink.part if sink else None)
         key = (key, parts)
         if key not in self._kernels:
             func = make()

@@ -18,7 +18,9 @@ from tvm_lowrank.passes.blocked import (
 )
 from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter
 from tvm_lowrank.passes.graph import is_constant
+from tvm_lowrank.schedules.x86.emitter import ALIGNMENT
 from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
+from tvm_lowrank.schedules.x86.placement import Images
 
 
 def lower_view(
@@ -81,10 +83,13 @@ def lower_concat(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor 
 def lower_window(
     rewriter: BlockedRewriter, name: str, value: relax.Call, shape: tuple[int, ...] | None
 ) -> BlockedTensor | None:
-    """A slice or pad as a pending copy, merged with the one before it; None for others."""
+    """A slice or pad as a pending copy, merged with the one before it; None for others.
+
+    Images of a plain batch are not copied: the kernel that reads them gets the batch.
+    """
     source = rewriter.blocked_map(value.args[0])
     if source is None or shape is None:
-        return None
+        return _images(rewriter, value, shape) if name == "strided_slice" else None
     n = source.map[0]
     sources, workload = rewriter.copied(source)
     cut = _pad(value, workload) if name == "nn.pad" else _slice(value, workload)
@@ -113,26 +118,33 @@ def _join(
     return GatherWorkload(n, channels, h, w, tuple(runs), (h, w)), sources
 
 
+def _images(
+    rewriter: BlockedRewriter, value: relax.Call, shape: tuple[int, ...] | None
+) -> BlockedTensor | None:
+    """Neighbouring images of a plain batch of maps, as a piece of it; None for other slices.
+
+    Kernels count on maps that start on a line of the cache.
+    """
+    source = rewriter.tensor(value.args[0])
+    ranges = _ranges(value, source.shape)
+    if source.plain is None or source.view != NCHW or shape is None or ranges is None:
+        return None
+    n, c, h, w = source.map
+    first, last, step = ranges[0]
+    if step != 1 or ranges[1:] != [(0, c, 1), (0, h, 1), (0, w, 1)]:
+        return None
+    if 4 * first * c * h * w % ALIGNMENT:
+        return None
+    return of_map((last - first, c, h, w), piece=(source.plain, Images(first, n)))
+
+
 def _slice(value: relax.Call, workload: GatherWorkload) -> GatherWorkload | None:
     """``workload`` with a strided slice after it, or None."""
-    if any(not isinstance(arg, relax.Tuple) for arg in value.args[1:]):
+    size = (workload.batch, workload.out_channels, *workload.out_size)
+    ranges = _ranges(value, size)
+    if ranges is None:
         return None
-    try:
-        axes, begins, ends, *more = (
-            [int(field.value) for field in arg.fields] for arg in value.args[1:]
-        )
-    except AttributeError:
-        return None
-    strides = more[0] if more else [1] * len(axes)
-    size = [workload.batch, workload.out_channels, *workload.out_size]
-    begin, end, stride = [0] * 4, list(size), [1] * 4
-    for axis, first, last, step in zip(axes, begins, ends, strides, strict=True):
-        if step < 1:
-            return None
-        extent = size[axis % 4]
-        begin[axis % 4] = min(max(first + extent if first < 0 else first, 0), extent)
-        end[axis % 4] = min(max(last + extent if last < 0 else last, 0), extent)
-        stride[axis % 4] = step
+    begin, end, stride = zip(*ranges, strict=True)
     count = [-(-(e - b) // s) for b, e, s in zip(begin, end, stride, strict=True)]
     if min(count) < 1 or count[0] != size[0] or stride[1] != 1:
         return None
@@ -147,6 +159,29 @@ def _slice(value: relax.Call, workload: GatherWorkload) -> GatherWorkload | None
         ),
         stride=(old[0] * stride[2], old[1] * stride[3]),
     )
+
+
+def _ranges(value: relax.Call, size: Sequence[int]) -> list[tuple[int, int, int]] | None:
+    """Begin, end and step along each axis of a strided slice; None where they are not forward."""
+    if any(not isinstance(arg, relax.Tuple) for arg in value.args[1:]):
+        return None
+    try:
+        axes, begins, ends, *more = (
+            [int(field.value) for field in arg.fields] for arg in value.args[1:]
+        )
+    except AttributeError:
+        return None
+    rank, ranges = len(size), [(0, extent, 1) for extent in size]
+    for axis, first, last, step in zip(
+        axes, begins, ends, more[0] if more else [1] * len(axes), strict=True
+    ):
+        if step < 1:
+            return None
+        extent = size[axis % rank]
+        begin = min(max(first + extent if first < 0 else first, 0), extent)
+        end = min(max(last + extent if last < 0 else last, 0), extent)
+        ranges[axis % rank] = (begin, end, step)
+    return ranges
 
 
 def _cut(runs: Sequence[ChannelRun], begin: int, end: int) -> tuple[ChannelRun, ...]:

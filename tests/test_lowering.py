@@ -252,18 +252,21 @@ def test_functions_that_only_look_like_pads_are_left_alone():
     assert found["nn.pad"] == 0
 
 
-@pytest.mark.parametrize(("batch", "pieces"), [(8, 4), (7, 7)])
-def test_a_batch_whose_maps_are_large_runs_in_pieces(batch, pieces, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "pieces", "size", "slices"), [(8, 4, 18, 2), (7, 7, 18, 5), (8, 4, 20, 0)]
+)
+def test_a_batch_whose_maps_are_large_runs_in_pieces(batch, pieces, size, slices, monkeypatch):
     # A cache of six maps: two images at a time, or one, where two do not divide the batch.
-    monkeypatch.setattr("tvm_lowrank.passes.split_batch._CACHE_BYTES", 6 * 32 * 18 * 18 * 4)
-    g = Graph(batch, 3, 18, 18)
+    monkeypatch.setattr("tvm_lowrank.passes.split_batch._CACHE_BYTES", 6 * 32 * size * size * 4)
+    g = Graph(batch, 3, size, size)
     x = g.op("Relu", g.conv("x", 3, 32))
     x = g.op("Relu", g.op("Add", g.conv(x, 32, 32), x))
     x = g.op("MaxPool", g.conv(x, 32, 32, strides=[2, 2]), kernel_shape=[2, 2], strides=[2, 2])
     x = g.op("Flatten", g.op("GlobalAveragePool", g.op("Relu", g.conv(x, 32, 16))))
     found, _ = lowered(g, g.op("MatMul", x, g.constant(RNG.standard_normal((16, 10)))))
     assert found["lowrank_conv2d"] == 2 * pieces + 3
-    assert found["strided_slice"] == pieces and found["concat"] == 0
+    # Pieces that start on a line of the cache are read where they are in the input.
+    assert found["strided_slice"] == slices and found["concat"] == 0
     # Ten numbers come out of their block, once.
     assert found["lowrank_elementwise"] == 0 and found["lowrank_unblock"] == 1
 

@@ -24,6 +24,8 @@ _LOOP_KINDS = {
 # TVM lowers smaller allocations to the stack, where LLVM promotes them to registers; from this
 # size on they become calls of TVMBackendAllocWorkspace.
 _WORKSPACE_BYTES = 1024
+# Bytes that the data of every buffer is a multiple of from zero.
+ALIGNMENT = 64
 
 
 def quotient(value: Index, divisor: int) -> Index:
@@ -70,13 +72,13 @@ class Emitter:
 
     def argument(self, name: str, shape: Sequence[int]) -> tirx.Buffer:
         """Add a parameter of the given shape; returns its flat view."""
-        parameter = tirx.decl_buffer(tuple(shape), "float32", name=name, data_alignment=64)
+        parameter = tirx.decl_buffer(tuple(shape), "float32", name=name, data_alignment=ALIGNMENT)
         self._arguments.append(parameter)
         size = 1
         for extent in shape:
             size *= extent
         view = tirx.decl_buffer(
-            (size,), "float32", name=f"{name}_flat", data_alignment=64, scope="global"
+            (size,), "float32", name=f"{name}_flat", data_alignment=ALIGNMENT, scope="global"
         )
         self._emit(tirx.DeclBuffer(view, data=tirx.buffer.buffer_data(parameter)))
         return view
@@ -98,7 +100,7 @@ class Emitter:
 
     def _allocate(self, size: int, prefix: str) -> tirx.Buffer:
         buffer = tirx.decl_buffer(
-            (size,), "float32", name=self._name(prefix), scope="global", data_alignment=64
+            (size,), "float32", name=self._name(prefix), scope="global", data_alignment=ALIGNMENT
         )
         self._emit(tirx.AllocBuffer(buffer))
         return buffer

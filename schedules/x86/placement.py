@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
+from .emitter import ALIGNMENT
+
 # TVM's number for functions that its fusion leaves alone: it takes an output for a whole tensor.
 _OPAQUE = 8
 
@@ -60,9 +62,13 @@ def place(func: tirx.PrimFunc, name: str, part: Part | Images) -> tirx.PrimFunc:
     """
     (index,) = (i for i, parameter in enumerate(func.params) if parameter.name == name)
     shape, offset = part.within([int(extent) for extent in func.params[index].shape])
-    whole = tirx.decl_buffer(shape, "float32", name=name, data_alignment=64)
+    whole = tirx.decl_buffer(shape, "float32", name=name, data_alignment=ALIGNMENT)
     flat = tirx.decl_buffer(
-        (math.prod(shape),), "float32", name=f"{name}_whole", data_alignment=64, scope="global"
+        (math.prod(shape),),
+        "float32",
+        name=f"{name}_whole",
+        data_alignment=ALIGNMENT,
+        scope="global",
     )
     root = func.body.block
     body = []
