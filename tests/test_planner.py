@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import small_network
 from helpers import reference, relative, run
+from onnx import TensorProto, helper, numpy_helper
 from tvm_lowrank.passes.factor_convolutions import Chain, FactorConvolutions
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.schedules.x86.isa import isa_of
@@ -21,9 +22,10 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
+from tvm_lowrank.planner import segments as module
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, propose
-from tvm_lowrank.planner.refit import refit
+from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.sensitivity import remembered, sensitivities
 from tvm_lowrank.planner.trial import TrialNetwork
@@ -107,6 +109,29 @@ def test_pieces_in_a_row_equal_the_network(bench, segments):
     assert relative(segments.finish(5, state, replaced), expected) < 1e-5
 
 
+def test_layers_that_differ_in_their_weights_alone_run_in_one_library(monkeypatch):
+    shape = ["N", 16, 4, 4]
+    weights = [np.eye(16, dtype=np.float32)[:, :, None, None] * scale for scale in (2, 3, 5, 7)]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", [f"x{i}", f"w{i}"], [f"x{i + 1}"]) for i in range(4)],
+        "chain",
+        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("x4", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(weight, f"w{i}") for i, weight in enumerate(weights)],
+    )
+    mod = normalise(load_model(helper.make_model(graph)))
+    made, original = [], module.compile_module
+    monkeypatch.setattr(
+        module, "compile_module", lambda *args: made.append(args) or original(*args)
+    )
+    timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
+    pieces = Segments(mod, collect_layers(mod), timer)
+    # The last one alone returns what the network does.
+    assert len(made) == 2
+    x = np.ones((2, 16, 4, 4), np.float32)
+    assert np.array_equal(pieces.finish(0, pieces.start(x)), 210 * x)
+
+
 def test_fewer_samples_than_a_batch_are_repeated(bench):
     timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
     mod = normalise(load_model(bench.model, 3))
@@ -179,6 +204,11 @@ def chosen(bench, names=NAMES):
     return {n: made(by_name[n], *names[n], moments[n]) for n in names}
 
 
+def refit(segments, choice, inputs):
+    options = {name: [candidate] for name, candidate in choice.items()}
+    return Refitter(segments, options, inputs, seed=0).refit(choice)
+
+
 def error(bench, choice, seen=slice(30, None)):
     held = bench.inputs[seen]
     original = bench.trial.run(held)
@@ -192,9 +222,9 @@ def dense(layer):
 
 def test_refitting_brings_the_output_nearer(bench, segments):
     choice, fit = chosen(bench), bench.inputs[:30]
-    better = refit(segments, choice, fit, seed=0)
+    better = refit(segments, choice, fit)
     assert error(bench, better) < 0.9 * error(bench, choice)
-    again = refit(segments, choice, fit, seed=0)
+    again = refit(segments, choice, fit)
     for name in NAMES:
         assert all(
             np.array_equal(a, b)
@@ -203,12 +233,36 @@ def test_refitting_brings_the_output_nearer(bench, segments):
         assert better[name].stages == choice[name].stages
 
 
+def test_what_two_choices_begin_with_is_fitted_once_and_as_if_it_were_alone(
+    bench, segments, monkeypatch
+):
+    first, fit = chosen(bench), bench.inputs[:30]
+    other = chosen(bench, {**NAMES, "conv2": ("separable", 24)})
+    second = {**first, "conv2": other["conv2"]}
+    options = {name: [first[name], second[name]] for name in NAMES}
+    fitted, original = [], Refitter._fit
+    monkeypatch.setattr(
+        Refitter,
+        "_fit",
+        lambda self, index, *rest: fitted.append(index) or original(self, index, *rest),
+    )
+    refitter = Refitter(segments, options, fit, seed=0)
+    refitter.refit(first)
+    assert fitted == [1, 2, 5]
+    found = refitter.refit(second)
+    assert fitted == [1, 2, 5, 2, 5]
+    alone = Refitter(segments, options, fit, seed=0).refit(second)
+    for name in NAMES:
+        assert np.array_equal(found[name].weight, alone[name].weight)
+        assert np.array_equal(found[name].bias, alone[name].bias)
+
+
 def test_dense_layers_make_up_for_the_layers_before_them(bench, segments):
     fit = bench.inputs[:30]
     choice = chosen(bench, {"conv1": ("separable", 16)})
-    alone = refit(segments, choice, fit, seed=0)
+    alone = refit(segments, choice, fit)
     spare = {layer.name: dense(layer) for layer in bench.layers if layer.geometry.groups == 1}
-    helped = refit(segments, {**spare, **choice}, fit, seed=0)
+    helped = refit(segments, {**spare, **choice}, fit)
     assert error(bench, helped) < 0.9 * error(bench, alone)
     # Nothing before the first factored layer has anything to make up for.
     assert helped["conv0"].factors[0] is bench.layers[0].weight
@@ -228,11 +282,11 @@ def test_a_layer_makes_up_for_the_error_of_what_is_added_to_its_output(bench, se
         name = segments.piece(3).source
         return np.linalg.norm(segments.values(exact, name) - segments.values(rough, name))
 
-    found = refit(segments, {**spare, **choice}, fit, seed=0)
+    found = refit(segments, {**spare, **choice}, fit)
     weights = {name: (c.weight, c.bias) for name, c in found.items()}
     # A regression of conv2's own output, the shortcut's error left out.
     blind = copy.copy(segments)
     blind.piece = lambda index: replace(segments.piece(index), shortcut=None)
-    own = refit(blind, {**spare, **choice}, fit, seed=0)
+    own = refit(blind, {**spare, **choice}, fit)
     unaware = {name: (c.weight, c.bias) for name, c in own.items()}
     assert sum_error(weights) < 0.95 * sum_error(unaware)

@@ -13,7 +13,7 @@ from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.candidates import Candidate
 from tvm_lowrank.planner.expected import Expected, expected_drop
-from tvm_lowrank.planner.refit import refit
+from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Report
 from tvm_lowrank.planner.trial import TrialNetwork
@@ -84,10 +84,14 @@ class Curve:
         report: Report,
         train: Trainer | None = None,
     ) -> None:
-        self.trial, self.segments = trial, segments
+        self.trial = trial
         self.candidates, self.dense, self.sensitivity = candidates, dense, sensitivity
         self.split, self.metric, self.max_drop = split, metric, max_drop
-        self.seed, self.report, self.train = seed, report, train
+        self.report, self.train = report, train
+        options = {name: [candidate] for name, candidate in dense.items()}
+        for name, found in candidates.items():
+            options[name] = [*options.get(name, ()), *found]
+        self.refitter = Refitter(segments, options, split.fit.inputs, seed)
         self.points: list[Point] = []
         self._step = _STEP
         self.original = trial.run(split.select.inputs)
@@ -198,12 +202,8 @@ class Curve:
 
     def _try(self, choice: Choice) -> Point:
         stage = f"refitting, point {len(self.points) + 1}"
-        fitted = refit(
-            self.segments,
-            {**self.dense, **choice},
-            self.split.fit.inputs,
-            self.seed,
-            report=lambda done, total: self.report(stage, done, total),
+        fitted = self.refitter.refit(
+            {**self.dense, **choice}, lambda done, total: self.report(stage, done, total)
         )
         return self.judge(fitted, allocate.microseconds(choice))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +17,12 @@ from tvm_lowrank.planner.calibrate import POSITIONS
 from tvm_lowrank.planner.candidates import Candidate
 from tvm_lowrank.planner.segments import Segments, State
 
-# Multiplications and bytes of activations spent on running the network once, and the least samples.
+# Multiplications of one run of the network over all samples, bytes of activations and of what its
+# layers are to give, and the least samples.
 _WORK = 2e12
 _BYTES = 2 << 30
 _FEWEST = 64
-# Samples that are always enough if they give so many equations for each unknown.
+# Samples that are always enough, and equations for each unknown of which more tell little.
 _ENOUGH = 512
 _PLENTY = 24
 # Ridge of the regression, as a share of the mean variance of the inputs: unknowns over equations
@@ -32,83 +33,169 @@ _PULL = (0.01, 0.1)
 _DENSE_PATCH = 1200
 
 
-def refit(
-    segments: Segments,
-    choice: Choice,
-    inputs: np.ndarray,
-    seed: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> Choice:
-    """Refit every layer of a choice from the first factored one on, dense ones included.
+class Refitter:
+    """Refits choices for one network, one after the other, on the same samples.
 
-    The original and the approximated network run side by side, a layer at a time. What a layer is
-    to give is the original layer's output for the original input; its input is that of the
-    approximated network. So a layer makes up for errors of those before it, as far as a linear map
-    can. Where its output is added to another value that is known by then, the error of that value
-    is added to the target: the sum comes out right.
-
-    The target weight is the ridge regression ``B = (S + l I)^-1 (S_xy + l W)``, S the moments of
-    the approximated inputs, pulled towards the original W; the factors are fitted to B under S, and
-    the bias makes the mean output exact. Where samples are too few for the regression, B is W.
+    What the original's layers give is worked out once. A choice that begins as an earlier one did
+    takes over what was fitted there: a layer's fit depends on no layer behind it.
 
     Parameters
     ----------
     segments : Segments
-    choice : dict
-        Layer name to candidate; the dense one of a layer that may be refitted without another form.
-        Layers left out keep their weights.
+    options : mapping
+        Layer name to all candidates that choices may hold of it.
     inputs : np.ndarray
         Samples (n, ...); fewer are used for networks of many multiplications or large activations.
     seed : int
         Of the output positions that are drawn.
-    report : callable
-        Told how many layers of how many are done.
-
-    Returns
-    -------
-    Choice
-        With new factors, biases and errors (on the approximated inputs); times are unchanged, and
-        so are candidates that were fitted to the weights alone.
     """
-    layers = segments.layers
-    done = dict(choice)
-    wanted = _wanted(layers, choice)
-    inputs = inputs[: affordable(segments, min(len(inputs), _plenty(layers, wanted)))]
-    changed = [
-        index
-        for index, layer in enumerate(layers)
-        if layer.name in choice and choice[layer.name].form != "dense"
-    ]
-    exact = rough = segments.start(inputs)
-    for index in range(wanted[-1] + 1 if wanted else 0):
-        name = layers[index].name
-        if index in wanted:
-            done[name] = _fit(segments, index, exact, rough, done[name], seed)
-        following = segments.step(index, exact)
-        if index < changed[0]:
-            rough = following
-        else:
+
+    def __init__(
+        self,
+        segments: Segments,
+        options: Mapping[str, Sequence[Candidate]],
+        inputs: np.ndarray,
+        seed: int,
+    ) -> None:
+        self.segments, self.seed = segments, seed
+        self._fitted = [
+            layer
+            for layer in segments.layers
+            if any(_fits_data(candidate, layer) for candidate in options.get(layer.name, ()))
+        ]
+        samples = min(len(inputs), _plenty(self._fitted))
+        self.inputs = inputs[: affordable(segments, samples)]
+        self._targets: dict[int, np.ndarray] = {}
+        # Earlier choices with what became of them.
+        self._known: list[tuple[Choice, Choice]] = []
+
+    def refit(
+        self, choice: Choice, report: Callable[[int, int], None] = lambda done, total: None
+    ) -> Choice:
+        """Refit every layer of a choice from the first factored one on, dense ones included.
+
+        What a layer is to give is the original layer's output for the original input; its input is
+        that of the approximated network. So a layer makes up for errors of those before it, as far
+        as a linear map can. Where its output is added to another value that is known by then, the
+        error of that value is added to the target: the sum comes out right.
+
+        The target weight is the ridge regression ``B = (S + l I)^-1 (S_xy + l W)``, S the moments
+        of the approximated inputs, pulled towards the original W; the factors are fitted to B under
+        S, and the bias makes the mean output exact. Where samples are too few for the regression, B
+        is W.
+
+        Parameters
+        ----------
+        choice : dict
+            Layer name to candidate; the dense one of a layer that may be refitted without another
+            form. Layers left out keep their weights.
+        report : callable
+            Told how many layers of how many are done.
+
+        Returns
+        -------
+        Choice
+            With new factors, biases and errors (on the approximated inputs); times are unchanged,
+            and so are candidates that were fitted to the weights alone.
+        """
+        layers, done = self.segments.layers, dict(choice)
+        wanted = _wanted(layers, choice)
+        if not wanted:
+            return done
+        if not self._targets:
+            self._find_targets()
+        common, earlier = self._longest(choice)
+        state, changed = self.segments.start(self.inputs), False
+        for index in range(wanted[-1] + 1):
+            name = layers[index].name
+            if index in wanted:
+                if index < common:
+                    done[name] = earlier[name]
+                else:
+                    done[name] = self._fit(index, state, done[name])
             found = done.get(name)
-            weight = None if found is None else (found.weight, found.bias)
-            rough = segments.step(index, rough, weight)
-        exact = following
-        report(index + 1, wanted[-1] + 1)
-    return done
+            changed = changed or (found is not None and found.form != "dense")
+            weight = (found.weight, found.bias) if found is not None and changed else None
+            if index < wanted[-1]:
+                state = self.segments.step(index, state, weight)
+            report(index + 1, wanted[-1] + 1)
+        self._known.append((dict(choice), done))
+        return done
+
+    def _longest(self, choice: Choice) -> tuple[int, Choice]:
+        """How many layers an earlier choice has in common with this one at most, and its fits."""
+        names = [layer.name for layer in self.segments.layers]
+        best: tuple[int, Choice] = (0, {})
+        for other, fitted in self._known:
+            differing = (i for i, n in enumerate(names) if choice.get(n) is not other.get(n))
+            best = max(best, (next(differing, len(names)), fitted), key=lambda pair: pair[0])
+        return best
+
+    def _fit(self, index: int, state: State, candidate: Candidate) -> Candidate:
+        """A layer's candidate, fitted to its target given the approximated state before it."""
+        layer, target = self.segments.layers[index], self._targets[index]
+        draw, sums = _Draw(layer, self._positions(layer), self.seed), _Sums(layer)
+        done = 0
+        for part in self._parts(layer, state):
+            patches, other = draw(*self._read(index, part))
+            sums.add(patches, target[done : done + len(patches)] - other)
+            done += len(patches)
+        return sums.refit(candidate)
+
+    def _read(self, index: int, state: State) -> tuple[np.ndarray, np.ndarray | None]:
+        """A layer's inputs (n, C, H, W), and what is added to its outputs (n, F, OH, OW) if any."""
+        piece, g = self.segments.piece(index), self.segments.layers[index].geometry
+        assert g is not None and piece.source is not None
+        given = self.segments.values(state, piece.source)
+        given = given.reshape(-1, g.in_channels, g.height, g.width)
+        if piece.shortcut is None:
+            return given, None
+        other = self.segments.values(state, piece.shortcut)
+        return given, other.reshape(-1, g.out_channels, g.out_height, g.out_width)
+
+    def _find_targets(self) -> None:
+        """What each layer gives in the original network, with what is added to that if anything."""
+        state = self.segments.start(self.inputs)
+        for index, layer in enumerate(self.segments.layers):
+            if layer in self._fitted:
+                draw = _Draw(layer, self._positions(layer), self.seed)
+                weight = layer.weight.reshape(len(layer.weight), -1)
+                found = []
+                for part in self._parts(layer, state):
+                    patches, other = draw(*self._read(index, part))
+                    found.append(patches @ weight.T + layer.bias.astype(np.float32) + other)
+                self._targets[index] = np.concatenate(found)
+            if index + 1 < len(self.segments.layers):
+                state = self.segments.step(index, state)
+
+    def _positions(self, layer: ConvLayer) -> int:
+        """Output positions of each sample that give plenty of equations."""
+        samples = max(len(self.inputs), self.segments.batch)
+        return min(POSITIONS, math.ceil(_PLENTY * _patch(layer) / samples))
+
+    def _parts(self, layer: ConvLayer, state: State) -> Iterator[State]:
+        """A state in parts whose patches take some 64 MiB."""
+        size = max(1, (64 << 20) // max(1, 4 * _patch(layer) * self._positions(layer)))
+        calls = max(1, size // self.segments.batch)
+        for begin in range(0, len(state), calls):
+            yield state[begin : begin + calls]
 
 
 def affordable(segments: Segments, samples: int) -> int:
     """How many samples a refit uses of so many."""
-    work = sum(layer.geometry.multiplications for layer in segments.layers if layer.geometry)
+    geometries = [layer.geometry for layer in segments.layers if layer.geometry]
+    work = sum(g.multiplications for g in geometries)
     by_work = int(_WORK * segments.batch / max(work, 1))
-    # Two networks, before and after a layer.
-    by_bytes = _BYTES // max(1, 4 * segments.bytes_alive(segments.batch) // segments.batch)
-    return min(samples, max(_FEWEST, min(by_work, by_bytes)))
+    # The network before and after a layer, and what all layers are to give.
+    kept = sum(g.out_channels * min(POSITIONS, g.out_height * g.out_width) for g in geometries)
+    alive = 2 * segments.bytes_alive(segments.batch) // segments.batch
+    return min(samples, max(_FEWEST, min(by_work, _BYTES // max(1, alive + 4 * kept))))
 
 
-def _plenty(layers: Sequence[ConvLayer], wanted: Sequence[int]) -> int:
+def _plenty(layers: Sequence[ConvLayer]) -> int:
     """Samples of which more would hardly change what the regressions of these layers find."""
     most = float(_ENOUGH)
-    for layer in (layers[index] for index in wanted):
+    for layer in layers:
         if layer.geometry is not None and not layer.fully_connected:
             positions = min(POSITIONS, layer.geometry.out_height * layer.geometry.out_width)
             most = max(most, _PLENTY * _patch(layer) / positions)
@@ -144,64 +231,44 @@ def _patch(layer: ConvLayer) -> int:
     return int(np.prod(layer.geometry.weight_shape[1:]))
 
 
-def _fit(
-    segments: Segments, index: int, exact: State, rough: State, candidate: Candidate, seed: int
-) -> Candidate:
-    layer, piece = segments.layers[index], segments.piece(index)
-    assert layer.geometry is not None and piece.source is not None
-    pair = _Pair(layer, layer.geometry, seed)
-    size = max(1, (64 << 20) // max(1, 4 * _patch(layer) * pair.patches.per_image))
-    calls = max(1, size // segments.batch)
-    for begin in range(0, len(exact), calls):
-        one, other = exact[begin : begin + calls], rough[begin : begin + calls]
+class _Draw:
+    """Draws patches of a layer's inputs, and what is added to its outputs at the same positions."""
+
+    def __init__(self, layer: ConvLayer, positions: int, seed: int) -> None:
         g = layer.geometry
-        shape = (-1, g.in_channels, g.height, g.width)
-        original = segments.values(one, piece.source).reshape(shape)
-        given = original
-        if exact is not rough:
-            given = segments.values(other, piece.source).reshape(shape)
-        owed = None
-        if piece.shortcut is not None and exact is not rough:
-            shortcut = piece.shortcut
-            owed = segments.values(one, shortcut) - segments.values(other, shortcut)
-            owed = owed.reshape(-1, g.out_channels, g.out_height, g.out_width)
-        pair.add(original, given, owed)
-    return pair.refit(candidate)
+        assert g is not None
+        self._patches = PatchSampler(g, positions, seed)
+        # Of the same seed and as many positions: it draws where the patches are drawn.
+        out = ConvGeometry(g.out_channels, g.out_channels, g.out_height, g.out_width, (1, 1))
+        self._outputs = PatchSampler(out, positions, seed)
+
+    def __call__(
+        self, inputs: np.ndarray, other: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Patches (rows, C X Y) of inputs (n, C, H, W), and (rows, F) of ``other``, else 0."""
+        patches = self._patches.sample(inputs)
+        if other is None:
+            return patches, np.zeros((1, 1), np.float32)
+        return patches, self._outputs.sample(other)
 
 
-class _Pair:
+class _Sums:
     """Moments of a layer's approximated inputs, and theirs with what it is to give."""
 
-    def __init__(self, layer: ConvLayer, geometry: ConvGeometry, seed: int) -> None:
-        self.geometry = geometry
+    def __init__(self, layer: ConvLayer) -> None:
+        assert layer.geometry is not None
+        self.geometry = layer.geometry
         self.weight = layer.weight.astype(np.float64).reshape(len(layer.weight), -1)
-        self.bias = layer.bias
-        self.patches = PatchSampler(geometry, POSITIONS, seed)
-        self._originals = PatchSampler(geometry, POSITIONS, seed)
-        # Of the same seed and as many positions: it draws where the patches are drawn.
-        out = ConvGeometry(
-            geometry.out_channels,
-            geometry.out_channels,
-            geometry.out_height,
-            geometry.out_width,
-            (1, 1),
-        )
-        self._outputs = PatchSampler(out, POSITIONS, seed)
-        size = self.weight.shape[1]
+        outputs, size = self.weight.shape
         self._products = np.zeros((size, size))
-        self._cross = np.zeros((size, geometry.out_channels))
-        self._sums, self._sums_out = np.zeros(size), np.zeros(geometry.out_channels)
+        self._cross = np.zeros((size, outputs))
+        self._sums, self._sums_out = np.zeros(size), np.zeros(outputs)
         self._shift: np.ndarray | None = None
         self._shift_out: np.ndarray | None = None
         self._rows = 0
 
-    def add(self, original: np.ndarray, given: np.ndarray, owed: np.ndarray | None) -> None:
-        """Inputs (n, C, H, W) of both networks, and what the shortcut lacks (n, F, OH, OW)."""
-        patches = self.patches.sample(given)
-        source = patches if given is original else self._originals.sample(original)
-        wanted = source @ self.weight.T.astype(np.float32) + self.bias
-        if owed is not None:
-            wanted += self._outputs.sample(owed)
+    def add(self, patches: np.ndarray, wanted: np.ndarray) -> None:
+        """Patches (rows, C X Y) and what is wanted of them (rows, F)."""
         if self._shift is None:
             # Near the means, so that single precision loses little of the variance.
             self._shift, self._shift_out = patches.mean(axis=0), wanted.mean(axis=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm_ffi import structural_equal, structural_hash
 
 from tvm_lowrank.build import compile_module, network_of
 from tvm_lowrank.cost.measure import KernelTimer
@@ -52,13 +53,20 @@ class Segments:
     def __init__(self, mod: tvm.IRModule, layers: list[ConvLayer], timer: KernelTimer) -> None:
         self.layers = layers
         self.batch = int(mod["main"].params[0].ty.shape[0])
+        # By structure: layers that differ in their weights alone run in one library.
+        self._networks: dict[int, list[tuple[tvm.IRModule, Network]]] = {}
         self._compiled = [self._compile(piece, timer) for piece in cut_at_convolutions(mod)]
 
     def _compile(self, piece: Piece, timer: KernelTimer) -> _Compiled:
         if piece.source is None and piece.takes == piece.gives:
             return _Compiled(piece, None, [], [])
         lower = LowerConvolutions(timer.isa, timer.choose, weights_as_parameters=True)
-        network = network_of(compile_module(lower(piece.mod), timer.target))
+        lowered = lower(piece.mod)
+        alike = self._networks.setdefault(structural_hash(lowered), [])
+        network = next((n for mod, n in alike if structural_equal(mod, lowered)), None)
+        if network is None:
+            network = network_of(compile_module(lowered, timer.target))
+            alike.append((lowered, network))
         return _Compiled(piece, network, lower.parameters_, [])
 
     def piece(self, index: int) -> Piece:
