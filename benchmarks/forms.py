@@ -4,9 +4,10 @@
     python benchmarks/forms.py resnet20-cifar10     # one; the other sections stay
 
 Factors are fitted to the moments of one set of samples; the error is measured on those of another.
-One layer of each shape comes first, then the others. Each layer is written to the page and to
-``build/forms/NETWORK.jsonl`` as soon as it is done, and a run that starts again with the same
-numbers of samples goes on after those; ``--fresh`` starts over.
+One layer of each shape comes first, then the others. Each layer is written to the page and, with
+all its digits, to ``build/forms/NETWORK.jsonl`` as soon as it is done. Layers that stand on the
+page or in that file with the same numbers of samples and refined ranks are not measured again, so
+an interrupted run goes on and a layer can be added without the others; ``--fresh`` starts over.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ PAGE = ROOT / "docs" / "forms.md"
 SHARES = (1 / 4, 1 / 2)
 # Of the moments that are held at once, both sets together.
 MOMENT_BYTES = 1 << 30
+# Errors of four digits that are smaller have no ratio worth printing.
+COMPARABLE = 0.005
 Samples = np.ndarray
 ENTRIES: dict[str, Form] = {**FORMS, "bicluster, contiguous": Bicluster(contiguous=True)}
 HEADINGS = {
@@ -246,7 +249,7 @@ def _clustering(found: list[Row]) -> str:
             row.errors.get("bicluster, contiguous", []),
             strict=True,
         )
-        if a is not None and b
+        if a is not None and b is not None and min(a, b) >= COMPARABLE
     ]
     if not ratios:
         return "No layer of this network has groups to compare."
@@ -254,7 +257,7 @@ def _clustering(found: list[Row]) -> str:
     return (
         f"Clustered channels against contiguous slices: error {np.median(ratios):.2f} times as "
         f"large in the median of {len(ratios)} cases ({min(ratios):.2f} to {max(ratios):.2f}), "
-        f"lower by more than 1 % in {better}, higher in {worse}."
+        f"lower by more than 1 % in {better}, higher in {worse} (errors of {COMPARABLE} and more)."
     )
 
 
@@ -281,6 +284,38 @@ def overall(found: list[Row]) -> str:
     return "\n".join([*lines, f"- {_clustering(found)}", ""])
 
 
+def on_page(name: str) -> list[Row]:
+    """The rows of a network's section, to the digits printed; none where it has no table.
+
+    All but the best form of a layer, which is bold, are read as a trace more than what is printed,
+    so that it stays the best of those that are printed alike.
+    """
+    begin, end = re.escape(f"<!-- begin {name} -->\n"), re.escape(f"<!-- end {name} -->")
+    text = re.search(f"{begin}(.*?){end}", PAGE.read_text(), re.S)
+    head = text and re.search(r"Fitted on (\d+) samples.*; (\d+) of a form's", text[1])
+    if not text or not head:
+        return []
+    lines = [line.strip("| ").split(" | ") for line in text[1].splitlines() if line[:2] == "| "]
+    known = {HEADINGS.get(n, n): n for n in ENTRIES}
+    found: dict[str, Row] = {}
+    for layer, shape, *cells in lines[1:]:
+        if shape != "by pixel":
+            found[layer] = Row(layer, shape, int(head[1]), int(head[2]))
+        row = found[layer]
+        for heading, cell in zip(lines[0][2:], cells, strict=True):
+            errors = [_read(part) for part in cell.split(" / ")]
+            if heading in known and errors != [None] * len(errors):
+                (row.by_pixel if shape == "by pixel" else row.errors)[known[heading]] = errors
+    return list(found.values())
+
+
+def _read(cell: str) -> float | None:
+    """What `_cell` wrote."""
+    if cell == "-":
+        return None
+    return float(cell.strip("*")) + (1e-9 if cell.startswith("**") else 1e-6)
+
+
 def write(name: str, text: str) -> None:
     """Put a section into its place on the page.
 
@@ -300,12 +335,13 @@ def log_of(network: Network) -> Path:
     return ROOT / "build" / "forms" / f"{network.name}.jsonl"
 
 
-def finished(log: Path, samples: int, refined: int) -> list[Row]:
+def finished(name: str, log: Path, samples: int, refined: int) -> list[Row]:
     """The layers that earlier runs measured with as many samples and refined ranks."""
-    if not log.exists():
-        return []
-    found = [Row(**json.loads(line)) for line in log.read_text().splitlines()]
-    return [row for row in found if (row.samples, row.refined) == (samples, refined)]
+    lines = log.read_text().splitlines() if log.exists() else []
+    rows = [*on_page(name), *(Row(**json.loads(line)) for line in lines)]
+    wanted = (samples, refined)
+    # The log comes last because it has all digits.
+    return list({r.layer: r for r in rows if (r.samples, r.refined) == wanted}.values())
 
 
 def run(network: Network, options: argparse.Namespace) -> None:
@@ -320,7 +356,7 @@ def run(network: Network, options: argparse.Namespace) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
         log.unlink(missing_ok=True)
-    found = finished(log, count, options.refined)
+    found = [] if options.fresh else finished(network.name, log, count, options.refined)
     done = {row.layer for row in found}
     taken = wanted(layers, options.widest, options.one_a_shape)
     missing = [layer for layer in taken if layer.name not in done]
@@ -363,8 +399,7 @@ def main() -> int:
         except NoPlace as error:
             print(f"error: {error}")
             return 2
-    logs = sorted(log_of(network).parent.glob("*.jsonl"))
-    found = [Row(**json.loads(line)) for log in logs for line in log.read_text().splitlines()]
+    found = [row for name in known for row in on_page(name)]
     if any(len(row.errors) > 1 for row in found):
         write("overall", overall(found))
     return 0
