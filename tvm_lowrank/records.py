@@ -71,6 +71,8 @@ class TuningRecords:
     _times: dict[str, dict[Place, dict[str, float]]] = field(default_factory=dict)
     # The same of candidates that were measured twice with times that disagree: their ratio.
     _ratios: dict[tuple[str, Place, str], float] = field(default_factory=dict)
+    # How often a candidate was measured, where that is more than once.
+    _looks: dict[tuple[str, Place, str], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for path in self.shipped:
@@ -114,9 +116,10 @@ class TuningRecords:
         known = times.get(schedule)
         times[schedule] = microseconds if known is None else min(microseconds, known)
         if known is not None:
+            name = (workload, place, schedule)
+            self._looks[name] = self._looks.get(name, 1) + 1
             low, high = sorted((known, microseconds))
             if high > (1 + AGREEMENT) * low:
-                name = (workload, place, schedule)
                 self._ratios[name] = max(high / low, self._ratios.get(name, 1.0))
 
     @property
@@ -172,6 +175,11 @@ class TuningRecords:
     def time(self, workload: str, schedule: dict[str, Any]) -> float | None:
         """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""
         return self._times.get(workload, {}).get(self.here, {}).get(_text(schedule))
+
+    def looks(self, workload: str, schedule: dict[str, Any]) -> int:
+        """How many times a schedule was measured here."""
+        known = self.time(workload, schedule) is not None
+        return self._looks.get((workload, self.here, _text(schedule)), 1) if known else 0
 
     def measured(self, workload: str) -> list[tuple[dict[str, Any], float]]:
         """Schedules that ran here with their microseconds, fastest first."""

@@ -232,6 +232,7 @@ def _survey(
     try:
         with Bars(console, check) as bars:
             survey.run(bars.report)
+            survey.look_again(bars.report)
     finally:
         console.print(survey.table())
     trees = learned.renew(records, timer.isa, args.output, args.seed, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import zlib
 from collections import Counter
@@ -14,7 +15,9 @@ from typing import Any
 
 from rich.table import Table
 
+from tvm_lowrank.cost.learned import LearnedModel, train
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
@@ -28,11 +31,16 @@ _CHANNELS = (3, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512
 _SIZES = (6, 7, 8, 12, 13, 14, 16, 20, 24, 27, 28, 32, 40, 48, 56, 64, 80, 96, 112)
 _KERNELS = ((1, 1), (3, 3), (3, 3), (3, 3), (5, 5), (7, 7), (3, 1), (1, 3), (5, 1), (1, 7), (2, 2))
 _BATCHES = (1, 1, 1, 1, 2, 4, 8, 16)
+# Of so many random layers one is fully connected, with so many samples.
+_DENSE = 12
+_SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
 # Above this a candidate takes too long to measure, and below it only the launch counts.
 _MOST = 1 << 31
 _LEAST = 1 << 17
 # Workloads between two reports of progress, whose kernels several devices share.
 _BATCH = 8
+# What takes so much longer than the model expects was perhaps disturbed when it was measured.
+_SUSPECT = 1.15
 
 
 def algorithm_class(schedule: dict[str, Any]) -> str:
@@ -88,17 +96,21 @@ def random_layers(count: int, seed: int) -> list[ConvGeometry]:
             groups = inputs
         stride = rng.choice((1, 1, 1, 2))
         height, width = kernel[0] // 2, kernel[1] // 2
+        columns, batch = max(kernel[1], size + rng.choice((0, 0, 0, -1, 3))), rng.choice(_BATCHES)
         geometry = ConvGeometry(
             inputs,
             outputs,
             size,
-            max(kernel[1], size + rng.choice((0, 0, 0, -1, 3))),
+            columns,
             kernel,
             (stride, stride),
             (height, width, height, width),
             groups=groups,
-            batch=rng.choice(_BATCHES),
+            batch=batch,
         )
+        if len(found) % _DENSE == _DENSE - 1:
+            # A fully connected layer, mostly of several samples.
+            geometry = ConvGeometry(inputs, 4 * outputs, 1, 1, (1, 1), batch=rng.choice(_SAMPLES))
         if _LEAST <= geometry.multiplications <= _MOST:
             found[geometry] = None
     return list(found)
@@ -186,6 +198,35 @@ class Survey:
                 pairs = [(w, schedule) for w in batch for schedule in self._candidates(w)]
                 self.timer.time_all(pairs)
                 report(name, min(start + _BATCH, len(workloads)), len(workloads))
+
+    def look_again(self, report: Callable[[str, int, int], None]) -> None:
+        """Measure again, once, what took much longer than the model expects of all the others.
+
+        A machine that others share is slow for seconds at a time, so that repeated runs agree; only
+        another time tells. What was measured twice already is left alone.
+        """
+        timer = self.timer
+        trees = train(timer.records, timer.isa, self.seed)
+        if trees is None:
+            return
+        place = timer.records.here
+        analytic = AnalyticModel(timer.roofline(), timer.isa, place[1])
+        model, suspects = LearnedModel(trees, analytic, place), []
+        for workload in (w for workloads in self.origins.values() for w in workloads):
+            pairs = [(s, s.to_json()) for s in self._candidates(workload)]
+            known = [(s, data, timer.records.time(workload.key(), data)) for s, data in pairs]
+            ran = [(s, data, us) for s, data, us in known if us is not None and us < math.inf]
+            if not ran:
+                continue
+            expected = model.predict(workload, [data for _, data, _ in ran])
+            suspects += [
+                (workload, schedule)
+                for (schedule, data, us), guess in zip(ran, expected, strict=True)
+                if us > _SUSPECT * guess and timer.records.looks(workload.key(), data) == 1
+            ]
+        for start in range(0, len(suspects), _BATCH):
+            timer.again(suspects[start : start + _BATCH])
+            report("a second look", min(start + _BATCH, len(suspects)), len(suspects))
 
     def _candidates(self, workload: ConvWorkload) -> tuple[Any, ...]:
         return candidates(workload, self.timer.isa, self.each, self.seed, self.timer.algorithms)

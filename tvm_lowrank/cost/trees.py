@@ -21,6 +21,7 @@ FILE = "cost_model.json"
 _PROBES = (
     ConvGeometry(64, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1)),
     ConvGeometry(64, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1), groups=64),
+    ConvGeometry(64, 64, 1, 1, (1, 1), batch=16),
 )
 
 
