@@ -63,11 +63,7 @@ def curves(
     """
     points = np.array([point for curve in series.values() for point in curve], float)
     points = np.maximum(points.reshape(-1, 2), 1e-9)
-    parts = [
-        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="black"/>',
-        text(x + width / 2, y + height + 32, across, "middle"),
-        text(x, y - 6, up),
-    ]
+    parts = _frame(x, y, width, height, across, up)
     if not len(points):
         return parts
     low, high = np.log10(points.min(axis=0)), np.log10(points.max(axis=0))
@@ -94,9 +90,7 @@ def curves(
         lowest = np.minimum.accumulate([point[1] for point in curve])
         below = [n == 0 or value < lowest[n - 1] for n, value in enumerate(lowest)]
         front = [where for where, kept in zip(placed, below, strict=True) if kept]
-        line = " ".join(f"{a:.1f},{b:.1f}" for a, b in front)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in placed]
+        parts += _line(placed, front, colour)
         row = y + 12 + 15 * index
         parts.append(
             f'<rect x="{x + width + 10}" y="{row - 8}" width="9" height="9" fill="{colour}"/>'
@@ -119,11 +113,7 @@ def lines(
     Marks on that axis are where the points are, those on the other at quarters.
     """
     points = np.array([point for line in series.values() for point in line], float).reshape(-1, 2)
-    parts = [
-        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="black"/>',
-        text(x + width / 2, y + height + 32, across, "middle"),
-        text(x, y - 6, up),
-    ]
+    parts = _frame(x, y, width, height, across, up)
     if not len(points):
         return parts
     marks, most = sorted(set(points[:, 0])), float(points[:, 1].max()) or 1.0
@@ -142,11 +132,30 @@ def lines(
         parts.append(text(x - 4, down + 4, f"{most * quarter / 4:.3g}", "end"))
     for index, (name, line) in enumerate(series.items()):
         colour, placed = COLOURS[index % len(COLOURS)], [place(point) for point in line]
-        joined = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
-        parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}"/>')
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in placed]
+        parts += _line(placed, placed, colour)
         parts.append(text(placed[-1][0] + 8, placed[-1][1] + 4, name))
     return parts
+
+
+def _frame(x: float, y: float, width: float, height: float, across: str, up: str) -> list[str]:
+    """A box with the names of its axes."""
+    return [
+        f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="black"/>',
+        text(x + width / 2, y + height + 32, across, "middle"),
+        text(x, y - 6, up),
+    ]
+
+
+def _line(
+    points: Sequence[tuple[float, float]], joined: Sequence[tuple[float, float]], colour: str
+) -> list[str]:
+    """Dots at ``points`` and a line through ``joined``, in pixels."""
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in joined)
+    line = f'<polyline points="{path}" fill="none" stroke="{colour}"/>'
+    return [
+        line,
+        *(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in points),
+    ]
 
 
 def _ticks(low: float, span: float) -> list[float]:
