@@ -21,13 +21,17 @@ from tvm_lowrank.planner.trial import TrialNetwork
 # Makes a choice whose factors are trained for a share of the time allowed.
 Trainer = Callable[[Choice, float], Choice]
 
-# Shares of the time for recovery that two choices get, and the drop over the budget up to which a
-# choice is worth it.
+# Shares of the time for recovery that two choices get, and the drop over the budget up to which the
+# first of them is sought.
 _SHARES = (0.6, 0.4)
-_HOPEFUL = 5.0
-# Points tried by bisection, and the ratio of two times that are not worth telling apart.
-_POINTS = 7
-_SAME = 1.02
+_HOPEFUL = 3.0
+# Points tried at most, and of choices to be trained; the ratio of two times that are not worth
+# telling apart, and the share of a limit that is as good as all of it.
+_POINTS, _POINTS_TO_TRAIN = 7, 3
+_SAME, _USED = 1.02, 0.9
+# A guess goes so many times as far as what is known at most, and stays off the ends of its bracket
+# by this share; steps by which it is found.
+_EXTRAPOLATED, _MARGIN, _HALVINGS = 4.0, 0.2, 12
 # What a step back from a choice that misses the budget on other samples adds to its time, and how
 # much longer each further step is.
 _STEP, _LONGER = 0.06, 2.0
@@ -101,44 +105,98 @@ class Curve:
     def search(self) -> Point | None:
         """The fastest point found that keeps the budget, or None.
 
-        By bisection of the time that the convolutions may take, each choice refitted in sequence.
+        With recovery, choices are trained that miss the budget by so much as may be made up for.
         """
-        low, high = self.fastest, self.slowest
-        while high > _SAME * low and len(self.points) < _POINTS:
-            middle = math.sqrt(low * high)
+        self._seek(self.max_drop, _POINTS)
+        if self.train is not None:
+            self._recover(self.train)
+        return min(self._kept(), key=_time, default=None)
+
+    def _seek(self, limit: float, most: int) -> None:
+        """Try choices, each refitted, until the fastest that promises to keep ``limit`` is found.
+
+        A bracket of the time that the convolutions may take is narrowed to 2 %, or until hardly
+        anything of the limit is left.
+        """
+        low, high = self._bracket(limit)
+        end = len(self.points) + most
+        while high > _SAME * low and len(self.points) < end:
+            middle = self._guess(low, high, limit)
             choice = self._choice(middle)
             spent = allocate.microseconds(choice)
             point = next((p for p in self.points if p.microseconds == spent), None)
             if point is None and spent < self.slowest:
                 point = self._try(choice)
-            if point is None or self.keeps(point):
+            if point is None or point.expected.cautious <= limit:
                 high = min(spent, middle)
+                if point is not None and point.expected.cautious >= _USED * limit:
+                    return
             else:
                 low = middle
-        if self.train is not None:
-            self._recover(self.train)
-        return min(self._kept(), key=lambda point: point.microseconds, default=None)
+
+    def _bracket(self, limit: float) -> tuple[float, float]:
+        """The fastest time known to keep a limit, or that of no form changed, after the slowest
+        known not to, or the least time there is.
+        """
+        known = [p for p in self.points if not p.recovered]
+        within = [p.microseconds for p in known if p.expected.cautious <= limit]
+        high = min(within, default=self.slowest)
+        beyond = [p.microseconds for p in known if p.expected.cautious > limit]
+        return max((us for us in beyond if us < high), default=self.fastest), high
+
+    def _guess(self, low: float, high: float, limit: float) -> float:
+        """A time within a bracket at which the limit should be reached.
+
+        The drop is taken to grow with the harm that a choice is expected to do: along a line
+        between the nearest points on either side, from the dense network on.
+        """
+        begin, end = self._bracket(limit)
+        drops = {p.microseconds: p.expected.cautious for p in self.points if not p.recovered}
+        if not drops:
+            return math.sqrt(low * high)
+        harmless, kept = self._harm(end), max(drops.get(end, 0.0), 0.0)
+        if begin in drops:
+            share = (limit - kept) / (drops[begin] - kept)
+            wanted = harmless + share * (self._harm(begin) - harmless)
+        else:
+            wanted = harmless * min(limit / max(kept, 1e-9), _EXTRAPOLATED)
+        inner = (high / low) ** _MARGIN
+        fast, slow = low * inner, high / inner
+        for _ in range(_HALVINGS):
+            middle = math.sqrt(fast * slow)
+            fast, slow = (middle, slow) if self._harm(middle) > wanted else (fast, middle)
+        return slow
+
+    def _harm(self, microseconds: float) -> float:
+        """What the choice for a time is expected to harm, as `allocate` counts it."""
+        if microseconds >= self.slowest:
+            return 0.0
+        choice = self._choice(microseconds)
+        return sum(allocate.harm(c, self.sensitivity.get(n, 0.0)) for n, c in choice.items())
 
     def _recover(self, train: Trainer) -> None:
         """Train the fastest choice that is not hopelessly over the budget, then another.
 
-        Which other the first tells: where it keeps the budget a faster one, else a slower one.
+        Which other the first tells: one that keeps the budget if as large a share of its drop is
+        made up for.
         """
-        tried: list[Point] = []
-        for share in _SHARES:
-            best = min(self._kept(), key=lambda p: p.microseconds, default=None)
-            limit = math.inf if best is None else best.microseconds
-            untrained = [p for p in self.points if not p.recovered and p.microseconds < limit]
-            left = sorted(
-                (p for p in untrained if p not in tried), key=lambda point: point.microseconds
-            )
-            if tried and self.points[-1].recovered and not self.keeps(self.points[-1]):
-                left = [p for p in left if p.microseconds > tried[-1].microseconds]
-            hopeful = [p for p in left if p.quality.drop <= _HOPEFUL * self.max_drop] or left[-1:]
+        limit, missed = _HOPEFUL * self.max_drop, 0.0
+        for number, share in enumerate(_SHARES):
+            if number:
+                self._seek(limit, _POINTS_TO_TRAIN - 1)
+            best = min(self._kept(), key=_time, default=None)
+            fastest = math.inf if best is None else best.microseconds
+            trained = {p.microseconds for p in self.points if p.recovered}
+            left = [p for p in self.points if p.microseconds not in trained]
+            left = sorted((p for p in left if missed < p.microseconds < fastest), key=_time)
+            hopeful = [p for p in left if p.expected.cautious <= limit] or left[-1:]
             if not hopeful:
                 return
-            tried.append(hopeful[0])
-            self.judge(train(hopeful[0].choice, share), hopeful[0].microseconds, recovered=True)
+            before = hopeful[0]
+            after = self.judge(train(before.choice, share), before.microseconds, recovered=True)
+            missed = 0.0 if self.keeps(after) else after.microseconds
+            remains = after.expected.cautious / max(before.expected.cautious, 1e-9)
+            limit = self.max_drop / min(max(remains, 1 / _HOPEFUL), 1.0)
 
     def step_back(self, point: Point) -> Point | None:
         """A point that takes a little longer: tried before and within the budget, or a new one.
@@ -146,7 +204,7 @@ class Curve:
         Each call goes twice as far as the one before, but not beyond half of what is gained.
         """
         slower = [kept for kept in self._kept() if kept.microseconds > point.microseconds]
-        nearest = min(slower, key=lambda kept: kept.microseconds, default=None)
+        nearest = min(slower, key=_time, default=None)
         limit = min((1 + self._step) * point.microseconds, (point.microseconds + self.slowest) / 2)
         self._step *= _LONGER
         if nearest is not None and nearest.microseconds <= limit:
@@ -206,6 +264,10 @@ class Curve:
             {**self.dense, **choice}, lambda done, total: self.report(stage, done, total)
         )
         return self.judge(fitted, allocate.microseconds(choice))
+
+
+def _time(point: Point) -> float:
+    return point.microseconds
 
 
 def weights_of(choice: Choice) -> dict[str, tuple[Any, Any]]:
