@@ -109,6 +109,18 @@ def test_training_brings_the_outputs_nearer(net, monkeypatch):
     assert told[-1] == (4, 4)
 
 
+def test_training_that_does_not_help_changes_nothing(net, monkeypatch):
+    clock = itertools.count(0.0, 0.07)
+    monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tvm_lowrank.planner.recover._STEP", 10.0)
+    _, mod, layers, x = net
+    layer = next(layer for layer in layers if layer.name == "conv3")
+    choice = {"conv3": made(layer, "tucker2", (24, 24))}
+    found = recover(mod, layers, choice, x[:64], 0.03, True)["conv3"]
+    before, after = choice["conv3"].weight, found.weight
+    assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
+
+
 def _module(name, candidate, by_name):
     from tvm_lowrank.planner.recover import _chain
 

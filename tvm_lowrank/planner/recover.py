@@ -6,6 +6,7 @@ extra.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,12 @@ _BATCH = 64
 # Adam's step at the start of each phase; it falls to 0 along a cosine.
 _STEP = 8e-4
 _LARGEST_GRADIENT = 1.0
+# It rises from 0 during this share of a phase: what was fitted is near an optimum already.
+_RISE = 0.1
+# The share of the samples, and the most, that training does not see, and how often in a phase it is
+# judged on them.
+_HELD, _MOST_HELD = 1 / 8, 512
+_LOOKS = 10
 # Share of the time in which every block learns from its own output, before all learn from the
 # network's.
 _BLOCKS = 0.25
@@ -54,7 +61,9 @@ def recover(
     First block by block (blocks lie between places where a single value is alive), each to give the
     original's value at its end, given the trained network's at its start; then end to end, to give
     the original's class probabilities, or outputs where those are no classes. Samples are mixed in
-    pairs, and images moved and mirrored, since few are given.
+    pairs, and images moved and mirrored, since few are given. Of all weights on the way those are
+    kept that come nearest to the original on samples that were set aside: training that does not
+    help changes nothing.
 
     Parameters
     ----------
@@ -85,7 +94,6 @@ def recover(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     teacher = RelaxModule(mod, layers).eval().requires_grad_(False)
-    # Half the time of a step on processors that multiply bfloat16.
     reduced = torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16())
     geometries = {layer.name: layer.geometry for layer in layers}
     chains = {name: _chain(found, name, geometries[name]) for name, found in choice.items()}
@@ -95,16 +103,20 @@ def recover(
         chain.requires_grad_(True)
     if torch.cuda.is_available():
         teacher.cuda(), student.cuda()
+    held = rng.permutation(len(inputs))[: min(_MOST_HELD, int(_HELD * len(inputs)))]
+    best = _Best(teacher, student, chains, inputs[held] if len(held) else inputs, classifier)
+    inputs = np.delete(inputs, held, axis=0)
     begin = time.monotonic()
     share = _BLOCKS if student.borders else 0.0
     for low, high, blocks in ((0.0, share, True), (share, 1.0, False)):
         span = 60.0 * minutes * (high - low)
         trained = [p for chain in chains.values() for p in chain.parameters()]
         optimiser = torch.optim.Adam(trained, lr=_STEP)
-        start = time.monotonic()
+        start, looks = time.monotonic(), 1
         while (spent := time.monotonic() - start) < span:
             for group in optimiser.param_groups:
-                group["lr"] = _STEP * 0.5 * (1 + np.cos(np.pi * spent / span))
+                rise = min(1.0, spent / (_RISE * span))
+                group["lr"] = _STEP * rise * 0.5 * (1 + np.cos(np.pi * spent / span))
             x = torch.from_numpy(_batch(inputs, rng)).to(trained[0].device)
             if x.ndim == 4:
                 x = x.to(memory_format=torch.channels_last)
@@ -118,12 +130,53 @@ def recover(
             torch.nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
             optimiser.step()
             report(int(time.monotonic() - begin), round(60 * minutes))
+            if spent > looks / _LOOKS * span:
+                best.look()
+                looks += 1
+        best.look()
+        best.restore()  # the next phase goes on from there
     return choice | {
         name: replace(
             choice[name], factors=chain.factors(), bias=chain.output_bias().astype(np.float64)
         )
         for name, chain in chains.items()
     }
+
+
+class _Best:
+    """The weights that came nearest to the original on samples that training did not see."""
+
+    def __init__(
+        self, teacher: Any, student: Any, chains: dict[str, Any], held: np.ndarray, classifier: bool
+    ) -> None:
+        self.student, self.chains, self.classifier = student, chains, classifier
+        self._batches = []
+        device = next((p.device for chain in chains.values() for p in chain.parameters()), "cpu")
+        for first in range(0, len(held), _BATCH):
+            x = torch.from_numpy(np.ascontiguousarray(held[first : first + _BATCH])).to(device)
+            with torch.no_grad():
+                self._batches.append((x, teacher.run(x)[0]))
+        self._least, self._kept = math.inf, dict[str, Any]()
+        self.look()
+
+    def look(self) -> None:
+        """Keep the weights as they are now if none before were as near."""
+        with torch.no_grad():
+            losses = [
+                len(x) * float(_output_loss(self.student.run(x)[0], wanted, self.classifier))
+                for x, wanted in self._batches
+            ]
+        if (loss := sum(losses)) < self._least:
+            self._least = loss
+            self._kept = {
+                name: {key: value.clone() for key, value in chain.state_dict().items()}
+                for name, chain in self.chains.items()
+            }
+
+    def restore(self) -> None:
+        """Put the kept weights back."""
+        for name, state in self._kept.items():
+            self.chains[name].load_state_dict(state)
 
 
 def _multiplies_bfloat16() -> bool:
