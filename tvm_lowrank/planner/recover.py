@@ -94,7 +94,6 @@ def recover(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     teacher = RelaxModule(mod, layers).eval().requires_grad_(False)
-    reduced = torch.autocast("cpu", torch.bfloat16, enabled=_multiplies_bfloat16())
     geometries = {layer.name: layer.geometry for layer in layers}
     chains = {name: _chain(found, name, geometries[name]) for name, found in choice.items()}
     student = RelaxModule(mod, layers, chains).eval().requires_grad_(False)
@@ -122,11 +121,10 @@ def recover(
                 x = x.to(memory_format=torch.channels_last)
             with torch.no_grad():
                 wanted, ends = teacher.run(x)
-            with reduced:
-                given, own = student.run(x, detach=blocks)
-            loss = sum(_difference(own[i].float(), ends[i]) for i in own) if blocks else 0.0
+            given, own = student.run(x, detach=blocks)
+            loss = sum(_difference(own[i], ends[i]) for i in own) if blocks else 0.0
             optimiser.zero_grad()
-            (loss + _output_loss(given.float(), wanted, classifier)).backward()
+            (loss + _output_loss(given, wanted, classifier)).backward()
             torch.nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
             optimiser.step()
             report(int(time.monotonic() - begin), round(60 * minutes))
@@ -177,12 +175,6 @@ class _Best:
         """Put the kept weights back."""
         for name, state in self._kept.items():
             self.chains[name].load_state_dict(state)
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it, as far as this PyTorch can tell."""
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(asked and asked()) and not torch.cuda.is_available()
 
 
 def _chain(candidate: Candidate, name: str, geometry: ConvGeometry | None) -> FactoredConv2d:
