@@ -107,9 +107,10 @@ def draw_errors(points: Sequence[Point]) -> str:
         by_share.setdefault(point.form, []).append((point.share, point.error))
     for point in sorted(points, key=lambda p: p.terms):
         by_rank.setdefault(point.form, []).append((point.terms, point.error))
-    parts = svg.curves(by_rank, 60, 20, 330, 300, "rank (product of its parts)", "error")
+    lost = "error (share of the output's variance)"
+    parts = svg.curves(by_rank, 60, 20, 330, 300, "rank (product of its parts)", lost)
     share = "share of the dense multiplications"
-    parts += svg.curves(by_share, 630, 20, 330, 300, share, "error")
+    parts += svg.curves(by_share, 630, 20, 330, 300, share, lost)
     return svg.document(1160, 370, parts)
 
 

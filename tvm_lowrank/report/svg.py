@@ -159,9 +159,17 @@ def _line(
 
 
 def _ticks(low: float, span: float) -> list[float]:
-    """Exponents of 10 to mark: the whole ones, or both ends and the middle if there are few."""
-    whole = [float(e) for e in range(math.ceil(low), math.floor(low + span) + 1)]
-    return whole if len(whole) > 2 else [low, low + span / 2, low + span]
+    """Exponents of 10 to mark: whole ones, with those of 2 and 5 between, or the ends and middle.
+
+    The first of these that gives three marks.
+    """
+    exponents = range(math.floor(low), math.floor(low + span) + 1)
+    for digits in ((1,), (1, 2, 5)):
+        marks = [exponent + math.log10(digit) for exponent in exponents for digit in digits]
+        inside = [mark for mark in marks if low <= mark <= low + span]
+        if len(inside) > 2:
+            return inside
+    return [low, low + span / 2, low + span]
 
 
 def scatter(
