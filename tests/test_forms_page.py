@@ -57,3 +57,24 @@ def test_all_digits_of_the_log_go_before_those_of_the_page(forms, tmp_path):
     log.write_text(forms.json.dumps(forms.asdict(row)) + "\n")
     found = {r.layer: r for r in forms.finished("crepe-tiny", log, 512, 2)}
     assert found[row.layer].errors["cp"][0] == 0.123456789
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(forms, tmp_path, monkeypatch):
+    monkeypatch.setattr(forms, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["forms.py", "demo", "--samples", "8", "--refined", "1"])
+    asked = []
+
+    def rows(mod, layers, taken, fit, held_out, refined):
+        asked.append([layer.name for layer in taken])
+        for layer in taken:
+            if len(asked) == 1 and layer is taken[3]:
+                raise KeyboardInterrupt
+            yield forms.Row(layer.name, str(layer.geometry), len(fit), refined, {"cp": [0.2, 0.1]})
+
+    monkeypatch.setattr(forms, "rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        forms.main()
+    assert len(forms.on_page("demo")) == 3
+    assert forms.main() == 0
+    assert asked[1] == asked[0][3:]
+    assert {row.layer for row in forms.on_page("demo")} == set(asked[0])
