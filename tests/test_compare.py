@@ -197,7 +197,7 @@ def test_roofline_prints_every_kernel(model, capsys):
     rows = [line for line in text.splitlines() if line.startswith("| 1 |")]
     convolutions = [row for row in rows if not row.startswith("| 1 | |")]
     kernels = {row.split("|")[3].split()[0] for row in convolutions}
-    assert "direct" in kernels <= {"direct", "depthwise"}
+    assert {"direct", "dense"} <= kernels <= {"direct", "dense", "depthwise"}
     assert all(row.endswith("% |") for row in convolutions)
     # What runs as a chain (which depends on what is faster) is among the others.
     others = [row.split("|")[3].strip() for row in rows if row not in convolutions]

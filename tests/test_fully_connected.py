@@ -23,7 +23,7 @@ from tvm_lowrank.plan import LayerPlan, Plan
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm_memory, forms_for, propose
-from tvm_lowrank.planner.refit import refit
+from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
@@ -128,6 +128,11 @@ def test_tried_weights_equal_the_rewritten_network(bench):
     assert relative(expected, bench.trial.run(bench.inputs[:2])) > 1e-2
 
 
+def refit(bench, choice):
+    options = {name: [candidate] for name, candidate in choice.items()}
+    return Refitter(bench.segments, options, bench.inputs[:40], seed=0).refit(choice)
+
+
 def test_refitting_brings_the_output_nearer_and_leaves_blind_fits_alone(bench):
     layers = [bench.layers[name] for name in ("matmul0", "matmul1")]
     moments = input_moments(bench.observer, layers, bench.inputs[:40], 0)
@@ -139,9 +144,9 @@ def test_refitting_brings_the_output_nearer_and_leaves_blind_fits_alone(bench):
         weights = {name: (c.weight, c.bias) for name, c in chosen.items()}
         return np.linalg.norm(bench.trial.run(held, weights) - original)
 
-    assert error(refit(bench.segments, choice, bench.inputs[:40], 0)) < error(choice)
+    assert error(refit(bench, choice)) < error(choice)
     blind = {name: replace(c, fitted="weights") for name, c in choice.items()}
-    assert refit(bench.segments, blind, bench.inputs[:40], 0) == blind
+    assert refit(bench, blind) == blind
 
 
 def test_candidates_keep_fewer_weights_and_none_is_slower(bench):
