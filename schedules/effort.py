@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Numbers of threads for which a schedule should divide the work evenly.
+_THREADS = (2, 4, 8)
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -45,3 +48,8 @@ class Effort:
     task_bytes: float = 0.0
     tasks: int = 1
     stages: int = 1
+
+
+def imbalance(tasks: int) -> float:
+    """Time over that of perfectly shared work, averaged over some numbers of threads."""
+    return sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)

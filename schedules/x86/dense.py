@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from tvm import tirx
-from tvm_lowrank.schedules.effort import Effort
+from tvm_lowrank.schedules.effort import Effort, imbalance
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -27,7 +27,6 @@ _FETCH = 128
 _LATENCY = 4
 _MOST_VECTORS = 8
 _MOST_SCHEDULES = 24
-_THREADS = (2, 4, 8)
 # Smaller inputs are laid out by one thread: starting the others costs more.
 _SERIAL_BYTES = 1 << 15
 
@@ -101,9 +100,8 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[DenseSchedule]:
         for count in range(least, least + 3):
             schedule = DenseSchedule(-(-geometry.batch // count), vectors)
             if is_legal(workload, schedule, isa) is None:
-                found[schedule] = _cycles(workload, schedule, isa) * _imbalance(
-                    geometry, schedule, isa
-                )
+                groups, blocks = _tasks(geometry, schedule, isa)
+                found[schedule] = _cycles(workload, schedule, isa) * imbalance(groups * blocks)
     return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
 
 
@@ -121,7 +119,7 @@ def emit(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> tir
         raise ValueError(f"{schedule} cannot compute {workload.geometry}: {problem}")
     g, lanes, width = workload.geometry, isa.lanes, schedule.vectors * isa.lanes
     out_blocks, in_blocks = _vectors(g, isa), -(-g.in_channels // workload.in_block)
-    groups, terms = out_blocks // schedule.vectors, _terms(workload)
+    (groups, blocks), terms = _tasks(g, schedule, isa), _terms(workload)
     em = Emitter(isa)
     x_shape = (g.batch, in_blocks, g.height, g.width)
     x = em.argument("x", x_shape if workload.in_block == 1 else (*x_shape, lanes))
@@ -131,7 +129,6 @@ def emit(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> tir
     y = em.argument("y", y_shape)
 
     copy = _emit_copy(em, x, g.batch, schedule.rows, terms)
-    blocks = -(-g.batch // schedule.rows)
     whole, rest = divmod(g.batch, schedule.rows)
 
     def multiply(block: Index, group: Index, rows: int) -> None:
@@ -198,7 +195,7 @@ def _emit_copy(em: Emitter, x: tirx.Buffer, batch: int, rows: int, terms: int) -
 def effort(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> Effort:
     """What a schedule asks for; see `Effort`."""
     g, terms = workload.geometry, _terms(workload)
-    groups, blocks = _vectors(g, isa) // schedule.vectors, -(-g.batch // schedule.rows)
+    groups, blocks = _tasks(g, schedule, isa)
     width = schedule.vectors * isa.lanes
     return Effort(
         multiplications=float(g.batch * terms * groups * width),
@@ -218,6 +215,12 @@ def _vectors(geometry: ConvGeometry, isa: VectorISA) -> int:
     return -(-geometry.out_channels // isa.lanes)
 
 
+def _tasks(geometry: ConvGeometry, schedule: DenseSchedule, isa: VectorISA) -> tuple[int, int]:
+    """Groups of output channels, and blocks of samples."""
+    groups = _vectors(geometry, isa) // schedule.vectors
+    return groups, -(-geometry.batch // schedule.rows)
+
+
 def _terms(workload: ConvWorkload) -> int:
     """Products of a sum, with those of channels that fill up the last block."""
     g, block = workload.geometry, workload.in_block
@@ -234,9 +237,3 @@ def _cycles(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> 
         step = max(rows * schedule.vectors / 2, loads, _LATENCY) + fetch
         cycles += count * (_terms(workload) * step + _BLOCK_OVERHEAD)
     return cycles * groups
-
-
-def _imbalance(geometry: ConvGeometry, schedule: DenseSchedule, isa: VectorISA) -> float:
-    """Time over that of perfectly shared work, averaged over some numbers of threads."""
-    tasks = _vectors(geometry, isa) // schedule.vectors * -(-geometry.batch // schedule.rows)
-    return sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from tvm import tirx
-from tvm_lowrank.schedules.effort import Effort
+from tvm_lowrank.schedules.effort import Effort, imbalance
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -31,7 +31,6 @@ _UNROLLED_COLUMNS = 3
 _BORDER_CODE = 2000
 _MOST_ROWS = 6
 _MOST_SCHEDULES = 24
-_THREADS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -276,8 +275,7 @@ def _cycles(geometry: ConvGeometry, schedule: DepthwiseSchedule, isa: VectorISA)
     """Cycles of a map on a core with two multiply-add units, with the threads' imbalance."""
     bands = -(-geometry.out_height // schedule.rows)
     tasks = geometry.batch * -(-geometry.in_channels // isa.lanes) * bands
-    imbalance = sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)
-    return _map_cycles(geometry, schedule, isa) * imbalance
+    return _map_cycles(geometry, schedule, isa) * imbalance(tasks)
 
 
 def _map_cycles(geometry: ConvGeometry, schedule: DepthwiseSchedule, isa: VectorISA) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
+
+from tvm_lowrank.schedules.effort import imbalance
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -19,8 +20,6 @@ from .workload import ConvSchedule, ConvWorkload
 _SCRATCH_BYTES = 1 << 20
 # Into how many bands a map may be cut.
 _BANDS = (1, 2, 4, 8, 16, 32)
-# Numbers of threads for which a schedule should divide the work evenly.
-_THREADS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -202,5 +201,4 @@ def _work(workload: ChainWorkload, rows: int) -> float:
     for stage, band in zip(workload.stages, bands(workload, rows), strict=True):
         geometry = stage.geometry
         work += band.rows * geometry.out_width * geometry.weight_count
-    imbalance = sum(math.ceil(tasks / n) * n / tasks for n in _THREADS) / len(_THREADS)
-    return tasks * work * imbalance
+    return tasks * work * imbalance(tasks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tvm_lowrank.schedules.effort import Effort
+from tvm_lowrank.schedules.effort import Effort, imbalance
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -27,8 +27,6 @@ _CACHE_BYTES = 1 << 20
 _NEAR_BYTES = 1 << 15
 # Bytes of weights from which the next group's are asked for early; fewer are in a cache anyway.
 _COLD_BYTES = 1 << 18
-# Numbers of threads for which a schedule should divide the work evenly.
-_THREADS = (2, 4, 8)
 _MOST_SCHEDULES = 32
 
 
@@ -233,7 +231,7 @@ def _imbalance(geometry: ConvGeometry, schedule: ConvSchedule, groups: int) -> f
     """Time over that of perfectly shared work, averaged over some numbers of threads."""
     chunks = -(-_tiling(geometry, schedule).count // schedule.chunk)
     tasks = groups * geometry.batch * chunks
-    return sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)
+    return imbalance(tasks)
 
 
 def effort(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> Effort:
