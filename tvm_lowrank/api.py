@@ -41,6 +41,7 @@ def plan(
     max_weight_bytes: int | None = None,
     metric: str | Scorer | None = None,
     recover: float = 0.0,
+    unlabelled: np.ndarray | None = None,
 ) -> Plan:
     """Find the fastest network within the accuracy budget, and measure that it is.
 
@@ -100,7 +101,10 @@ def plan(
     recover : float
         Minutes of training of factored networks on ``data`` without its labels, so that faster ones
         keep the budget; needs the ``torch`` extra. Half of the data that would judge is used for
-        it, unless ``evaluation`` is given.
+        it, unless ``evaluation`` or ``unlabelled`` is given.
+    unlabelled : np.ndarray, optional
+        More preprocessed inputs (samples, ...) to train on; with a few thousand or fewer, training
+        soon learns those by heart.
 
     Returns
     -------
@@ -141,6 +145,7 @@ def plan(
         None if evaluation is None else Samples(*evaluation),
         options,
         None if records is None else Path(records),
+        unlabelled=unlabelled,
     )
 
 

@@ -142,13 +142,15 @@ def split(
     seed: int = 0,
     class_labels: bool = True,
     spare: bool = False,
+    unlabelled: np.ndarray | None = None,
 ) -> DataSplit:
     """Checked data, shuffled under the seed and split into three disjoint parts.
 
     A third of ``data``, at most 512 samples, fits factors; a third, at most 1,536, chooses among
     plans; the rest states the accuracy. With ``final`` given, that states it and ``data`` is halved
     between the other two. Without data the parts are synthetic noise. With ``spare``, half of what
-    is left after fitting and choosing is kept for recovery (all of it, with ``final``).
+    is left after fitting and choosing is kept for recovery (all of it, with ``final``), unless
+    ``unlabelled`` inputs are given for that.
     """
     rng = np.random.default_rng(seed)
     if data is None:
@@ -161,7 +163,9 @@ def split(
     share = len(data) // (3 if final is None else 2)
     fit, select = min(FIT_SAMPLES, share), min(SELECT_SAMPLES, share)
     rest, more = order[fit + select :], None
-    if spare:
+    if unlabelled is not None:
+        more = check_samples(Samples(unlabelled), mod, "unlabelled data").inputs
+    elif spare:
         kept = len(rest) // 2 if final is None else len(rest)
         more, rest = data.inputs[rest[:kept]], rest[kept:]
     if final is None:

@@ -99,6 +99,13 @@ def parser() -> argparse.ArgumentParser:
         help="train factored networks without labels so that faster ones keep the budget (needs "
         "the torch extra; default: 0, off)",
     )
+    add(
+        "--unlabelled",
+        type=Path,
+        metavar="X.npz",
+        help="more inputs for --recover to train on; without, half of what would judge is kept "
+        "for that",
+    )
     add("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
     add(
         "--trials",
@@ -267,6 +274,7 @@ def _tune(
     )
     mod = load_model(args.model or demo.model_path(), args.batch)
     data, final = _samples(args)
+    more = None if args.unlabelled is None else read_npz(args.unlabelled).inputs
     _make_writable(args.output)
     console.print(f"target {target_key(target)}, batch {args.batch}, output {args.output}")
     if fleet is None and not is_measurable(target):
@@ -276,7 +284,9 @@ def _tune(
     try:
         with Bars(console, check) as bars:
             records = args.output / "records.jsonl"
-            plan = search(mod, target, data, final, options, records, scratch, bars.report, fleet)
+            plan = search(
+                mod, target, data, final, options, records, scratch, bars.report, fleet, more
+            )
         plan.save(args.output / "plan.json")
         os.replace(scratch / "model.so", args.output / "model.so")
     finally:

@@ -66,17 +66,29 @@ def search(
     directory: Path | None = None,
     report: Report = _silent,
     fleet: Fleet | None = None,
+    unlabelled: np.ndarray | None = None,
 ) -> Plan:
     """Plan, build and judge; ``directory``, if given, receives ``model.so``.
 
     See `tvm_lowrank.plan` for the parameters and errors. With a ``fleet`` kernels are measured on
-    its devices; the network is tried and judged here.
+    its devices; the network is tried and judged here. ``unlabelled`` inputs are for recovery.
     """
     options = options or Options()
+    if unlabelled is not None and (data is None or not options.recover):
+        raise LowRankError(
+            "unlabelled inputs are for recovery, which needs data to choose by: give data and the "
+            "minutes to recover too, or leave them out"
+        )
+
+    def run(folder: Path) -> Plan:
+        return _search(
+            mod, target, data, final, options, records, folder, report, fleet, unlabelled
+        )
+
     if directory is not None:
-        return _search(mod, target, data, final, options, records, directory, report, fleet)
+        return run(directory)
     with tempfile.TemporaryDirectory(prefix="tvm_lowrank-") as scratch:
-        return _search(mod, target, data, final, options, records, Path(scratch), report, fleet)
+        return run(Path(scratch))
 
 
 def _search(
@@ -89,6 +101,7 @@ def _search(
     directory: Path,
     report: Report,
     fleet: Fleet | None,
+    unlabelled: np.ndarray | None,
 ) -> Plan:
     target = parse_target(target_spec)
     require_runnable(target)
@@ -100,7 +113,8 @@ def _search(
             f"{target_key(target)} is at hand; leave it out"
         )
     classes = options.metric is None or options.metric in ("top1", "disagreement")
-    parts = split(mod, data, final, options.seed, class_labels=classes, spare=options.recover > 0)
+    spare = options.recover > 0
+    parts = split(mod, data, final, options.seed, classes, spare, unlabelled)
     labelled = parts.final.labels is not None and parts.select.labels is not None
     metric = metric_of(options.metric, labelled, parts.synthetic)
     threads = set_threads(options.threads)
