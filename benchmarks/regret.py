@@ -113,8 +113,9 @@ def main() -> int:
     text = _table(judged, place, len(records))
     print(text)
     if args.markdown:
-        command = "python benchmarks/regret.py --markdown docs/regret.md --svg docs/regret.svg"
-        title = f"# Regret of the cost model\n\nWritten by `{command}`.\n{_READ}"
+        command = f"python benchmarks/regret.py --isa {isa.name} --markdown {args.markdown}"
+        command += f" --svg {args.svg}" if args.svg else ""
+        title = f"# Regret of the cost model, {isa.name}\n\nWritten by `{command}`.\n{_READ}"
         plot = f"\n\n![predicted against measured]({args.svg.name})" if args.svg else ""
         args.markdown.write_text(f"{title}{text}{plot}\n", encoding="utf-8")
     if args.svg:

@@ -28,12 +28,20 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 # What random shapes are drawn from: those of real networks, and odd ones in between.
 _CHANNELS = (3, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
-_SIZES = (6, 7, 8, 12, 13, 14, 16, 20, 24, 27, 28, 32, 40, 48, 56, 64, 80, 96, 112)
+_SIZES = (6, 7, 8, 12, 13, 14, 16, 20, 24, 27, 28, 32, 40, 48, 56, 64, 80, 96, 112, 160, 224)
 _KERNELS = ((1, 1), (3, 3), (3, 3), (3, 3), (5, 5), (7, 7), (3, 1), (1, 3), (5, 1), (1, 7), (2, 2))
 _BATCHES = (1, 1, 1, 1, 2, 4, 8, 16)
-# Of so many random layers one is fully connected, with so many samples.
-_DENSE = 12
-_SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
+# First layers of networks: filters with their strides.
+_FIRST = ((3, 1), (3, 2), (5, 1), (7, 2), (9, 1), (11, 4))
+_IMAGES = (96, 112, 128, 160, 192, 224, 256)
+# Taps of filters over signals, which have one column, and how long those are.
+_TAPS = (4, 9, 16, 25, 32, 64, 128)
+_LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
+# Fully connected layers: how many samples, and the side of the map that they flatten.
+_SAMPLES = (1, 1, 1, 2, 4, 8, 16, 32, 64, 128)
+_FLATTENED = (1, 1, 4, 6, 7)
+# So many ordinary layers are drawn for one of each other kind.
+_INNER = 5
 # Above this a candidate takes too long to measure, and below it only the launch counts.
 _MOST = 1 << 31
 _LEAST = 1 << 17
@@ -85,35 +93,51 @@ def recorded_layers(files: Iterable[Path]) -> dict[ConvGeometry, set[str]]:
 
 
 def random_layers(count: int, seed: int) -> list[ConvGeometry]:
-    """Convolutions drawn at random, most of them as networks have them."""
+    """Convolutions drawn at random, most of them as networks have them.
+
+    Now and then one is a network's first layer, one runs over a signal, one is fully connected.
+    """
     rng = random.Random(seed)
+    kinds = [_inner_layer] * _INNER + [_first_layer, _signal_layer, _fully_connected]
     found: dict[ConvGeometry, None] = {}
     while len(found) < count:
-        kernel, size = rng.choice(_KERNELS), rng.choice(_SIZES)
-        inputs, outputs = rng.choice(_CHANNELS), rng.choice(_CHANNELS[1:])
-        groups = 1
-        if inputs == outputs and kernel != (1, 1) and rng.random() < 0.5:
-            groups = inputs
-        stride = rng.choice((1, 1, 1, 2))
-        height, width = kernel[0] // 2, kernel[1] // 2
-        columns, batch = max(kernel[1], size + rng.choice((0, 0, 0, -1, 3))), rng.choice(_BATCHES)
-        geometry = ConvGeometry(
-            inputs,
-            outputs,
-            size,
-            columns,
-            kernel,
-            (stride, stride),
-            (height, width, height, width),
-            groups=groups,
-            batch=batch,
-        )
-        if len(found) % _DENSE == _DENSE - 1:
-            # A fully connected layer, mostly of several samples.
-            geometry = ConvGeometry(inputs, 4 * outputs, 1, 1, (1, 1), batch=rng.choice(_SAMPLES))
+        geometry = kinds[len(found) % len(kinds)](rng)
         if _LEAST <= geometry.multiplications <= _MOST:
             found[geometry] = None
     return list(found)
+
+
+def _inner_layer(rng: random.Random) -> ConvGeometry:
+    kernel, size = rng.choice(_KERNELS), rng.choice(_SIZES)
+    inputs, outputs, groups = rng.choice(_CHANNELS), rng.choice(_CHANNELS[1:]), 1
+    if inputs == outputs and kernel != (1, 1) and rng.random() < 0.5:
+        groups = inputs
+    stride, batch = rng.choice((1, 1, 1, 2)), rng.choice(_BATCHES)
+    columns = max(kernel[1], size + rng.choice((0, 0, 0, -1, 3)))
+    strides, padding = (stride, stride), (kernel[0] // 2, kernel[1] // 2)
+    return ConvGeometry(
+        inputs, outputs, size, columns, kernel, strides, padding * 2, groups=groups, batch=batch
+    )
+
+
+def _first_layer(rng: random.Random) -> ConvGeometry:
+    taps, stride = rng.choice(_FIRST)
+    inputs, outputs, size = rng.choice((1, 3, 3)), rng.choice((16, 32, 64, 96)), rng.choice(_IMAGES)
+    strides, padding = (stride, stride), (taps // 2,) * 4
+    return ConvGeometry(inputs, outputs, size, size, (taps, taps), strides, padding)
+
+
+def _signal_layer(rng: random.Random) -> ConvGeometry:
+    taps, length, stride = rng.choice(_TAPS), rng.choice(_LENGTHS), rng.choice((1, 1, 2, 4))
+    inputs, outputs = rng.choice((1, *_CHANNELS[1:12])), rng.choice(_CHANNELS[1:12])
+    padding = (taps // 2, 0, taps // 2, 0)
+    return ConvGeometry(inputs, outputs, length, 1, (taps, 1), (stride, 1), padding)
+
+
+def _fully_connected(rng: random.Random) -> ConvGeometry:
+    side, inputs, outputs = rng.choice(_FLATTENED), rng.choice(_CHANNELS), rng.choice(_CHANNELS[1:])
+    batch = rng.choice(_SAMPLES)
+    return ConvGeometry(inputs, 4 * outputs, side, side, (side, side), batch=batch)
 
 
 def form_stages(
