@@ -22,9 +22,9 @@ from tvm_lowrank.planner.trial import TrialNetwork
 Trainer = Callable[[Choice, float], Choice]
 
 # Shares of the time for recovery that two choices get, and the drop over the budget up to which the
-# first of them is sought.
-_SHARES = (0.6, 0.4)
-_HOPEFUL = 3.0
+# first of them is sought, and the second if the first made up for nearly all of its drop.
+_SHARES = (0.5, 0.5)
+_HOPEFUL, _MOST_HOPEFUL = 3.0, 6.0
 # Points tried at most, and of choices to be trained; the ratio of two times that are not worth
 # telling apart, and the share of a limit that is as good as all of it.
 _POINTS, _POINTS_TO_TRAIN = 7, 3
@@ -196,7 +196,7 @@ class Curve:
             after = self.judge(train(before.choice, share), before.microseconds, recovered=True)
             missed = 0.0 if self.keeps(after) else after.microseconds
             remains = after.expected.cautious / max(before.expected.cautious, 1e-9)
-            limit = self.max_drop / min(max(remains, 1 / _HOPEFUL), 1.0)
+            limit = self.max_drop / min(max(remains, 1 / _MOST_HOPEFUL), 1.0)
 
     def step_back(self, point: Point) -> Point | None:
         """A point that takes a little longer: tried before and within the budget, or a new one.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,11 @@ from tvm_lowrank.torch_module import RelaxModule
 torch: Any = require_torch()
 F: Any = torch.nn.functional
 
-_BATCH = 64
-# Adam's step at the start of each phase; it falls to 0 along a cosine.
-_STEP = 8e-4
+# Many small steps gain more in the same time than few large ones, down to about this size.
+_BATCH = 32
+# Adam's step at the start of each phase; it falls to 0 along a cosine. Larger ones lead away from
+# what was fitted, further than a few thousand steps lead back.
+_STEP = 3e-4
 _LARGEST_GRADIENT = 1.0
 # It rises from 0 during this share of a phase: what was fitted is near an optimum already.
 _RISE = 0.1
@@ -37,9 +39,12 @@ _RISE = 0.1
 # judged on them.
 _HELD, _MOST_HELD = 1 / 8, 512
 _LOOKS = 10
-# Share of the time in which every block learns from its own output, before all learn from the
-# network's.
+# Share of the time in which every block learns from its own output alone, before the gradient of
+# the network's output and of all later blocks reaches it too.
 _BLOCKS = 0.25
+# The original takes as long to run as the factored network to train, so of what it gives so much is
+# kept, in batches and bytes, and used so many times, if there is enough for its order to vary.
+_KEPT, _KEPT_BYTES, _USES, _FEWEST = 32, 2**29, 3, 4
 # Chance that a sample is mixed with another: no labels are needed, so any input will do.
 _MIXED = 0.5
 # Images move by at most this share of their side.
@@ -60,7 +65,8 @@ def recover(
 
     First block by block (blocks lie between places where a single value is alive), each to give the
     original's value at its end, given the trained network's at its start; then end to end, to give
-    the original's class probabilities, or outputs where those are no classes. Samples are mixed in
+    the original's class probabilities, or outputs where those are no classes, and still its values
+    at the ends of blocks: few samples say more so. Samples are mixed in
     pairs, and images moved and mirrored, since few are given. Of all weights on the way those are
     kept that come nearest to the original on samples that were set aside: training that does not
     help changes nothing.
@@ -105,26 +111,26 @@ def recover(
     held = rng.permutation(len(inputs))[: min(_MOST_HELD, int(_HELD * len(inputs)))]
     best = _Best(teacher, student, chains, inputs[held] if len(held) else inputs, classifier)
     inputs = np.delete(inputs, held, axis=0)
+    trained = [p for chain in chains.values() for p in chain.parameters()]
+    lessons = _lessons(teacher, inputs, trained[0].device, rng)
     begin = time.monotonic()
     share = _BLOCKS if student.borders else 0.0
     for low, high, blocks in ((0.0, share, True), (share, 1.0, False)):
         span = 60.0 * minutes * (high - low)
-        trained = [p for chain in chains.values() for p in chain.parameters()]
         optimiser = torch.optim.Adam(trained, lr=_STEP)
         start, looks = time.monotonic(), 1
         while (spent := time.monotonic() - start) < span:
             for group in optimiser.param_groups:
                 rise = min(1.0, spent / (_RISE * span))
                 group["lr"] = _STEP * rise * 0.5 * (1 + np.cos(np.pi * spent / span))
-            x = torch.from_numpy(_batch(inputs, rng)).to(trained[0].device)
-            if x.ndim == 4:
-                x = x.to(memory_format=torch.channels_last)
-            with torch.no_grad():
-                wanted, ends = teacher.run(x)
+            x, wanted, ends = next(lessons)
             given, own = student.run(x, detach=blocks)
-            loss = sum(_difference(own[i], ends[i]) for i in own) if blocks else 0.0
+            loss = _output_loss(given, wanted, classifier)
+            if own:
+                differences = [_difference(own[i], ends[i]) for i in own]
+                loss = loss + sum(differences) / len(own)
             optimiser.zero_grad()
-            (loss + _output_loss(given, wanted, classifier)).backward()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
             optimiser.step()
             report(int(time.monotonic() - begin), round(60 * minutes))
@@ -151,7 +157,7 @@ class _Best:
         self._batches = []
         device = next((p.device for chain in chains.values() for p in chain.parameters()), "cpu")
         for first in range(0, len(held), _BATCH):
-            x = torch.from_numpy(np.ascontiguousarray(held[first : first + _BATCH])).to(device)
+            x = _tensor(held[first : first + _BATCH], device)
             with torch.no_grad():
                 self._batches.append((x, teacher.run(x)[0]))
         self._least, self._kept = math.inf, dict[str, Any]()
@@ -199,6 +205,31 @@ def _is_chain(candidate: Candidate) -> bool:
     if candidate.form == "dense" or candidate.geometry is None:
         return True
     return len(FORMS[candidate.form].branches(candidate.geometry, candidate.rank)) == 1
+
+
+def _lessons(
+    teacher: Any, inputs: np.ndarray, device: Any, rng: np.random.Generator
+) -> Iterator[tuple[Any, Any, dict[int, Any]]]:
+    """Batches without end, each with the original's output and its values at borders."""
+    while True:
+        kept: list[Any] = []
+        size = 0
+        while len(kept) < _KEPT and size < _KEPT_BYTES:
+            x = _tensor(_batch(inputs, rng), device)
+            with torch.no_grad():
+                wanted, ends = teacher.run(x)
+            size += sum(value.nbytes for value in (x, wanted, *ends.values()))
+            kept.append((x, wanted, ends))
+            yield kept[-1]
+        for _ in range(_USES - 1 if len(kept) >= _FEWEST else 0):
+            for index in rng.permutation(len(kept)):
+                yield kept[index]
+
+
+def _tensor(x: np.ndarray, device: Any) -> Any:
+    """Images channels last, which PyTorch's kernels for processors take a third less time for."""
+    made = torch.from_numpy(np.ascontiguousarray(x)).to(device)
+    return made.to(memory_format=torch.channels_last) if made.ndim == 4 else made
 
 
 def _batch(inputs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
