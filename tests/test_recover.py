@@ -109,6 +109,30 @@ def test_training_brings_the_outputs_nearer(net, monkeypatch):
     assert told[-1] == (4, 4)
 
 
+def test_what_the_original_gives_is_used_several_times_if_it_can_be_kept(monkeypatch):
+    recovery = __import__("tvm_lowrank.planner.recover", fromlist=["recover"])
+    runs = itertools.count()
+
+    class Original:
+        def run(self, x):
+            return torch.full((len(x), 2), float(next(runs))), {1: x + 1}
+
+    def taken(count):
+        inputs = np.random.default_rng(0).standard_normal((9, 3, 4, 4)).astype(np.float32)
+        lessons = recovery._lessons(Original(), inputs, "cpu", np.random.default_rng(0))
+        found = list(itertools.islice(lessons, count))
+        assert all(torch.equal(ends[1], x + 1) for x, _, ends in found)
+        return [int(wanted[0, 0]) for _, wanted, _ in found]
+
+    monkeypatch.setattr(recovery, "_KEPT", 5)
+    rounds = np.array(taken(16)).reshape(-1)
+    assert all(sorted(rounds[first : first + 5]) == [0, 1, 2, 3, 4] for first in (0, 5, 10))
+    assert rounds[15] == 5
+    # A batch alone, or few, would be learnt by heart.
+    monkeypatch.setattr(recovery, "_KEPT_BYTES", 1)
+    assert taken(4) == [6, 7, 8, 9]
+
+
 def test_training_that_does_not_help_changes_nothing(net, monkeypatch):
     clock = itertools.count(0.0, 0.07)
     monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(clock))
