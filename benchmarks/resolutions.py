@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from forms import HEADINGS, write
+from forms_page import HEADINGS, write
 from networks import NETWORKS
 from tvm_lowrank.passes.pipeline import normalise
 
