@@ -79,7 +79,7 @@ def test_correction_keeps_a_degenerate_tensor_s_terms_bounded():
 
 def test_each_sweep_lowers_the_error():
     tensor = deep_like(12, 16).reshape(12, 16, 9)
-    start = als.orthogonal_start(tensor, 20)
+    start = als.OrthogonalTerms(tensor).largest(20)
     errors = [
         np.sum((als.terms_to_tensor(als.alternate(tensor, start, n, False, 0)) - tensor) ** 2)
         for n in (1, 2, 4, 8)
@@ -89,13 +89,13 @@ def test_each_sweep_lowers_the_error():
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 3, 3), (9, 4, 3, 5), (2, 3, 7, 7), (2, 3, 9)])
-def test_orthogonal_start_is_exact_with_all_terms(shape):
+def test_orthogonal_terms_are_exact_together(shape):
     tensor = np.random.default_rng(1).normal(size=shape)
     f, c, *spatial = shape
     pairs = f * c * (min(spatial) if len(spatial) == 2 else 1)
     full = min(pairs, int(np.prod(spatial)) * min(f, c))
     np.testing.assert_allclose(
-        als.terms_to_tensor(als.orthogonal_start(tensor, full)), tensor, atol=1e-12
+        als.terms_to_tensor(als.OrthogonalTerms(tensor).largest(full)), tensor, atol=1e-12
     )
 
 

@@ -144,3 +144,22 @@ def test_modes_are_cut_where_it_costs_least():
         correlated_moments(108),
     )
     assert error < 0.5
+
+
+def test_sizes_are_kept_at_the_least_cost():
+    # Four points near the axes x, x, x, y: one of the three has to change, the one nearest to y.
+    angles = np.array([0.0, 0.1, 0.3, 1.5])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    found = k_subspaces(points, 2, 1)
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+@pytest.mark.parametrize("name", ["bicluster", "bicluster_separable", "shared_factor", "cp", "cp3"])
+def test_a_fitter_owes_nothing_to_the_ranks_before(name):
+    geometry, weight, moments = example()
+    ranks = FORMS[name].ranks(geometry, 1)[:5]
+    together = FORMS[name].fitter(weight, geometry, moments)
+    for rank in [*ranks, *ranks[::-1]]:
+        alone = FORMS[name].fitter(weight, geometry, moments).fit(rank)
+        for one, other in zip(together.fit(rank), alone, strict=True):
+            np.testing.assert_array_equal(one, other)

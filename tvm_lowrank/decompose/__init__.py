@@ -1,6 +1,7 @@
 """Decompositions of convolution weights in NumPy: one file a form, one registry."""
 
-from tvm_lowrank.decompose.bicluster import Bicluster, BiclusterSeparable, bicluster, bicluster_cp
+from tvm_lowrank.decompose.bicluster import Bicluster, BiclusterSeparable, bicluster_cp
+from tvm_lowrank.decompose.channels import bicluster
 from tvm_lowrank.decompose.clustering import k_subspaces
 from tvm_lowrank.decompose.cp import CP, CP3, cp, cp3, greedy_cp
 from tvm_lowrank.decompose.form import Branch, Fitter, Form, Rank

@@ -8,6 +8,8 @@ formed for each mode, which is what makes deep layers affordable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tvm_lowrank.decompose.moments import Array
@@ -21,36 +23,55 @@ SLACK = 1.01
 EXACT = 1e-14
 
 
-def orthogonal_start(tensor: Array, rank: int) -> list[Array]:
-    """The ``rank`` largest terms of SVDs taken slice by slice.
+class OrthogonalTerms:
+    """Terms of SVDs of a tensor, taken slice by slice: where alternating least squares starts.
 
     The spatial modes are turned to their principal axes; each slice ``(F, C)`` along those is
     decomposed by its SVD. The terms are orthogonal, so no two of them can cancel each other: a
-    start from which alternating least squares does not degenerate. With as many terms as there are
-    it is exact. Where decomposing the kernel of each pair of channels takes fewer terms, that is
-    done instead.
+    start from which alternating least squares does not degenerate. All of them are the tensor
+    itself. Where decomposing the kernel of each pair of channels takes fewer terms, that is done
+    instead. Decomposed once, for all ranks.
     """
+
+    def __init__(self, tensor: Array):
+        """Of a tensor ``(F, C, ...)``."""
+        f, c, *spatial = tensor.shape
+        taps = int(np.prod(spatial))
+        pairs = f * c * (min(spatial) if len(spatial) > 1 else 1)
+        terms = _tap_terms if pairs < taps * min(f, c) else _slice_terms
+        self._values, self._columns = terms(tensor)
+        self._order = np.argsort(-self._values.reshape(-1), kind="stable")
+
+    def largest(self, rank: int) -> list[Array]:
+        """Factors ``(dimension, rank)`` of the largest terms; all of them where there are fewer."""
+        which, term = np.divmod(self._order[:rank], self._values.shape[1])
+        outputs, *rest = self._columns(which, term)
+        return [outputs * self._values[which, term], *rest]
+
+
+_Columns = Callable[[np.ndarray, np.ndarray], list[Array]]
+
+
+def _slice_terms(tensor: Array) -> tuple[Array, _Columns]:
+    """Singular values ``(slices, terms)`` and what gives the unit columns of chosen terms."""
     f, c, *spatial = tensor.shape
-    taps = int(np.prod(spatial))
-    if f * c * (min(spatial) if len(spatial) > 1 else 1) < taps * min(f, c):
-        return _tap_terms(tensor, rank)
     axes = [_principal(tensor, mode) for mode in range(2, tensor.ndim)]
     turned = tensor
     for mode, axis in enumerate(axes, 2):
         turned = np.moveaxis(np.tensordot(turned, axis, axes=(mode, 0)), -1, mode)
-    slices = np.moveaxis(turned.reshape(f, c, taps), 2, 0)
+    slices = np.moveaxis(turned.reshape(f, c, -1), 2, 0)
     left, values, right = np.linalg.svd(slices, full_matrices=False)
-    chosen = np.argsort(-values.reshape(-1), kind="stable")[:rank]
-    which, term = np.divmod(chosen, values.shape[1])
-    places = np.unravel_index(which, spatial)
-    outputs = left[which, :, term].T * values[which, term]
-    return [outputs, right[which, term].T] + [
-        axis[:, place] for axis, place in zip(axes, places, strict=True)
-    ]
+
+    def columns(which: np.ndarray, term: np.ndarray) -> list[Array]:
+        places = np.unravel_index(which, spatial)
+        turns = [axis[:, place] for axis, place in zip(axes, places, strict=True)]
+        return [left[which, :, term].T, right[which, term].T, *turns]
+
+    return values, columns
 
 
-def _tap_terms(tensor: Array, rank: int) -> list[Array]:
-    """The largest terms of decompositions of the kernel of each pair of channels."""
+def _tap_terms(tensor: Array) -> tuple[Array, _Columns]:
+    """As `_slice_terms`, of the kernel of each pair of channels."""
     f, c, *spatial = tensor.shape
     kernels = tensor.reshape(f * c, *spatial)
     if len(spatial) == 1:
@@ -59,11 +80,12 @@ def _tap_terms(tensor: Array, rank: int) -> list[Array]:
     else:
         left, values, right = np.linalg.svd(kernels, full_matrices=False)
         pieces = [left.transpose(0, 2, 1), right]
-    chosen = np.argsort(-values.reshape(-1), kind="stable")[:rank]
-    which, term = np.divmod(chosen, values.shape[1])
-    row, column = np.divmod(which, c)
-    outputs = np.eye(f)[row].T * values[which, term]
-    return [outputs, np.eye(c)[column].T] + [piece[which, term].T for piece in pieces]
+
+    def columns(which: np.ndarray, term: np.ndarray) -> list[Array]:
+        row, column = np.divmod(which, c)
+        return [np.eye(f)[row].T, np.eye(c)[column].T, *(p[which, term].T for p in pieces)]
+
+    return values, columns
 
 
 def _principal(tensor: Array, mode: int) -> Array:

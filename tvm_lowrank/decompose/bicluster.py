@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvm_lowrank.decompose import als
-from tvm_lowrank.decompose.clustering import contiguous, k_subspaces, order_of
+from tvm_lowrank.decompose.channels import ChannelPoints, Clusters
+from tvm_lowrank.decompose.clustering import contiguous, order_of
 from tvm_lowrank.decompose.compose import permutation
 from tvm_lowrank.decompose.cp import QUICK_SWEEPS, SWEEPS, spatial_tensor
 from tvm_lowrank.decompose.form import (
@@ -31,42 +32,6 @@ from tvm_lowrank.geometry import ConvGeometry
 
 # Numbers of groups (inputs, outputs) that plans choose among.
 GROUPS = ((2, 1), (1, 2), (2, 2), (4, 4))
-
-
-@dataclass(frozen=True, eq=False)
-class Clusters:
-    """Groups of a layer's channels: the group of each input (C,) and of each output (F,)."""
-
-    inputs: np.ndarray
-    outputs: np.ndarray
-
-
-def bicluster(
-    weight: Array,
-    groups: tuple[int, int],
-    dimension: int = 4,
-    moments: InputMoments | None = None,
-    seed: int = 0,
-) -> Clusters:
-    """Inputs in N and outputs in M groups of equal size, ``groups`` = (N, M), by k-subspaces.
-
-    Each output's filter and each input's slice of all filters is a point; with moments, in
-    whitened channels. ValueError where N does not divide C or M does not divide F.
-    """
-    f, c, x, y = weight.shape
-    tensor = np.asarray(weight, np.float64).reshape(f, c, x * y)
-    given = usable(moments, c * x * y)
-    outputs, inputs = tensor, tensor
-    if given is not None:
-        channels = given.channel_covariance(c, x * y) + given.damping * np.eye(c)
-        outputs = np.einsum("fct,cd->fdt", tensor, np.linalg.cholesky(channels))
-        # Whitening mixes the inputs; each is only scaled by its deviation here.
-        inputs = tensor * np.sqrt(channels.diagonal())[None, :, None]
-    rows = inputs.transpose(1, 0, 2).reshape(c, f * x * y)
-    return Clusters(
-        k_subspaces(rows, groups[0], min(dimension, c // groups[0]), seed),
-        k_subspaces(outputs.reshape(f, -1), groups[1], min(dimension, f // groups[1]), seed),
-    )
 
 
 class Bicluster(Form):
@@ -186,8 +151,19 @@ class BiclusterSeparable(Bicluster):
     separable = True
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block's tensor of whitened channels, and where its terms start from."""
+
+    tensor: Array
+    starts: als.OrthogonalTerms
+
+
 class _Fitter(Fitter):
-    """Blocks are fitted alone, then what each group of outputs reads is fitted jointly."""
+    """Blocks are fitted alone, then what each group of outputs reads is fitted jointly.
+
+    Clusters, and all that depends on them alone, are worked out once for all K.
+    """
 
     def __init__(
         self,
@@ -199,24 +175,37 @@ class _Fitter(Fitter):
         seed: int,
     ):
         self._form, self._weight = form, np.asarray(weight, np.float64)
-        self._moments = usable(moments, weight[0].size)
-        self._identity = InputMoments.identity(geometry) if self._moments is None else None
-        self._refine, self._seed = refine, seed
+        self._refine = refine
+        given = usable(moments, weight[0].size)
+        self._has_data = given is not None
+        self._points = None if form.contiguous else ChannelPoints(self._weight, given, seed=seed)
+        if form.separable:
+            whole = self._weight.reshape(len(weight), -1, geometry.kernel[1])
+            self._basis = SharedBasis(whole, given or InputMoments.identity(geometry))
+            self._bases: dict[int, SharedBasis] = {}
+        else:
+            self._whole = TermRegression(self._weight, given)
+            self._split: dict[tuple[int, int], list[tuple[TermRegression, list[_Block]]]] = {}
 
     def fit(self, rank: Rank) -> list[Array]:
         f, c = self._weight.shape[:2]
         n, m, k = self._form._parts(rank, self._weight.shape)
         found = Clusters(contiguous(c, n), contiguous(f, m))
-        if not self._form.contiguous:
-            found = bicluster(self._weight, (n, m), moments=self._moments, seed=self._seed)
+        if self._points is not None:
+            found = Clusters(self._points.of_inputs(n), self._points.of_outputs(m))
         order_in, order_out = order_of(found.inputs), order_of(found.outputs)
         members = order_in.reshape(n, -1)
         groups = order_out.reshape(m, -1)
         if self._form.separable:
             blocks = self._separable(groups, found.inputs, members, k)
         else:
-            weights, budget = self._weight[groups], POLISH_BUDGET / m * self._refine
-            blocks = [self._terms(own, found.inputs, members, k, budget) for own in weights]
+            if (n, m) not in self._split:
+                self._split[n, m] = self._regressions(groups, found.inputs, members)
+            budget = POLISH_BUDGET / m * self._refine
+            blocks = [
+                self._terms(problem, parts, found.inputs, members, k, budget)
+                for problem, parts in self._split[n, m]
+            ]
         # Each block's chain has its channels by group of inputs; the first stages of all blocks
         # are brought together by group of inputs, the last one by group of outputs.
         by_inputs = np.concatenate([np.arange(n * m * k).reshape(m, n, k)[:, g] for g in range(n)])
@@ -231,18 +220,34 @@ class _Fitter(Fitter):
             factors.append(permutation(np.argsort(order_out)))
         return [np.ascontiguousarray(factor) for factor in factors]
 
+    def _regressions(
+        self, groups: np.ndarray, labels: np.ndarray, members: np.ndarray
+    ) -> list[tuple[TermRegression, list[_Block]]]:
+        """The regression of each group of outputs, and its blocks."""
+        whitened = self._whole.apart(labels) if len(members) > 1 else self._whole
+        found = []
+        for outputs in groups:
+            problem = whitened.of(outputs)
+            tensor = spatial_tensor(problem.tensor, False)
+            parts = [np.ascontiguousarray(tensor[:, inputs]) for inputs in members]
+            found.append((problem, [_Block(part, als.OrthogonalTerms(part)) for part in parts]))
+        return found
+
     def _terms(
-        self, weight: Array, labels: np.ndarray, members: np.ndarray, k: int, budget: float
+        self,
+        problem: TermRegression,
+        blocks: list[_Block],
+        labels: np.ndarray,
+        members: np.ndarray,
+        k: int,
+        budget: float,
     ) -> list[Array]:
         """CP of each block of one group of outputs; the outputs' factor and the polish jointly."""
         _, c, x, y = self._weight.shape
-        problem = TermRegression(weight, self._moments, labels if len(members) > 1 else None)
-        tensor = spatial_tensor(problem.tensor, False)
+        sweeps = SWEEPS if self._refine else QUICK_SWEEPS
         parts = []
-        for inputs in members:
-            block = np.ascontiguousarray(tensor[:, inputs])
-            start = als.orthogonal_start(block, k)
-            found = als.alternate(block, start, SWEEPS if self._refine else QUICK_SWEEPS)
+        for block, inputs in zip(blocks, members, strict=True):
+            found = als.alternate(block.tensor, block.starts.largest(k), sweeps)
             channels = np.zeros((c, k))
             channels[inputs] = found[1]
             parts.append([channels, *found[2:]])
@@ -263,12 +268,11 @@ class _Fitter(Fitter):
         self, groups: np.ndarray, labels: np.ndarray, members: np.ndarray, k: int
     ) -> list[list[Array]]:
         """SVD of each block in whitened columns; the horizontal factor, and the polish, jointly."""
-        f, c, x, y = self._weight.shape
-        moments = self._moments or self._identity
-        assert moments is not None
-        whole = self._weight.reshape(f, c * x, y)
-        shared = SharedBasis(whole, moments, np.repeat(labels, x))
-        refine, blocks = self._refine and self._moments is not None, []
+        _, c, x, _ = self._weight.shape
+        if len(members) not in self._bases:
+            self._bases[len(members)] = self._basis.apart(np.repeat(labels, x))
+        shared = self._bases[len(members)]
+        refine, blocks = self._refine and self._has_data, []
         for outputs in groups:
             basis, horizontal = shared.of(outputs).fit_blocks(k, refine)
             vertical = [

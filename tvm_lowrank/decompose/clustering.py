@@ -51,7 +51,7 @@ def k_subspaces(
         last = np.inf
         for _ in range(ITERATIONS):
             residuals = _residuals(vectors, tried, clusters, dimension)
-            tried = assign(residuals)
+            tried = _balanced(residuals)
             total = float(residuals[np.arange(n), tried].sum())
             if total >= last * (1 - 1e-9):
                 break
@@ -96,37 +96,10 @@ def _residuals(vectors: Array, labels: np.ndarray, clusters: int, dimension: int
     return np.sum(vectors**2, axis=(1, 2))[:, None] - kept.T
 
 
-def assign(costs: Array) -> np.ndarray:
-    """Labels of least total cost ``(n, clusters)`` with equal sizes, up to pairwise exchanges.
+def _balanced(costs: Array) -> np.ndarray:
+    """Labels of least total cost ``(n, clusters)`` with equal sizes: an assignment to places."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, seldom needed
 
-    Points that would lose most by their second choice choose first; then pairs change places as
-    long as that lowers the cost.
-    """
-    n, clusters = costs.shape
-    ranked = np.sort(costs, axis=1)
-    labels, room = np.full(n, -1), np.full(clusters, n // clusters)
-    for point in np.argsort(ranked[:, 0] - ranked[:, 1], kind="stable"):
-        open_costs = np.where(room > 0, costs[point], np.inf)
-        labels[point] = int(open_costs.argmin())
-        room[labels[point]] -= 1
-    # Gains up to this are rounding.
-    worth = 1e-12 * float(np.abs(costs).max())
-    for _ in range(n):
-        gains = costs[np.arange(n), labels][:, None] - costs
-        best = np.stack([gains[labels == a].max(axis=0) for a in range(clusters)])
-        pairs = np.argwhere(np.triu(best + best.T > worth, 1))
-        moved = [_exchange(costs, labels, a, b, worth) for a, b in pairs]
-        if not any(moved):
-            break
-    return labels
-
-
-def _exchange(costs: Array, labels: np.ndarray, a: int, b: int, worth: float) -> bool:
-    """Exchange members of two clusters while that lowers the cost; whether any moved."""
-    in_a, in_b = np.flatnonzero(labels == a), np.flatnonzero(labels == b)
-    gain_a = costs[in_a, a] - costs[in_a, b]
-    gain_b = costs[in_b, b] - costs[in_b, a]
-    by_a, by_b = np.argsort(-gain_a, kind="stable"), np.argsort(-gain_b, kind="stable")
-    better = gain_a[by_a] + gain_b[by_b] > worth
-    labels[in_a[by_a[better]]], labels[in_b[by_b[better]]] = b, a
-    return bool(better.any())
+    size = len(costs) // costs.shape[1]
+    places = linear_sum_assignment(np.repeat(costs, size, axis=1))[1]
+    return np.asarray(places // size)

@@ -45,7 +45,7 @@ class CP(Form):
         return "one input channel: nothing to project" if geometry.in_channels == 1 else None
 
     def full_rank(self, geometry: ConvGeometry) -> Rank:
-        """See `Form.full_rank` and `als.orthogonal_start`."""
+        """See `Form.full_rank` and `als.OrthogonalTerms`."""
         return _limit(geometry.weight_shape, self.joint)
 
     def _ranks(self, geometry: ConvGeometry, multiple: int, shares: Sequence[float]) -> list[Rank]:
@@ -84,16 +84,16 @@ class CP3(CP):
 class _Fitter(Fitter):
     def __init__(self, weight: Array, moments: InputMoments | None, refine: bool, joint: bool):
         self._problem = TermRegression(weight, moments)
-        self._refine, self._joint = refine, joint
+        self._tensor = spatial_tensor(self._problem.tensor, joint)
+        self._starts = als.OrthogonalTerms(self._tensor)
+        self._refine = refine
         self._limit = _limit(weight.shape, joint)
         self._name = CP3.name if joint else CP.name
 
     def fit(self, rank: Rank) -> list[Array]:
         terms = single(rank, self._limit, self._name)
-        tensor = spatial_tensor(self._problem.tensor, self._joint)
-        start = als.orthogonal_start(tensor, terms)
         sweeps = SWEEPS if self._refine else QUICK_SWEEPS
-        factors = als.alternate(tensor, start, sweeps)
+        factors = als.alternate(self._tensor, self._starts.largest(terms), sweeps)
         dictionaries = Dictionaries.apart(factors[1:])
         outputs = self._problem.finish(dictionaries, POLISH_BUDGET * self._refine)
         return to_stages(dictionaries, outputs, self._problem.shape)
@@ -143,7 +143,7 @@ def greedy_cp(
     found: list[list[Array]] = []
     for _ in range(terms):
         # The columns of the factors, one term wide.
-        term = als.alternate(left, als.orthogonal_start(left, 1), sweeps, tolerance=1e-6)
+        term = als.alternate(left, als.OrthogonalTerms(left).largest(1), sweeps, tolerance=1e-6)
         left -= als.terms_to_tensor(term)
         found.append(term)
     factors = [np.concatenate(columns, axis=1) for columns in zip(*found, strict=True)]

@@ -56,12 +56,8 @@ class SharedBasis:
     Never factorises anything of size D; the largest are p x p and q K x q K.
     """
 
-    def __init__(self, weight: Array, moments: InputMoments, blocks: np.ndarray | None = None):
-        """Factorise what all ranks share; copies the covariance once.
-
-        ``blocks`` (p,) is the block of each feature, for `fit_blocks`: features are then whitened
-        block by block, so that a basis confined to a block stays confined.
-        """
+    def __init__(self, weight: Array, moments: InputMoments):
+        """Factorise what all ranks share; copies the covariance once."""
         _, self.width, self.taps = weight.shape
         size = self.width * self.taps
         tap_major = moments.covariance.reshape(self.width, self.taps, self.width, self.taps)
@@ -69,15 +65,27 @@ class SharedBasis:
         self._covariance = copied.reshape(size, size)
         self._covariance.reshape(-1)[:: size + 1] += moments.damping
         tapped = self._covariance.reshape(self.taps, self.width, self.taps, self.width)
-        shared = sum(tapped[t, :, t, :] for t in range(self.taps)) / self.taps
-        if blocks is not None:
-            shared = shared * (blocks[:, None] == blocks[None, :])
-        self._blocks = blocks
-        # Features are whitened by L: x = L z. The search runs in coordinates of z.
-        self._lower = np.linalg.cholesky(shared)
-        self._unwhitening = np.linalg.inv(self._lower)
+        self._shared = sum(tapped[t, :, t, :] for t in range(self.taps)) / self.taps
+        self._blocks: np.ndarray | None = None
+        self._whiten(self._shared)
         flat = np.ascontiguousarray(weight.transpose(0, 2, 1)).reshape(len(weight), size)
         self._read(flat, flat @ self._covariance)
+
+    def apart(self, blocks: np.ndarray) -> SharedBasis:
+        """The same for `fit_blocks`; ``blocks`` (p,) is the block of each feature.
+
+        Features are whitened block by block, so that a basis confined to a block stays confined.
+        """
+        other = copy(self)
+        other._blocks = blocks
+        other._whiten(self._shared * (blocks[:, None] == blocks[None, :]))
+        other._read(self._flat, self._weighted)
+        return other
+
+    def _whiten(self, shared: Array) -> None:
+        """Features are whitened by L: x = L z. The search runs in coordinates of z."""
+        self._lower = np.linalg.cholesky(shared)
+        self._unwhitening = np.linalg.inv(self._lower)
 
     def of(self, outputs: np.ndarray) -> SharedBasis:
         """The regression for some of the weight's outputs alone."""

@@ -91,6 +91,8 @@ class _Fitter(Fitter):
 
     def __init__(self, weight: Array, moments: InputMoments | None, refine: bool, seed: int):
         self._problem = TermRegression(weight, moments)
+        self._tensor = spatial_tensor(self._problem.tensor, False)
+        self._starts = als.OrthogonalTerms(self._tensor)
         self._refine, self._seed = refine, seed
 
     def fit(self, rank: Rank) -> list[Array]:
@@ -107,10 +109,9 @@ class _Fitter(Fitter):
         return [np.ascontiguousarray(factor) for factor in factors]
 
     def _clustered(self, levels: tuple[int, ...]) -> Dictionaries:
-        tensor = spatial_tensor(self._problem.tensor, False)
         count = int(np.prod(levels))
-        start = als.orthogonal_start(tensor, count)
-        found = als.alternate(tensor, start, SWEEPS if self._refine else QUICK_SWEEPS)
+        sweeps = SWEEPS if self._refine else QUICK_SWEEPS
+        found = als.alternate(self._tensor, self._starts.largest(count), sweeps)
         missing = count - found[0].shape[1]
         outputs, *vectors = (np.pad(factor, ((0, 0), (0, missing))) for factor in found)
         # What a term weighs says how much its vectors matter to a centre.

@@ -9,6 +9,7 @@ projection, Golub and Pereyra 1973), as in `projection`.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,38 +57,54 @@ class Dictionaries:
 class TermRegression:
     """One weight ``(F, C, X, Y)`` under one layer's moments, or under none.
 
-    The channels are whitened by ``lower`` (x = L z), block by block for ``blocks`` of channels, so
-    that vectors confined to a block stay confined. Dictionaries are in coordinates of z
-    until `finish`. ``tensor`` is the weight in those coordinates.
+    The channels are whitened by L (x = L z). Dictionaries are in coordinates of z until `finish`.
+    ``tensor`` is the weight in those coordinates.
     """
 
-    def __init__(
-        self,
-        weight: Array,
-        moments: InputMoments | None,
-        blocks: np.ndarray | None = None,
-    ):
-        """``blocks``: the block of each channel, shape (C,)."""
-        f, c, x, y = weight.shape
+    def __init__(self, weight: Array, moments: InputMoments | None):
+        """Copies the covariance once."""
+        f, c, x, y = self.shape = weight.shape
         given = usable(moments, c * x * y)
-        self.shape = weight.shape
-        flat = np.asarray(weight, np.float64).reshape(f, -1)
+        self._flat = np.asarray(weight, np.float64).reshape(f, -1)
         self._covariance: Array | None = None
-        lower = np.eye(c)
-        self._weighted = flat
+        self._weighted = self._flat
+        self._channels = np.eye(c)
         if given is not None:
-            self._covariance = given.covariance + given.damping * np.eye(len(given.mean))
+            self._covariance = given.covariance.copy()
+            self._covariance.reshape(-1)[:: c * x * y + 1] += given.damping
             shared = InputMoments(self._covariance, given.mean, given.samples)
-            channels = shared.channel_covariance(c, x * y)
-            if blocks is not None:
-                channels = channels * (blocks[:, None] == blocks[None, :])
-            lower = np.asarray(np.linalg.cholesky(channels), np.float64)
-            self._weighted = flat @ self._covariance
-        self._unwhitening = np.asarray(np.linalg.inv(lower), np.float64)
-        self._energy = float(np.sum(self._weighted * flat))
-        self.tensor = np.ascontiguousarray(
-            np.tensordot(weight, lower, axes=(1, 0)).transpose(0, 3, 1, 2)
-        )
+            self._channels = shared.channel_covariance(c, x * y)
+            self._weighted = self._flat @ self._covariance
+        self._whiten(self._channels)
+
+    def apart(self, blocks: np.ndarray) -> TermRegression:
+        """The same, whitened block by block: what is confined to a block stays confined.
+
+        ``blocks``: the block of each channel, shape (C,).
+        """
+        other = copy(self)
+        other._whiten(self._channels * (blocks[:, None] == blocks[None, :]))
+        return other
+
+    def of(self, outputs: np.ndarray) -> TermRegression:
+        """The regression for some of the weight's outputs alone."""
+        other = copy(self)
+        other.shape = (len(outputs), *self.shape[1:])
+        other._flat, other._weighted = self._flat[outputs], self._weighted[outputs]
+        other._read()
+        return other
+
+    def _whiten(self, channels: Array) -> None:
+        """Take the coordinates in which the channels' covariance is the identity."""
+        self._lower = np.asarray(np.linalg.cholesky(channels), np.float64)
+        self._unwhitening = np.asarray(np.linalg.inv(self._lower), np.float64)
+        self._read()
+
+    def _read(self) -> None:
+        """Bring the weight to those coordinates."""
+        self._energy = float(np.sum(self._weighted * self._flat))
+        turned = np.tensordot(self._flat.reshape(self.shape), self._lower, axes=(1, 0))
+        self.tensor = np.ascontiguousarray(turned.transpose(0, 3, 1, 2))
 
     def finish(self, terms: Dictionaries, budget: float = POLISH_BUDGET) -> Array:
         """Polish in place, bring the channel vectors to the inputs' coordinates, fit the outputs.
