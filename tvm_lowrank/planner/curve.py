@@ -181,9 +181,8 @@ class Curve:
         made up for.
         """
         limit, missed = _HOPEFUL * self.max_drop, 0.0
-        for number, share in enumerate(_SHARES):
-            if number:
-                self._seek(limit, _POINTS_TO_TRAIN - 1)
+        for share in _SHARES:
+            self._seek(limit, _POINTS_TO_TRAIN - 1)
             best = min(self._kept(), key=_time, default=None)
             fastest = math.inf if best is None else best.microseconds
             trained = {p.microseconds for p in self.points if p.recovered}

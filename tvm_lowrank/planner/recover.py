@@ -30,8 +30,8 @@ F: Any = torch.nn.functional
 # Many small steps gain more in the same time than few large ones, down to about this size.
 _BATCH = 32
 # Adam's step at the start of each phase; it falls to 0 along a cosine. Larger ones lead away from
-# what was fitted, further than a few thousand steps lead back.
-_STEP = 3e-4
+# what was fitted, further than some hundred steps lead back.
+_STEP = 6e-4
 _LARGEST_GRADIENT = 1.0
 # It rises from 0 during this share of a phase: what was fitted is near an optimum already.
 _RISE = 0.1
@@ -41,7 +41,7 @@ _HELD, _MOST_HELD = 1 / 8, 512
 _LOOKS = 10
 # Share of the time in which every block learns from its own output alone, before the gradient of
 # the network's output and of all later blocks reaches it too.
-_BLOCKS = 0.25
+_BLOCKS = 0.1
 # The original takes as long to run as the factored network to train, so of what it gives so much is
 # kept, in batches and bytes, and used so many times, if there is enough for its order to vary.
 _KEPT, _KEPT_BYTES, _USES, _FEWEST = 32, 2**29, 3, 4
