@@ -27,10 +27,10 @@ from tvm_lowrank.torch_module import RelaxModule
 torch: Any = require_torch()
 F: Any = torch.nn.functional
 
-# Many small steps gain more in the same time than few large ones, down to about this size.
+# Half as many samples a step gain less in the same time, twice as many no more.
 _BATCH = 32
-# Adam's step at the start of each phase; it falls to 0 along a cosine. Larger ones lead away from
-# what was fitted, further than some hundred steps lead back.
+# Adam's step at the start of each phase; it falls to 0 along a cosine. Steps five times as large
+# lead away from what was fitted.
 _STEP = 6e-4
 _LARGEST_GRADIENT = 1.0
 # It rises from 0 during this share of a phase: what was fitted is near an optimum already.
