@@ -40,8 +40,8 @@ BUDGETS = (1, 2, 4)
 _READ = """
 Read the table with this in mind: what took 15 % longer than the trained trees expected was measured
 again, on these layers and all others, and the least time kept;
-the constants of the analytic level were fitted on the shipped survey; how many trees there are a
-round was settled on these networks. The best time is the best on record.
+the constants of the analytic level were fitted on the shipped survey for AVX-512; how many trees
+there are a round was settled on its networks. The best time is the best on record.
 
 """
 # Kernels of a layer that a search measures at most.

@@ -11,6 +11,7 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.cost.guide import PLAUSIBLE, Guide, guide_for
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.trees import find
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import parse_target
@@ -109,7 +110,15 @@ def test_a_chain_is_measured_as_far_as_it_can_be_within_a_limit():
     assert timer.within([workload(64, 28, 1, 32).geometry], us) < us
 
 
-def test_instruction_sets_without_a_model_are_guided_by_their_records_or_not_at_all():
+def test_a_model_that_fits_ships_for_every_x86_instruction_set():
+    for isa in (AVX512, AVX2):
+        trees, complaint = find(None, isa)
+        assert trees is not None and not complaint
+        assert guide_for(TuningRecords(None, isa.name, 2), isa, shipped=False) is not None
+
+
+def test_instruction_sets_without_a_model_are_guided_by_their_records_or_not_at_all(monkeypatch):
+    monkeypatch.setattr("tvm_lowrank.cost.guide.find", lambda *_: (None, ""))
     records = TuningRecords(None, "avx2", 2)
     assert isinstance(guide_for(records, AVX2), Guide)
     assert guide_for(records, AVX2, shipped=False) is None
