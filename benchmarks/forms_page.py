@@ -99,16 +99,13 @@ def _cell(error: float | None, best: bool) -> str:
 
 
 def _clustering(found: list[Row]) -> str:
-    ratios = [
-        a / b
-        for row in found
-        for a, b in zip(
-            row.errors.get("bicluster", []),
-            row.errors.get("bicluster, contiguous", []),
-            strict=True,
-        )
-        if a is not None and b is not None and min(a, b) >= COMPARABLE
-    ]
+    """Of the errors as they are printed, so that a page read back says the same."""
+    ratios = []
+    for row in found:
+        names = ("bicluster", "bicluster, contiguous")
+        for pair in zip(*(row.errors.get(name, []) for name in names), strict=True):
+            a, b = (round(error or 0.0, 4) for error in pair)
+            ratios += [a / b] if min(a, b) >= COMPARABLE else []
     if not ratios:
         return "No layer of this network has groups to compare."
     better, worse = sum(r < 0.99 for r in ratios), sum(r > 1.01 for r in ratios)
