@@ -23,7 +23,7 @@ class Network:
     model: Path
     data: Callable[[], tuple[Part, Part | None]]
     metric: str | None = None
-    max_drop: float | None = None
+    max_drop: float = 1.0
     # More inputs, of a folder with training images, that recovery may train on.
     unlabelled: Callable[[Path], np.ndarray] | None = None
 
@@ -55,8 +55,9 @@ class _Cifar:
         return self._read(np.concatenate(rows).reshape(-1, 32, 32, 3))
 
     def _read(self, images: np.ndarray) -> np.ndarray:
-        inputs = (images.astype(np.float32) / np.float32(self.scale)) - np.float32(self.mean)
-        return np.ascontiguousarray((inputs / np.float32(self.std)).transpose(0, 3, 1, 2))
+        inputs = images.astype(np.float32) / np.float32(self.scale)
+        inputs = (inputs - np.float32(self.mean)) / np.float32(self.std)
+        return np.ascontiguousarray(inputs.transpose(0, 3, 1, 2))
 
 
 def _photos(folder: str) -> Part:

@@ -51,7 +51,7 @@ What was checked without one: [CUDA](cuda.md).""".splitlines()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="networks to measure again (default: all)")
-    parser.add_argument("--max-drop", type=float, help="default: the network's, else 1 point")
+    parser.add_argument("--max-drop", type=float, help="default: the network's")
     parser.add_argument("--recover", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument(
         "--training-images",
@@ -91,7 +91,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
     mod = load_model(network.model)
     data, final = network.data()
     judged = len(final[0]) if final is not None else len(data[0]) // 3
-    wanted = network.max_drop or 1.0 if args.max_drop is None else args.max_drop
+    wanted = network.max_drop if args.max_drop is None else args.max_drop
     max_drop = max(wanted, resolution(network.metric or "top1", judged))
     unlabelled = None
     if args.recover and args.training_images and network.unlabelled:
@@ -102,11 +102,11 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
     def report(stage: str, done: int, total: int) -> None:
         nonlocal calibrated, last
         now = time.perf_counter()
+        stages[stage.split(",")[0]] += now - last
+        last = now
         if stage == "calibrating":
             calibrated = now
-        else:
-            stages[stage.split(",")[0]] += now - last
-        last = now
+            stages.clear()
 
     plan = search(
         mod,
@@ -143,7 +143,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         "metric": plan.metric,
         "seconds": end - start,
         "planning_seconds": end - calibrated,
-        "stages": {stage: seconds for stage, seconds in stages.items() if "dense" not in stage},
+        "stages": dict(stages),
         "result": plan.result,
         "curve": list(plan.curve),
         "transformed": plan.transformed,
@@ -252,8 +252,8 @@ def _page(rows: list[dict[str, Any]]) -> str:
         )
     lines += ["", "## Machine", ""]
     for machine in dict.fromkeys(row["machine"] for row in rows):
-        names = ", ".join(_name(row) for row in rows if row["machine"] == machine)
-        lines.append(f"- {names}: {machine}")
+        names = dict.fromkeys(row["name"] for row in rows if row["machine"] == machine)
+        lines.append(f"- {', '.join(names)}: {machine}")
     return "\n".join([*lines, "", *_GPU]) + "\n"
 
 

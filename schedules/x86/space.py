@@ -122,7 +122,7 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
             for order, chunk in _orders(geometry, shape, groups):
                 prefetch = is_cold and _tiling(geometry, shape).count > 1
                 schedule = replace(shape, order=order, chunk=chunk, prefetch=prefetch)
-                found[schedule] = cycles * _imbalance(geometry, schedule, groups)
+                found[schedule] = cycles * imbalance(groups * _chunks(geometry, schedule))
     # Sorting is stable: among equals, the order that _orders prefers stays first.
     return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
 
@@ -227,11 +227,9 @@ def _padding_cycles(
     return geometry.in_channels * padded.height * padded.width / isa.lanes * 2
 
 
-def _imbalance(geometry: ConvGeometry, schedule: ConvSchedule, groups: int) -> float:
-    """Time over that of perfectly shared work, averaged over some numbers of threads."""
-    chunks = -(-_tiling(geometry, schedule).count // schedule.chunk)
-    tasks = groups * geometry.batch * chunks
-    return imbalance(tasks)
+def _chunks(geometry: ConvGeometry, schedule: ConvSchedule) -> int:
+    """Tasks of one group of outputs."""
+    return geometry.batch * -(-_tiling(geometry, schedule).count // schedule.chunk)
 
 
 def effort(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> Effort:
@@ -240,7 +238,7 @@ def effort(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> Ef
     steps, width = geometry.weight_count // geometry.out_channels, isa.lanes * schedule.vectors
     groups = geometry.groups * -(-geometry.out_channels // geometry.groups // width)
     tiles = _tiling(geometry, schedule)
-    chunks = geometry.batch * -(-tiles.count // schedule.chunk)
+    chunks = _chunks(geometry, schedule)
     rows, columns = geometry.kernel
     of_tap = steps // (rows * columns)
     # Tiles of several rows read a padded copy, so they skip nothing.

@@ -35,6 +35,7 @@ class OrthogonalTerms:
 
     def __init__(self, tensor: Array):
         """Of a tensor ``(F, C, ...)``."""
+        self.tensor = tensor
         f, c, *spatial = tensor.shape
         taps = int(np.prod(spatial))
         pairs = f * c * (min(spatial) if len(spatial) > 1 else 1)

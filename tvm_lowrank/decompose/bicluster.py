@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -151,12 +151,8 @@ class BiclusterSeparable(Bicluster):
     separable = True
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """A block's tensor of whitened channels, and where its terms start from."""
-
-    tensor: Array
-    starts: als.OrthogonalTerms
+# The regression of a group of outputs, and its blocks, a group of inputs each.
+_Split = tuple[TermRegression, list[als.OrthogonalTerms]]
 
 
 class _Fitter(Fitter):
@@ -185,7 +181,7 @@ class _Fitter(Fitter):
             self._bases: dict[int, SharedBasis] = {}
         else:
             self._whole = TermRegression(self._weight, given)
-            self._split: dict[tuple[int, int], list[tuple[TermRegression, list[_Block]]]] = {}
+            self._split: dict[tuple[int, int], list[_Split]] = {}
 
     def fit(self, rank: Rank) -> list[Array]:
         f, c = self._weight.shape[:2]
@@ -222,21 +218,20 @@ class _Fitter(Fitter):
 
     def _regressions(
         self, groups: np.ndarray, labels: np.ndarray, members: np.ndarray
-    ) -> list[tuple[TermRegression, list[_Block]]]:
-        """The regression of each group of outputs, and its blocks."""
+    ) -> list[_Split]:
         whitened = self._whole.apart(labels) if len(members) > 1 else self._whole
         found = []
         for outputs in groups:
             problem = whitened.of(outputs)
             tensor = spatial_tensor(problem.tensor, False)
             parts = [np.ascontiguousarray(tensor[:, inputs]) for inputs in members]
-            found.append((problem, [_Block(part, als.OrthogonalTerms(part)) for part in parts]))
+            found.append((problem, [als.OrthogonalTerms(part) for part in parts]))
         return found
 
     def _terms(
         self,
         problem: TermRegression,
-        blocks: list[_Block],
+        blocks: list[als.OrthogonalTerms],
         labels: np.ndarray,
         members: np.ndarray,
         k: int,
@@ -247,7 +242,7 @@ class _Fitter(Fitter):
         sweeps = SWEEPS if self._refine else QUICK_SWEEPS
         parts = []
         for block, inputs in zip(blocks, members, strict=True):
-            found = als.alternate(block.tensor, block.starts.largest(k), sweeps)
+            found = als.alternate(block.tensor, block.largest(k), sweeps)
             channels = np.zeros((c, k))
             channels[inputs] = found[1]
             parts.append([channels, *found[2:]])

@@ -84,8 +84,7 @@ class CP3(CP):
 class _Fitter(Fitter):
     def __init__(self, weight: Array, moments: InputMoments | None, refine: bool, joint: bool):
         self._problem = TermRegression(weight, moments)
-        self._tensor = spatial_tensor(self._problem.tensor, joint)
-        self._starts = als.OrthogonalTerms(self._tensor)
+        self._starts = als.OrthogonalTerms(spatial_tensor(self._problem.tensor, joint))
         self._refine = refine
         self._limit = _limit(weight.shape, joint)
         self._name = CP3.name if joint else CP.name
@@ -93,7 +92,7 @@ class _Fitter(Fitter):
     def fit(self, rank: Rank) -> list[Array]:
         terms = single(rank, self._limit, self._name)
         sweeps = SWEEPS if self._refine else QUICK_SWEEPS
-        factors = als.alternate(self._tensor, self._starts.largest(terms), sweeps)
+        factors = als.alternate(self._starts.tensor, self._starts.largest(terms), sweeps)
         dictionaries = Dictionaries.apart(factors[1:])
         outputs = self._problem.finish(dictionaries, POLISH_BUDGET * self._refine)
         return to_stages(dictionaries, outputs, self._problem.shape)

@@ -91,8 +91,7 @@ class _Fitter(Fitter):
 
     def __init__(self, weight: Array, moments: InputMoments | None, refine: bool, seed: int):
         self._problem = TermRegression(weight, moments)
-        self._tensor = spatial_tensor(self._problem.tensor, False)
-        self._starts = als.OrthogonalTerms(self._tensor)
+        self._starts = als.OrthogonalTerms(spatial_tensor(self._problem.tensor, False))
         self._refine, self._seed = refine, seed
 
     def fit(self, rank: Rank) -> list[Array]:
@@ -111,7 +110,7 @@ class _Fitter(Fitter):
     def _clustered(self, levels: tuple[int, ...]) -> Dictionaries:
         count = int(np.prod(levels))
         sweeps = SWEEPS if self._refine else QUICK_SWEEPS
-        found = als.alternate(self._tensor, self._starts.largest(count), sweeps)
+        found = als.alternate(self._starts.tensor, self._starts.largest(count), sweeps)
         missing = count - found[0].shape[1]
         outputs, *vectors = (np.pad(factor, ((0, 0), (0, missing))) for factor in found)
         # What a term weighs says how much its vectors matter to a centre.

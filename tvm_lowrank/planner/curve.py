@@ -27,7 +27,7 @@ _SHARES = (0.5, 0.5)
 _HOPEFUL, _MOST_HOPEFUL = 3.0, 6.0
 # Points tried at most, and of choices to be trained; the ratio of two times that are not worth
 # telling apart, and the share of a limit that is as good as all of it.
-_POINTS, _POINTS_TO_TRAIN = 7, 3
+_POINTS, _POINTS_TO_TRAIN = 7, 2
 _SAME, _USED = 1.02, 0.9
 # A guess goes so many times as far as what is known at most, and stays off the ends of its bracket
 # by this share; steps by which it is found.
@@ -182,7 +182,7 @@ class Curve:
         """
         limit, missed = _HOPEFUL * self.max_drop, 0.0
         for share in _SHARES:
-            self._seek(limit, _POINTS_TO_TRAIN - 1)
+            self._seek(limit, _POINTS_TO_TRAIN)
             best = min(self._kept(), key=_time, default=None)
             fastest = math.inf if best is None else best.microseconds
             trained = {p.microseconds for p in self.points if p.recovered}

@@ -66,10 +66,10 @@ def recover(
     First block by block (blocks lie between places where a single value is alive), each to give the
     original's value at its end, given the trained network's at its start; then end to end, to give
     the original's class probabilities, or outputs where those are no classes, and still its values
-    at the ends of blocks: few samples say more so. Samples are mixed in
-    pairs, and images moved and mirrored, since few are given. Of all weights on the way those are
-    kept that come nearest to the original on samples that were set aside: training that does not
-    help changes nothing.
+    at the ends of blocks, which say more of each sample. Samples are mixed in pairs, and images
+    moved and mirrored, since few are given. Of all weights on the way those are kept that come
+    nearest to the original on samples that were set aside: training that does not help changes
+    nothing.
 
     Parameters
     ----------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,13 @@ def search(
             "unlabelled inputs are for recovery, which needs data to choose by: give data and the "
             "minutes to recover too, or leave them out"
         )
-
-    def run(folder: Path) -> Plan:
+    with ExitStack() as stack:
+        if directory is None:
+            scratch = tempfile.TemporaryDirectory(prefix="tvm_lowrank-")
+            directory = Path(stack.enter_context(scratch))
         return _search(
-            mod, target, data, final, options, records, folder, report, fleet, unlabelled
+            mod, target, data, final, options, records, directory, report, fleet, unlabelled
         )
-
-    if directory is not None:
-        return run(directory)
-    with tempfile.TemporaryDirectory(prefix="tvm_lowrank-") as scratch:
-        return run(Path(scratch))
 
 
 def _search(
