@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tvm_lowrank.errors import LowRankError
@@ -80,6 +83,40 @@ def set_threads(count: int | None = None) -> int:
             stacklevel=2,
         )
     return used
+
+
+@contextmanager
+def apart_from_pool() -> Iterator[None]:
+    """Keep the calling thread off the processors that TVM's pool has bound its threads to.
+
+    The pool binds each of its own threads to a processor. The caller, which does the first share of
+    a kernel, may run on any: where the system puts it beside a thread of the pool, kernels take
+    twice as long on two cores, for seconds at a time. For measurements; does nothing before the
+    first parallel kernel, and on systems that do not tell.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    free = before - _bound()
+    if free:
+        os.sched_setaffinity(0, free)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _bound() -> set[int]:
+    """The processors that other threads of this process are bound to, one each."""
+    found: set[int] = set()
+    tasks = Path("/proc/self/task")
+    for task in tasks.iterdir() if tasks.is_dir() else ():
+        if int(task.name) != threading.get_native_id():
+            with suppress(OSError):  # the thread has ended
+                allowed = os.sched_getaffinity(int(task.name))
+                found |= allowed if len(allowed) == 1 else set()
+    return found
 
 
 def _logical() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -154,19 +154,16 @@ class Survey:
                 self.reasons[layer.name] = "; ".join(texts) or "only the dense form is allowed"
         return found
 
-    def candidates(
+    def proposals(
         self, eligible: list[ConvLayer], moments: dict[str, InputMoments]
-    ) -> dict[str, list[Candidate]]:
-        """For each layer that could gain, what is measured faster, and the dense form last.
-
-        Of fully connected layers, what keeps fewer weights and is not measured slower.
+    ) -> Iterator[tuple[ConvLayer, list[Candidate], str | None]]:
+        """For each layer what could gain, fitted but not measured, and why there is nothing.
 
         A layer without moments is fitted to its weight alone. ``moments`` are emptied on the way:
         those of a large network take gigabytes.
         """
-        options: dict[str, list[Candidate]] = {}
-        for done, layer in enumerate(eligible):
-            dense, geometry = self.dense[layer.name], layer.geometry
+        for layer in eligible:
+            geometry = layer.geometry
             assert geometry is not None
             given = moments.pop(layer.name, None) or InputMoments.identity(geometry)
             proposed, reason = propose(
@@ -177,6 +174,19 @@ class Survey:
                 self.timer,
                 algorithms=self._slowness(geometry),
             )
+            yield layer, proposed, reason
+
+    def candidates(
+        self, eligible: list[ConvLayer], moments: dict[str, InputMoments]
+    ) -> dict[str, list[Candidate]]:
+        """For each layer that could gain, what is measured faster, and the dense form last.
+
+        Of fully connected layers, what keeps fewer weights and is not measured slower. See
+        `proposals` for the moments.
+        """
+        options: dict[str, list[Candidate]] = {}
+        for done, (layer, proposed, reason) in enumerate(self.proposals(eligible, moments)):
+            dense = self.dense[layer.name]
             if layer.fully_connected:
                 found = confirm_memory(proposed, dense, self.timer, self.roofline.gigabytes)
             else:
