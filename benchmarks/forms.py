@@ -2,12 +2,14 @@
 
     python benchmarks/forms.py                      # every network
     python benchmarks/forms.py resnet20-cifar10     # one; the other sections stay
+    python benchmarks/forms.py resnet20-cifar10 --layers conv3 conv16
 
 Factors are fitted to the moments of one set of samples; the error is measured on those of another.
 One layer of each shape comes first, then the others. Each layer is written to the page and, with
 all its digits, to ``build/forms/NETWORK.jsonl`` as soon as it is done. Layers that stand on the
 page or in that file with the same numbers of samples and refined ranks are not measured again, so
-an interrupted run goes on and a layer can be added without the others; ``--fresh`` starts over.
+an interrupted run goes on and a layer can be added without the others; ``--fresh`` measures them
+again. The row of a layer that is not measured stays as it is, with the number of its samples.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import Form, Rank
 from tvm_lowrank.decompose.moments import InputMoments
+from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
@@ -89,7 +92,8 @@ def rows(
         while waiting and held < MOMENT_BYTES:
             group.append(waiting.pop(0))
             held = sum(2 * 8 * layer.weight[0].size ** 2 for layer in group)
-        given, unseen = (input_moments(observer, group, x, 0) for x in (fit, held_out))
+        given = input_moments(observer, group, fit, 0)
+        unseen = input_moments(observer, group, held_out, 0, shrink=False)
         for layer in group:
             row = Row(layer.name, str(layer.geometry).split(" @")[0], len(fit), refined)
             measure(row, layer, given.pop(layer.name), unseen.pop(layer.name))
@@ -182,26 +186,30 @@ def run(network: Network, options: argparse.Namespace) -> None:
     layers = collect_layers(mod)
     log = log_of(network)
     log.parent.mkdir(parents=True, exist_ok=True)
-    if options.fresh:
-        log.unlink(missing_ok=True)
-    found = [] if options.fresh else finished(network.name, log, count, options.refined)
-    done = {row.layer for row in found}
+    found = {row.layer: row for row in finished(network.name, log, options.refined)}
+    done = {name for name, row in found.items() if row.samples == count and not options.fresh}
     taken = wanted(layers, options.widest, options.one_a_shape)
+    if options.layers:
+        known = {layer.name: layer for layer in taken}
+        if unknown := [name for name in options.layers if name not in known]:
+            raise LowRankError(f"{network.name} has no layer {', '.join(unknown)} to measure")
+        taken = [known[name] for name in options.layers]
     missing = [layer for layer in taken if layer.name not in done]
     data = shuffled[:count], others, options.refined
-    for row in rows(mod, layers, missing, *data) if missing else ():
-        found.append(row)
+    for number, row in enumerate(rows(mod, layers, missing, *data) if missing else (), 1):
+        found[row.layer] = row
         with log.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
-        write(network.name, section(network.name, found))
-        print(f"{network.name} {row.layer} {row.shape}: {len(found)} of {len(taken)}", flush=True)
+        write(network.name, section(network.name, list(found.values())))
+        print(f"{network.name} {row.layer} {row.shape}: {number} of {len(missing)}", flush=True)
     if found and not missing:
-        write(network.name, section(network.name, found))
+        write(network.name, section(network.name, list(found.values())))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("networks", nargs="*", help="names; all by default")
+    parser.add_argument("--layers", nargs="+", help="only these, in this order; all by default")
     parser.add_argument("--samples", type=int, default=512, help="for each of the two sets")
     parser.add_argument(
         "--widest", type=int, default=5000, help="skip layers that read more inputs an output"
@@ -224,7 +232,7 @@ def main() -> int:
             continue
         try:
             run(network, options)
-        except NoPlace as error:
+        except (NoPlace, LowRankError) as error:
             print(f"error: {error}")
             return 2
     found = [row for name in known for row in on_page(name)]

@@ -62,21 +62,21 @@ def place(layer: str) -> int:
 def section(name: str, found: list[Row]) -> str:
     """A table of one network; the best form at each share in bold."""
     found = sorted(found, key=lambda row: place(row.layer))
-    samples, refined = found[0].samples, found[0].refined
     names = [n for n in ENTRIES if any(n in row.errors for row in found)]
     lines = [
         f"## {name}",
         "",
-        f"Fitted on {samples} samples, error on others; at 1/4 and 1/2 of the operations; "
-        f"{refined} of a form's ranks refined.",
+        "Fitted on so many samples, error on as many others; at 1/4 and 1/2 of the operations; "
+        f"{found[0].refined} of a form's ranks refined.",
         "",
-        "| layer | shape | " + " | ".join(HEADINGS.get(n, n) for n in names) + " |",
-        "|---|---|" + "---|" * len(names),
+        "| layer | shape | samples | " + " | ".join(HEADINGS.get(n, n) for n in names) + " |",
+        "|---|---|---|" + "---|" * len(names),
     ]
     for row in found:
-        lines.append(f"| {row.layer} | {row.shape} | {_cells(names, row.errors)} |")
+        lines.append(f"| {row.layer} | {row.shape} | {row.samples} | {_cells(names, row.errors)} |")
         if row.by_pixel not in ({}, row.errors):
-            lines.append(f"| {row.layer} | by pixel | {_cells(names, row.by_pixel)} |")
+            cells = _cells(names, row.by_pixel)
+            lines.append(f"| {row.layer} | by pixel | {row.samples} | {cells} |")
     return "\n".join([*lines, "", _clustering(found), ""])
 
 
@@ -147,17 +147,17 @@ def on_page(name: str) -> list[Row]:
     """
     begin, end = re.escape(f"<!-- begin {name} -->\n"), re.escape(f"<!-- end {name} -->")
     text = re.search(f"{begin}(.*?){end}", PAGE.read_text(), re.S)
-    head = text and re.search(r"Fitted on (\d+) samples.*; (\d+) of a form's", text[1])
+    head = text and re.search(r"; (\d+) of a form's", text[1])
     if not text or not head:
         return []
     lines = [line.strip("| ").split(" | ") for line in text[1].splitlines() if line[:2] == "| "]
     known = {HEADINGS.get(n, n): n for n in ENTRIES}
     found: dict[str, Row] = {}
-    for layer, shape, *cells in lines[1:]:
+    for layer, shape, samples, *cells in lines[1:]:
         if shape != "by pixel":
-            found[layer] = Row(layer, shape, int(head[1]), int(head[2]))
+            found[layer] = Row(layer, shape, int(samples), int(head[1]))
         row = found[layer]
-        for heading, cell in zip(lines[0][2:], cells, strict=True):
+        for heading, cell in zip(lines[0][3:], cells, strict=True):
             errors = [_read(part) for part in cell.split(" / ")]
             if heading in known and errors != [None] * len(errors):
                 (row.by_pixel if shape == "by pixel" else row.errors)[known[heading]] = errors
@@ -185,10 +185,9 @@ def write(name: str, text: str) -> None:
     PAGE.write_text(re.sub(pattern, lambda _: begin + text + end, page, flags=re.S))
 
 
-def finished(name: str, log: Path, samples: int, refined: int) -> list[Row]:
-    """The layers that earlier runs measured with as many samples and refined ranks."""
+def finished(name: str, log: Path, refined: int) -> list[Row]:
+    """The layers that earlier runs measured with as many refined ranks."""
     lines = log.read_text().splitlines() if log.exists() else []
     rows = [*on_page(name), *(Row(**json.loads(line)) for line in lines)]
-    wanted = (samples, refined)
     # The log comes last because it has all digits.
-    return list({r.layer: r for r in rows if (r.samples, r.refined) == wanted}.values())
+    return list({r.layer: r for r in rows if r.refined == refined}.values())

@@ -50,10 +50,10 @@ def test_a_layer_is_added_to_those_on_the_page(forms, tmp_path):
     log = tmp_path / "crepe-tiny.jsonl"
     new = forms.Row("conv9", "8->8 3x1", 512, 2, {"cp": [0.25, None], "shared_factor": [0.5, 0.1]})
     forms.write("crepe-tiny", forms.section("crepe-tiny", [*first, new]))
-    found = {row.layer: row for row in forms.finished("crepe-tiny", log, 512, 2)}
+    found = {row.layer: row for row in forms.finished("crepe-tiny", log, 2)}
     assert list(found) == [row.layer for row in first] + ["conv9"]
     assert found["conv9"].errors["cp"] == [pytest.approx(0.25, abs=1e-5), None]
-    assert forms.finished("crepe-tiny", log, 96, 2) == []
+    assert forms.finished("crepe-tiny", log, 1) == []
 
 
 def test_all_digits_of_the_log_go_before_those_of_the_page(forms, tmp_path):
@@ -61,26 +61,58 @@ def test_all_digits_of_the_log_go_before_those_of_the_page(forms, tmp_path):
     log = tmp_path / "crepe-tiny.jsonl"
     row.errors["cp"] = [0.123456789, None]
     log.write_text(forms.json.dumps(forms.asdict(row)) + "\n")
-    found = {r.layer: r for r in forms.finished("crepe-tiny", log, 512, 2)}
+    found = {r.layer: r for r in forms.finished("crepe-tiny", log, 2)}
     assert found[row.layer].errors["cp"][0] == 0.123456789
 
 
-def test_an_interrupted_run_goes_on_with_what_is_missing(forms, tmp_path, monkeypatch):
+@pytest.fixture
+def measured(forms, tmp_path, monkeypatch):
+    """Runs the script on the demo with 8 samples, without measuring; gives the layers asked for."""
     monkeypatch.setattr(forms, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["forms.py", "demo", "--samples", "8", "--refined", "1"])
-    asked = []
 
-    def rows(mod, layers, taken, fit, held_out, refined):
-        asked.append([layer.name for layer in taken])
-        for layer in taken:
-            if len(asked) == 1 and layer is taken[3]:
-                raise KeyboardInterrupt
-            yield forms.Row(layer.name, str(layer.geometry), len(fit), refined, {"cp": [0.2, 0.1]})
+    def run(*options, stop=None, code=0):
+        asked = []
 
-    monkeypatch.setattr(forms, "rows", rows)
-    with pytest.raises(KeyboardInterrupt):
-        forms.main()
-    assert len(forms.on_page("demo")) == 3
-    assert forms.main() == 0
-    assert asked[1] == asked[0][3:]
-    assert {row.layer for row in forms.on_page("demo")} == set(asked[0])
+        def rows(mod, layers, taken, fit, held_out, refined):
+            for layer in taken:
+                asked.append(layer.name)
+                if len(asked) == stop:
+                    raise KeyboardInterrupt
+                errors = {"cp": [0.2, 0.1]}
+                yield forms.Row(layer.name, str(layer.geometry), len(fit), refined, errors)
+
+        monkeypatch.setattr(forms, "rows", rows)
+        monkeypatch.setattr(sys, "argv", ["forms.py", "demo", "--samples", "8", *options])
+        if stop:
+            with pytest.raises(KeyboardInterrupt):
+                forms.main()
+        else:
+            assert forms.main() == code
+        return asked
+
+    return run
+
+
+def test_an_interrupted_run_goes_on_with_what_is_missing(forms, measured):
+    before = {row.layer: row for row in forms.on_page("demo")}
+    first = measured(stop=4)
+    # The others stand as they were, each with the number of its samples.
+    between = {row.layer: row for row in forms.on_page("demo")}
+    assert {row.samples for row in before.values()} == {512}
+    assert [name for name, row in between.items() if row.samples == 8] == sorted(first[:3])
+    assert all(between[name] == before[name] for name in before if name not in first[:3])
+    again = measured()
+    assert again[0] == first[3]
+    assert sorted(first[:3] + again) == sorted(before)
+    assert {row.samples for row in forms.on_page("demo")} == {8}
+    assert measured() == []
+
+
+def test_chosen_layers_are_measured_in_the_order_given(forms, measured, capsys):
+    assert measured("--layers", "conv5", "conv1") == ["conv5", "conv1"]
+    assert measured("--layers", "conv5", "conv2") == ["conv2"]
+    assert measured("--layers", "conv5", "conv2", "--fresh") == ["conv5", "conv2"]
+    new = [row.layer for row in forms.on_page("demo") if row.samples == 8]
+    assert new == ["conv1", "conv2", "conv5"]
+    assert measured("--layers", "conv99", code=2) == []
+    assert "demo has no layer conv99" in capsys.readouterr().out

@@ -17,13 +17,13 @@ from tvm_lowrank.schedules.x86.isa import isa_of
 
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.decompose import FORMS, InputMoments
+from tvm_lowrank.decompose import FORMS, InputMoments, PatchSampler
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.planner import segments as module
-from tvm_lowrank.planner.calibrate import input_moments
+from tvm_lowrank.planner.calibrate import PLENTY, POSITIONS, input_moments, positions
 from tvm_lowrank.planner.candidates import Candidate, propose
 from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
@@ -88,6 +88,30 @@ def test_moments_are_those_of_the_exposed_inputs(bench):
     pixels = np.concatenate(read).transpose(0, 2, 3, 1).reshape(-1, 32)
     assert np.allclose(found["conv5"].mean, pixels.mean(0), atol=1e-5)
     assert np.allclose(found["conv5"].covariance, np.cov(pixels.T, bias=True), atol=1e-4)
+
+
+def test_wide_patches_are_drawn_at_more_positions(bench):
+    wide, narrow = ConvGeometry(256, 256, 14, 14, (3, 3)), ConvGeometry(64, 64, 14, 14, (3, 3))
+    assert 96 * positions(wide, 96) >= PLENTY * 2304 > 96 * (positions(wide, 96) - 1)
+    assert positions(narrow, 96) == positions(wide, 1000) == POSITIONS
+    # A convolution of groups reads what one of them reads.
+    assert positions(ConvGeometry(256, 256, 14, 14, (3, 3), groups=4), 96) == POSITIONS
+    layer = next(layer for layer in bench.layers if layer.weight[0].size * PLENTY > 2 * POSITIONS)
+    area = layer.geometry.out_height * layer.geometry.out_width
+    found = input_moments(bench.observer, [layer], bench.inputs[:2], seed=0)[layer.name]
+    assert found.samples == 2 * min(area, positions(layer.geometry, 2)) > 2 * POSITIONS
+
+
+def test_what_judges_is_not_shrunk(bench):
+    layers = [layer for layer in bench.layers if layer.geometry is not None]
+    layer = max(layers, key=lambda layer: layer.weight[0].size)
+    raw = input_moments(bench.observer, [layer], bench.inputs[:1], 0, shrink=False)[layer.name]
+    read = next(iter(bench.observer.stream(bench.inputs[:1], None, [layer.name])))[1]
+    patches = PatchSampler(layer.geometry, raw.samples).sample(read)
+    np.testing.assert_allclose(raw.covariance, np.cov(patches.T, bias=True), atol=1e-5)
+    drawn = input_moments(bench.observer, [layer], bench.inputs[:1], 0)[layer.name]
+    np.testing.assert_array_equal(drawn.covariance, raw.shrunk().covariance)
+    assert relative(drawn.covariance, raw.covariance) > 0.01
 
 
 @pytest.fixture(scope="module")

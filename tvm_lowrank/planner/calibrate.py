@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from tvm_lowrank.decompose.moments import InputMoments, MomentAccumulator
+from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.trial import TrialNetwork
 
-# Output positions sampled of each image.
+# Output positions sampled of each image at least, and patches for each of their inputs below which
+# more positions are: factors fitted to fewer lose visibly more on other images, and twice as many
+# hardly help (see docs/forms.md).
 POSITIONS = 64
+PLENTY = 8
 # Activations gathered before they enter the moments: one product of many rows is far cheaper than
 # many products of few.
 _HELD_BYTES = 256 << 20
@@ -23,8 +28,9 @@ def input_moments(
     inputs: np.ndarray,
     seed: int,
     report: Callable[[int], None] = lambda done: None,
+    shrink: bool = True,
 ) -> dict[str, InputMoments]:
-    """Second moments of the input patches of each given layer.
+    """Second moments of the input patches of each given layer, at `positions` of each sample.
 
     Parameters
     ----------
@@ -34,12 +40,19 @@ def input_moments(
         Layers to gather; the others are skipped.
     inputs : np.ndarray
         Samples (n, ...).
+    seed : int
+        Of the positions.
+    report : callable
+        Told how many samples are done.
+    shrink : bool
+        Whether factors are to be fitted to these samples: what other samples will have is then
+        wanted (`InputMoments.shrunk`). False where samples that no factor was fitted to judge.
     """
     if not layers:
         return {}
     names = [layer.name for layer in layers]
     gather = {
-        layer.name: MomentAccumulator(layer.geometry, POSITIONS, seed)
+        layer.name: MomentAccumulator(layer.geometry, positions(layer.geometry, len(inputs)), seed)
         for layer in layers
         if layer.geometry is not None
     }
@@ -47,7 +60,19 @@ def input_moments(
         for name, accumulator in gather.items():
             accumulator.update(activations[name])
         report(done)
-    return {name: accumulator.moments().shrunk() for name, accumulator in gather.items()}
+    found = {name: accumulator.moments() for name, accumulator in gather.items()}
+    return {name: m.shrunk() for name, m in found.items()} if shrink else found
+
+
+def positions(geometry: ConvGeometry, samples: int) -> int:
+    """Output positions to draw of each of so many samples, as far as a map has them.
+
+    `POSITIONS`, or as many as give `PLENTY` patches for each input of a patch. A layer whose
+    patches are wide is then seen by ``PLENTY`` times their width at least, which takes 2 ``PLENTY``
+    operations for each cubed input: seconds for 2304 of them.
+    """
+    width = math.prod(geometry.weight_shape[1:])
+    return max(POSITIONS, math.ceil(PLENTY * width / samples))
 
 
 def gathered(
