@@ -23,7 +23,7 @@ from tvm_lowrank.decompose.moments import Array, InputMoments
 from tvm_lowrank.decompose.terms import POLISH_BUDGET, Dictionaries, TermRegression
 from tvm_lowrank.geometry import ConvGeometry
 
-SWEEPS = 15
+SWEEPS = 60
 QUICK_SWEEPS = 6
 
 

@@ -20,9 +20,12 @@ from tvm_lowrank.decompose.moments import Array, InputMoments
 from tvm_lowrank.decompose.projection import solve_gram
 
 GRAM_JITTER = 1e-13
-# Multiplications that polishing a layer may spend, and the most iterations it makes.
-POLISH_BUDGET = 6e10
-POLISH_ITERATIONS = 100
+# Multiplications that polishing a layer may spend, the most iterations it makes, and the share of
+# the error that one must gain. Descent on sums of terms is slow and long: layers of 16 channels as
+# of 256 still gain after a hundred iterations.
+POLISH_BUDGET = 2.4e11
+POLISH_ITERATIONS = 400
+POLISH_TOLERANCE = 1e-5
 EXACT = 1e-11
 
 
@@ -153,7 +156,8 @@ class TermRegression:
 
         start = np.concatenate([v.reshape(-1) for v in terms.vectors])
         scale = float(np.sum(start**2)) / max(self._energy, np.finfo(float).tiny)
-        minimise(objective, start, iterations, inverse_curvature=0.05 * scale)
+        curvature = 0.05 * scale
+        minimise(objective, start, iterations, curvature, POLISH_TOLERANCE)
         terms.vectors = best[1]
 
     def _solve(self, terms: Dictionaries, gradient: bool) -> tuple[Array, float, list[Array]]:
