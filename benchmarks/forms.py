@@ -7,9 +7,9 @@
 Factors are fitted to the moments of one set of samples; the error is measured on those of another.
 One layer of each shape comes first, then the others. Each layer is written to the page and, with
 all its digits, to ``build/forms/NETWORK.jsonl`` as soon as it is done. Layers that stand on the
-page or in that file with the same numbers of samples and refined ranks are not measured again, so
-an interrupted run goes on and a layer can be added without the others; ``--fresh`` measures them
-again. The row of a layer that is not measured stays as it is, with the number of its samples.
+page or in that file with the same numbers of samples, refined ranks and iterations are not measured
+again, so an interrupted run goes on and a layer can be added without the others; ``--fresh``
+measures them again. The row of a layer that is not measured stays as it is, with its numbers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 from forms_page import (
     ENTRIES,
+    SUMS_OF_TERMS,
     NoPlace,
     Row,
     finished,
@@ -41,6 +42,7 @@ from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import Form, Rank
 from tvm_lowrank.decompose.moments import InputMoments
+from tvm_lowrank.decompose.terms import POLISH_ITERATIONS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
@@ -121,6 +123,8 @@ def measure(row: Row, layer: ConvLayer, given: InputMoments, unseen: InputMoment
             f"{', '.join(fitted)}, {spent:.1f} s",
             flush=True,
         )
+    if not SUMS_OF_TERMS.isdisjoint(row.errors):
+        row.iterations = POLISH_ITERATIONS
 
 
 class Fits:
@@ -176,6 +180,11 @@ def log_of(network: Network) -> Path:
     return ROOT / "build" / "forms" / f"{network.name}.jsonl"
 
 
+def is_current(row: Row, samples: int) -> bool:
+    """Whether a layer would be measured alike now."""
+    return row.samples == samples and row.iterations in (0, POLISH_ITERATIONS)
+
+
 def run(network: Network, options: argparse.Namespace) -> None:
     """Measure what is missing of a network, writing its section after each layer."""
     (inputs, _), final = network.data()
@@ -187,7 +196,7 @@ def run(network: Network, options: argparse.Namespace) -> None:
     log = log_of(network)
     log.parent.mkdir(parents=True, exist_ok=True)
     found = {row.layer: row for row in finished(network.name, log, options.refined)}
-    done = {name for name, row in found.items() if row.samples == count and not options.fresh}
+    done = {row.layer for row in found.values() if is_current(row, count) and not options.fresh}
     taken = wanted(layers, options.widest, options.one_a_shape)
     if options.layers:
         known = {layer.name: layer for layer in taken}

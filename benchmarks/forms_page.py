@@ -29,6 +29,9 @@ HEADINGS = {
     "bicluster, contiguous": "bicl. contig.",
 }
 
+# Whose factors are polished by `TermRegression`.
+SUMS_OF_TERMS = {"cp", "cp3", "shared_factor", "bicluster"}
+
 Errors = dict[str, list[float | None]]
 
 
@@ -39,13 +42,15 @@ class Row:
     None: no rank costs so little. ``by_pixel`` holds those at shares of the operations a pixel, for
     a layer whose padding does not keep its map's size: a chain's first stages then have more pixels
     than its output. Of a form's ranks at a share, ``refined`` were refined: those that fit best
-    before.
+    before. Descent on the forms that are sums of terms ended after ``iterations`` at most; 0 where
+    the layer has no such form.
     """
 
     layer: str
     shape: str
     samples: int
     refined: int = 1
+    iterations: int = 0
     errors: Errors = field(default_factory=dict)
     by_pixel: Errors = field(default_factory=dict)
 
@@ -69,14 +74,16 @@ def section(name: str, found: list[Row]) -> str:
         "Fitted on so many samples, error on as many others; at 1/4 and 1/2 of the operations; "
         f"{found[0].refined} of a form's ranks refined.",
         "",
-        "| layer | shape | samples | " + " | ".join(HEADINGS.get(n, n) for n in names) + " |",
-        "|---|---|---|" + "---|" * len(names),
+        "| layer | shape | samples | iterations | "
+        + " | ".join(HEADINGS.get(n, n) for n in names)
+        + " |",
+        "|---|---|---|---|" + "---|" * len(names),
     ]
     for row in found:
-        lines.append(f"| {row.layer} | {row.shape} | {row.samples} | {_cells(names, row.errors)} |")
+        fitted = f"{row.samples} | {row.iterations or '-'}"
+        lines.append(f"| {row.layer} | {row.shape} | {fitted} | {_cells(names, row.errors)} |")
         if row.by_pixel not in ({}, row.errors):
-            cells = _cells(names, row.by_pixel)
-            lines.append(f"| {row.layer} | by pixel | {row.samples} | {cells} |")
+            lines.append(f"| {row.layer} | by pixel | {fitted} | {_cells(names, row.by_pixel)} |")
     return "\n".join([*lines, "", _clustering(found), ""])
 
 
@@ -153,11 +160,12 @@ def on_page(name: str) -> list[Row]:
     lines = [line.strip("| ").split(" | ") for line in text[1].splitlines() if line[:2] == "| "]
     known = {HEADINGS.get(n, n): n for n in ENTRIES}
     found: dict[str, Row] = {}
-    for layer, shape, samples, *cells in lines[1:]:
+    for layer, shape, samples, iterations, *cells in lines[1:]:
         if shape != "by pixel":
-            found[layer] = Row(layer, shape, int(samples), int(head[1]))
+            most = 0 if iterations == "-" else int(iterations)
+            found[layer] = Row(layer, shape, int(samples), int(head[1]), most)
         row = found[layer]
-        for heading, cell in zip(lines[0][3:], cells, strict=True):
+        for heading, cell in zip(lines[0][4:], cells, strict=True):
             errors = [_read(part) for part in cell.split(" / ")]
             if heading in known and errors != [None] * len(errors):
                 (row.by_pixel if shape == "by pixel" else row.errors)[known[heading]] = errors

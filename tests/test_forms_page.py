@@ -48,7 +48,9 @@ def test_the_summary_counts_what_stands_on_the_page(forms, page):
 def test_a_layer_is_added_to_those_on_the_page(forms, tmp_path):
     first = forms.on_page("crepe-tiny")
     log = tmp_path / "crepe-tiny.jsonl"
-    new = forms.Row("conv9", "8->8 3x1", 512, 2, {"cp": [0.25, None], "shared_factor": [0.5, 0.1]})
+    new = forms.Row(
+        "conv9", "8->8 3x1", 512, 2, 100, {"cp": [0.25, None], "shared_factor": [0.5, 0.1]}
+    )
     forms.write("crepe-tiny", forms.section("crepe-tiny", [*first, new]))
     found = {row.layer: row for row in forms.finished("crepe-tiny", log, 2)}
     assert list(found) == [row.layer for row in first] + ["conv9"]
@@ -69,9 +71,16 @@ def test_all_digits_of_the_log_go_before_those_of_the_page(forms, tmp_path):
 def measured(forms, tmp_path, monkeypatch):
     """Runs the script on the demo with 8 samples, without measuring; gives the layers asked for."""
     monkeypatch.setattr(forms, "ROOT", tmp_path)
+    demo = next(network for network in forms.NETWORKS if network.name == "demo")
+    mod = forms.normalise(forms.load_model(demo.model))
+    layers = forms.collect_layers(mod)
+    monkeypatch.setattr(forms, "load_model", lambda path: mod)
+    monkeypatch.setattr(forms, "normalise", lambda loaded: loaded)
+    monkeypatch.setattr(forms, "collect_layers", lambda normalised: layers)
 
     def run(*options, stop=None, code=0):
         asked = []
+        iterations = forms.POLISH_ITERATIONS
 
         def rows(mod, layers, taken, fit, held_out, refined):
             for layer in taken:
@@ -79,7 +88,8 @@ def measured(forms, tmp_path, monkeypatch):
                 if len(asked) == stop:
                     raise KeyboardInterrupt
                 errors = {"cp": [0.2, 0.1]}
-                yield forms.Row(layer.name, str(layer.geometry), len(fit), refined, errors)
+                shape = str(layer.geometry)
+                yield forms.Row(layer.name, shape, len(fit), refined, iterations, errors)
 
         monkeypatch.setattr(forms, "rows", rows)
         monkeypatch.setattr(sys, "argv", ["forms.py", "demo", "--samples", "8", *options])
@@ -93,7 +103,7 @@ def measured(forms, tmp_path, monkeypatch):
     return run
 
 
-def test_an_interrupted_run_goes_on_with_what_is_missing(forms, measured):
+def test_an_interrupted_run_goes_on_with_what_is_missing(forms, measured, monkeypatch):
     before = {row.layer: row for row in forms.on_page("demo")}
     first = measured(stop=4)
     # The others stand as they were, each with the number of its samples.
@@ -106,6 +116,9 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(forms, measured):
     assert sorted(first[:3] + again) == sorted(before)
     assert {row.samples for row in forms.on_page("demo")} == {8}
     assert measured() == []
+    monkeypatch.setattr(forms, "POLISH_ITERATIONS", 900)
+    assert sorted(measured()) == sorted(before)
+    assert {row.iterations for row in forms.on_page("demo")} == {900}
 
 
 def test_chosen_layers_are_measured_in_the_order_given(forms, measured, capsys):
