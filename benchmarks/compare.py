@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--libraries", type=Path, metavar="DIR", help="keep our libraries there, use those there")
     add("--build-only", action="store_true", help="fill --libraries, and time nothing")
     add("--metaschedule-trials", type=int, default=512, metavar="N", help="default: 512")
+    add("--rows", type=Path, metavar="FILE", help="on a GPU: also write the figures there, as JSON")
     add("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     return make
 
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         args.algorithms = names("--algorithms", args.algorithms, known)
         check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")
         check_folder(args.markdown)
+        check_folder(args.rows)
         if args.build_only and not args.libraries:
             raise BadInput("--build-only needs --libraries, a folder to build into")
         if gpu:

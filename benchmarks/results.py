@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results_gpu
 from machine import processor
 from networks import NETWORKS, Network
 from peers import Timing, take_turns
@@ -34,18 +35,6 @@ ROWS = Path(__file__).with_name("results.json")
 CHECKED = 100
 RACES = 2
 PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO f32", "torch": "PyTorch f32"}
-
-# What `compare.py --target cuda` would show; no GPU was there to show it.
-_GPU = """\
-## On a GPU
-
-| goal | batch | result |
-|---|---|---|
-| dense 3x3 and 1x1 layers at equal precision: as fast as cuDNN or faster | 128 | not measured |
-| ResNet-50 against PyTorch: 1.5 times as fast | 1 | not measured |
-| transformed against dense networks, within 1 point: 1.5 times as fast | 1, 128 | not measured |
-
-What was checked without one: [CUDA](cuda.md).""".splitlines()
 
 
 def main() -> int:
@@ -254,7 +243,9 @@ def _page(rows: list[dict[str, Any]]) -> str:
     for machine in dict.fromkeys(row["machine"] for row in rows):
         names = dict.fromkeys(row["name"] for row in rows if row["machine"] == machine)
         lines.append(f"- {', '.join(names)}: {machine}")
-    return "\n".join([*lines, "", *_GPU]) + "\n"
+    lines += ["", "## On a GPU", "", *results_gpu.goals(*results_gpu.read())]
+    lines += ["", "Layers and networks: [on a GPU](gpu.md)."]
+    return "\n".join(lines) + "\n"
 
 
 def _stages(row: dict[str, Any]) -> str:

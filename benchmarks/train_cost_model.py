@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tvm_lowrank.schedules.cuda.arch import ARCHITECTURES
 from tvm_lowrank.schedules.x86 import isa as instruction_sets
 
 from tvm_lowrank.cost.learned import train
@@ -13,7 +14,8 @@ from tvm_lowrank.cost.trees import FILE, signature
 from tvm_lowrank.records import TuningRecords, shipped_records, survey_records
 
 FOLDER = Path(__file__).resolve().parents[1] / "tuning_logs"
-ISAS = {isa.name: isa for isa in (instruction_sets.AVX512, instruction_sets.AVX2)}
+MACHINES = (instruction_sets.AVX512, instruction_sets.AVX2, ARCHITECTURES["sm_90"])
+ISAS = {machine.name: machine for machine in MACHINES}
 
 
 def main() -> int:

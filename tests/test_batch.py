@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +44,8 @@ def exported(network, tmp_path_factory) -> Path:
 
 
 def measure(folder: Path) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", BARE, str(folder / "measure.py"), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 def test_a_batch_measured_by_its_script_becomes_records(exported, tmp_path, capsys) -> None:
@@ -114,6 +112,21 @@ def test_damaged_results_are_one_sentence(exported, tmp_path, capsys, line) -> N
     assert tune.main(["--import-results", str(folder), "-o", str(out)]) == 0
     measure_batch.mend(folder / "results.jsonl")
     assert (folder / "results.jsonl").read_text() == json.dumps(good) + "\n"
+
+
+def test_a_candidate_that_hangs_is_ended_and_fails(tmp_path, monkeypatch) -> None:
+    """Here the process that measures knows one trick: it finishes candidate 0 and sleeps."""
+    line = json.dumps({"batch": "b", "index": 0, "us": 1.0})
+    script = tmp_path / "measure.py"
+    script.write_text(f"""import time
+open({str(tmp_path / "results.jsonl")!r}, "a").write({line!r} + "\\n")
+time.sleep(60)
+""")
+    monkeypatch.setattr(measure_batch, "__file__", str(script))
+    monkeypatch.setattr(measure_batch, "PATIENCE", 1.0)
+    assert measure_batch.run(tmp_path, [0, 1]) == "no result after 1 s"
+    manifest = {"batch": "b", "candidates": [{}, {}]}
+    assert measure_batch.remaining(tmp_path, manifest) == [1]
 
 
 @needs_nvcc

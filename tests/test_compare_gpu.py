@@ -16,6 +16,7 @@ pytest.importorskip("onnxruntime")
 import compare
 import compare_gpu
 import gpu_runtimes
+import results_gpu
 
 
 @pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")
@@ -59,10 +60,13 @@ def test_rows_have_ratios_errors_and_reasons() -> None:
     def row(median: float, output: list[float]) -> dict:
         return {"median_ms": median, "minimum_ms": median, "about": "x", "output": output}
 
-    text = compare_gpu.table(
-        "net, batch 1",
-        {"tvm_lowrank": row(2.0, [1, 2]), "torch": row(3.0, [1, 2.2]), "torch-compile": "no gcc"},
-    )
+    found = {
+        "tvm_lowrank": row(2.0, [1, 2]),
+        "torch": row(3.0, [1, 2.2]),
+        "torch-compile": "no gcc",
+    }
+    compare_gpu.check(found)
+    text = compare_gpu.table("net, batch 1", found)
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| t")]
     assert [cells[4].strip() for cells in rows] == ["1.00", "1.50", "-"]
     assert [cells[5].strip() for cells in rows] == ["9e-02", "0e+00", "-"]
@@ -77,6 +81,57 @@ def test_times_an_image_stand_side_by_side_for_each_batch() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[-4:]]
     assert rows[0] == ["runtime", "batch 1", "batch 128"]
     assert rows[2:] == [["ours", "2.0000", "0.5000"], ["torch", "-", "-"]]
+
+
+LAYER = {
+    "layer": "conv0",
+    "shape": "64->64 3x3 @56x56",
+    "geometry": {"kernel": [3, 3], "height": 56},
+    "kernel": "cuda_winograd",
+    "times": 3,
+    "us": 20.0,
+    "cudnn_float32": 30.0,
+    "cudnn_tf32": 10.0,
+}
+
+
+def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
+    assert [line.split("|")[3].strip() for line in results_gpu.goals({}, [])[2:]] == [
+        "not measured"
+    ] * 3
+    runtimes = {
+        "tvm_lowrank": {"median_ms": 2.0},
+        "torch": {"median_ms": 5.0},
+        "torch-compile": "no gcc",
+    }
+    slow = {**LAYER, "us": 60.0, "geometry": {"kernel": [1, 1], "height": 7}}
+    other = {**LAYER, "us": 1.0, "geometry": {"kernel": [7, 7], "height": 224}}
+    compared = [
+        {"network": "resnet50", "batch": 1, "algorithms": ["direct"], "runtimes": runtimes},
+        {
+            "network": "resnet50",
+            "batch": 128,
+            "algorithms": ["direct"],
+            "runtimes": {},
+            "layers": [LAYER, slow, other],
+        },
+    ]
+    times = {"transformed": 1.0, "lossless": 1.75}
+    rows = {"a": {"network": "net", "batch": 128, "median_ms": times, "drop": 0.5}}
+    layers, network, transformed = results_gpu.goals(rows, compared)[2:]
+    assert "float32: 1 of 2 shapes, cuDNN's time over ours 0.50 to 1.50, median 1.00" in layers
+    assert "tf32" not in layers
+    assert "torch: 2.50 times" in network and "compile" not in network
+    assert "net, batch 128: 1.75 times at 0.50" in transformed
+    table = compare_gpu.layer_table([LAYER]).splitlines()[-1]
+    assert table == "| conv0 | 3 | 64->64 3x3 @56x56 | 20.0 | 30.0 | 10.0 | winograd |"
+
+
+@pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")
+def test_a_race_needs_a_gpu(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["results_gpu.py", "race"])
+    assert results_gpu.main() == 2
+    assert "this machine has none" in capsys.readouterr().err
 
 
 def test_algorithms_of_tensor_cores_are_known_on_a_gpu_alone(capsys) -> None:

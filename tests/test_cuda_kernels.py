@@ -60,6 +60,7 @@ ODD = ConvGeometry(3, 21, 13, 11, (5, 3), stride=(2, 1), padding=(2, 0, 1, 1), b
 POINTWISE = ConvGeometry(32, 48, 14, 14, (1, 1), batch=2)
 GROUPED = ConvGeometry(24, 36, 9, 10, (3, 3), padding=(1, 1, 1, 1), dilation=(2, 1), groups=4)
 DEPTHWISE = ConvGeometry(20, 40, 15, 13, (5, 3), (2, 1), (1, 0, 1, 2), (1, 2), groups=20, batch=2)
+WIDE = ConvGeometry(12, 130, 7, 6, (3, 3), padding=(1, 1, 1, 1))
 UNEVEN = ConvGeometry(20, 24, 13, 11, (3, 3), padding=(1, 0, 1, 2), batch=2)
 LARGE = ConvGeometry(6, 12, 20, 17, (5, 7), padding=(2, 3, 2, 3))
 ROW = ConvGeometry(20, 24, 13, 11, (1, 5), padding=(0, 2, 0, 2), batch=2)
@@ -91,6 +92,7 @@ CASES = [
     (UNEVEN, TF32Schedule(32, 32, 16, 1, 2, split_k=4), ("bias", "residual")),
     (POINTWISE, TF32Schedule(64, 32, 32, 2, 2), ("affine",)),
     (GROUPED, TF32Schedule(32, 32, 16, 1, 1), ()),
+    (WIDE, TF32Schedule(128, 128, 16, 2, 2, pipeline=False), ("bias", "residual")),
     (SAME3, TF32Schedule(32, 32, 16, 2, 1, channels_last=True), ("bias", "relu")),
     (UNEVEN, TF32Schedule(32, 64, 8, 2, 2, True, False), ("bias", "residual")),
     (POINTWISE, TF32Schedule(64, 32, 32, 2, 2, channels_last=True), ("affine",)),

@@ -20,13 +20,20 @@ from tvm_lowrank.passes.lower import lower, survey
 from tvm_lowrank.passes.lower_for_cuda import LowerForCuda
 from tvm_lowrank.passes.pipeline import factor, normalise
 from tvm_lowrank.schedules.cuda.fragments import SIDE
-from tvm_lowrank.schedules.kernels import default_schedule, predict, spaces
+from tvm_lowrank.schedules.kernels import (
+    ALGORITHMS,
+    REDUCED,
+    default_schedule,
+    predict,
+    spaces,
+)
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 import tvm_lowrank
 from tvm_lowrank import tune
 from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.cost.learned import train
 from tvm_lowrank.cost.predicting import NO_CARD, PredictingTimer, records_for
 from tvm_lowrank.cuda import architectures_in
 from tvm_lowrank.decompose import FORMS
@@ -44,12 +51,13 @@ needs_gpu = pytest.mark.skipif(not tvm.cuda(0).exist, reason="this machine has n
 
 # The library where only TVM's runtime is installed.
 BARE = """
-import os, sys
+import ctypes, os, pathlib, sys
 sys.modules["tvm_lowrank"] = None
 os.environ["TVM_USE_RUNTIME_LIB"] = "1"
 import numpy as np
 import tvm
 from tvm.runtime import vm
+ctypes.CDLL(str(pathlib.Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
 library, x, y = sys.argv[1:]
 machine = vm.VirtualMachine(tvm.runtime.load_module(library), [tvm.cuda(), tvm.cpu()])
 np.save(y, machine["main"](tvm.runtime.tensor(np.load(x), tvm.cuda())).numpy())
@@ -295,6 +303,35 @@ def test_imported_times_win_and_scale_the_predictions(tmp_path) -> None:
     fresh = TuningRecords(None, "sm_80", 1, machine=NO_CARD)
     fresh = PredictingTimer(target, fresh, algorithms=("direct",))
     assert fresh.microseconds(unknown) == predict(unknown, choose(unknown), SM80)
+
+
+def test_trained_trees_predict_what_the_families_models_get_wrong(tmp_path) -> None:
+    """On made-up times: of the card, twice what is predicted; for some TF32 tiles, four times."""
+    target = parse_target("cuda:sm_80")
+    path = tmp_path / "records.jsonl"
+    measured = TuningRecords(path, "sm_80", 1, machine="NVIDIA A100")
+    every = (*ALGORITHMS, *REDUCED)
+
+    def truth(workload: ConvWorkload, schedule) -> float:
+        slow = schedule.kernel == "cuda_tf32" and schedule.warps_n == 1
+        return (4.0 if slow else 2.0) * predict(workload, schedule, SM80)
+
+    for workload in WORKLOADS:
+        for space in spaces(workload, SM80, every).values():
+            for schedule in space:
+                measured.add(workload.key(), schedule.to_json(), truth(workload, schedule))
+    records = records_for(path, target, 2, False)
+    trees = train(records, SM80)
+    assert {"cuda_tf32", "cuda_tensor", "cuda_direct"} <= set(trees.families)
+    timer = PredictingTimer(target, records, algorithms=("tf32",), trees=trees)
+    # A shape between those that it has seen.
+    unknown = ConvWorkload(ConvGeometry(64, 64, 20, 20, (3, 3), padding=(1, 1, 1, 1)), 1)
+    found = timer.microseconds(unknown)
+    space = spaces(unknown, SM80, ("tf32",))["cuda_tf32"]
+    assert space[0].warps_n == 1 and timer.choose(unknown).warps_n > 1
+    least = min(truth(unknown, schedule) for schedule in space)
+    assert abs(found / least - 1) < 0.05
+    assert truth(unknown, timer.choose(unknown)) < 1.05 * least
 
 
 @needs_nvcc

@@ -12,6 +12,8 @@ import tvm
 from tvm import ir, s_tir, tirx
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
+from tvm_lowrank.geometry import ConvGeometry
+
 from . import direct, mma, turn
 from .arch import STATIC_SHARED_BYTES, WARP, CudaArch, version_of
 from .direct import Convolution
@@ -23,8 +25,10 @@ from .threads import ThreadSchedule
 _MOST_SCHEDULES = 16
 # The first architecture whose tensor cores know TF32.
 _OLDEST = 80
-# Of a thread; with twice as many some kernels spill, by what they need to gather columns.
+# Of a thread. Twice as many only where few registers go into gathering columns: nothing is
+# prefetched, taps are few and a piece is of one, and warps are enough to share it.
 _MOST_SUMS = 64
+_FEW_TAPS, _SOME_WARPS = 9, 4
 # As `SKEW`, between columns that lie in shared memory one after the other.
 _SKEW_LAST = 4
 
@@ -81,13 +85,24 @@ def is_legal(workload: ConvWorkload, schedule: TF32Schedule, arch: CudaArch) -> 
         return "the threads of a block cannot share its copies evenly"
     if s.shared_bytes > STATIC_SHARED_BYTES:
         return f"it needs {s.shared_bytes} of {STATIC_SHARED_BYTES} bytes of shared memory"
-    if s.block_m * s.block_n > _MOST_SUMS * s.threads:
-        return f"a thread would keep more than {_MOST_SUMS} sums"
+    sums = _most_sums(workload.geometry, s)
+    if s.block_m * s.block_n > sums * s.threads:
+        return f"a thread would keep more than {sums} sums"
     if s.registers > MOST_REGISTERS or s.registers * s.threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {s.threads} threads"
     if s.channels_last and (problem := direct.refuse_last(workload.geometry, s, s.threads)):
         return problem
     return refuse_grid(direct.gemm_of(workload.geometry, s.block_k), s)
+
+
+def _most_sums(geometry: ConvGeometry, schedule: TF32Schedule) -> int:
+    """How many sums a thread can keep without spilling registers."""
+    one_tap = direct.channels_of(geometry, schedule.block_k) % schedule.block_k == 0
+    few_taps = geometry.kernel[0] * geometry.kernel[1] <= _FEW_TAPS
+    # Rows of padding alone are not known to be so, and are kept in memory.
+    rows = schedule.block_m <= geometry.out_channels // geometry.groups
+    warps = schedule.threads >= _SOME_WARPS * WARP
+    return _MOST_SUMS * (1 + (one_tap and few_taps and rows and warps and not schedule.pipeline))
 
 
 def space(workload: ConvWorkload, arch: CudaArch) -> list[TF32Schedule]:

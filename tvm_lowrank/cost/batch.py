@@ -30,7 +30,7 @@ from tvm_lowrank.schedules.family import Machine, Schedule
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-# Candidates that are linked together: one process measures them.
+# Candidates that are compiled and linked together.
 _A_LIBRARY = 16
 # Shares of a dense layer's multiplications at which the stages of each form are measured.
 _SHARES = (0.25, 0.5, 0.75)

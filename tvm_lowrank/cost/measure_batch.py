@@ -2,17 +2,20 @@
 
 Needs NumPy and TVM's runtime, nothing else: this file travels inside the batch. For each candidate
 it appends a line to ``results.jsonl`` there, so a run that is interrupted goes on where it stopped.
-Every library is run by a process of its own; what crashes or hangs there is a failed candidate.
+Candidates are run by another process; one that crashes it or hangs in it is a failed candidate.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,10 @@ from typing import Any
 FORMAT = 1
 MANIFEST, RESULTS, SCRIPT = "manifest.json", "results.jsonl", "measure.py"
 # Medians of this many measurements, each of at least so many milliseconds.
-REPEATS, MILLISECONDS = 5, 10
-# Seconds that one candidate may take before its process is ended.
+REPEATS, MILLISECONDS = 5, 5
+# Seconds without a result after which the process that measures is ended.
 PATIENCE = 60.0
+_POLL = 0.05
 
 
 def main(arguments: list[str]) -> int:
@@ -38,11 +42,9 @@ def main(arguments: list[str]) -> int:
     todo = remaining(folder, manifest)
     print(f"{len(todo)} of {len(manifest['candidates'])} candidates to measure", flush=True)
     while todo:
-        library = manifest["candidates"][todo[0]]["library"]
-        group = [i for i in todo if manifest["candidates"][i]["library"] == library]
-        failure = run_group(folder, group)
+        failure = run(folder, todo)
         left = remaining(folder, manifest)
-        if failure and left and left[0] in group:
+        if failure and left:
             # What stopped the process was the first candidate without a result.
             if len(left) == len(todo) and not (folder / RESULTS).exists():
                 print(f"nothing can be measured: {failure}", file=sys.stderr)
@@ -53,17 +55,26 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run_group(folder: Path, group: list[int]) -> str:
-    """Measure candidates of one library in another process; why it failed, empty if it did not."""
-    command = [sys.executable, str(Path(__file__).resolve()), str(folder), *map(str, group)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE * len(group), check=False
-        )
-    except subprocess.TimeoutExpired:
-        return "it took too long"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return "" if done.returncode == 0 else (lines or [f"exit code {done.returncode}"])[-1][:300]
+def run(folder: Path, indices: list[int]) -> str:
+    """Measure candidates in another process; why it ended early, empty if it did not."""
+    command = [sys.executable, str(Path(__file__).resolve()), str(folder), *map(str, indices)]
+    results = folder / RESULTS
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        size, since = -1, time.monotonic()
+        while process.poll() is None:
+            now = results.stat().st_size if results.exists() else 0
+            if now != size:
+                size, since = now, time.monotonic()
+            if time.monotonic() - since > PATIENCE:
+                process.kill()
+                process.wait()
+                return f"no result after {PATIENCE:.0f} s"
+            time.sleep(_POLL)
+        said.seek(0)
+        lines = [line for line in said.read().splitlines() if line.strip()]
+    code = process.returncode
+    return "" if code == 0 else (lines or [f"exit code {code}"])[-1][:300]
 
 
 def mend(path: Path) -> None:
@@ -95,16 +106,27 @@ def append(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def measure_candidates(folder: Path, manifest: dict[str, Any], indices: list[int]) -> None:
-    """Measure candidates of one library in this process."""
+    """Measure candidates in this process, in order."""
     import tvm
 
+    if manifest["device"] == "cuda":
+        # Of its own accord, TVM without its compiler loads the runtime of processors alone.
+        try:
+            ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
+        except OSError as error:
+            raise SystemExit(f"TVM's CUDA runtime cannot be loaded: {error}") from error
     device = tvm.device(manifest["device"], 0)
     if not device.exist:
         raise SystemExit(f"this machine has no device {manifest['device']!r}")
     name = str(device.device_name) if manifest["device"] == "cuda" else processor()
-    module = tvm.runtime.load_module(str(folder / manifest["candidates"][indices[0]]["library"]))
+    library, module = None, None
+    kept: dict[Any, Any] = {}
     for index in indices:
-        times = time_stages(module, manifest["candidates"][index], device)
+        candidate = manifest["candidates"][index]
+        if candidate["library"] != library:
+            library = candidate["library"]
+            module = tvm.runtime.load_module(str(folder / library))
+        times = time_stages(module, candidate, device, kept)
         append(
             folder,
             {
@@ -116,9 +138,14 @@ def measure_candidates(folder: Path, manifest: dict[str, Any], indices: list[int
         )
 
 
-def time_stages(module: Any, candidate: dict[str, Any], device: Any) -> list[list[float]]:
-    """Microseconds of each kernel of a candidate, measured a few times (on a GPU by its events)."""
-    values = tensors(candidate, device)
+def time_stages(
+    module: Any, candidate: dict[str, Any], device: Any, kept: dict[Any, Any] | None = None
+) -> list[list[float]]:
+    """Microseconds of each kernel of a candidate, measured a few times (on a GPU by its events).
+
+    ``kept``: see `tensors`.
+    """
+    values = tensors(candidate, device, {} if kept is None else kept)
     times = []
     for stage in candidate["stages"]:
         arguments = [values[name] for name in (*stage["reads"], stage["writes"])]
@@ -129,17 +156,31 @@ def time_stages(module: Any, candidate: dict[str, Any], device: Any) -> list[lis
     return times
 
 
-def tensors(candidate: dict[str, Any], device: Any) -> dict[str, Any]:
-    """Small random numbers for every value of a candidate."""
+def tensors(candidate: dict[str, Any], device: Any, kept: dict[Any, Any]) -> dict[str, Any]:
+    """A tensor for every value of a candidate: small random numbers, or what its kernels write.
+
+    ``kept`` holds those of the candidate before, of which equal ones are used again: large maps
+    take longer to make than kernels to time.
+    """
     import numpy as np
     import tvm
 
-    rng = np.random.default_rng(0)
-    noise = 0.1 * rng.standard_normal(1 << 14).astype(np.float32)
-    return {
-        name: tvm.runtime.tensor(np.resize(noise, value["shape"]).astype(value["dtype"]), device)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32)
+    written = {stage["writes"] for stage in candidate["stages"]}
+
+    keys = {
+        name: (name, tuple(value["shape"]), value["dtype"], name in written)
         for name, value in candidate["values"].items()
     }
+    for key in set(kept) - set(keys.values()):
+        del kept[key]
+    for key in set(keys.values()) - set(kept):
+        _, shape, dtype, is_written = key
+        if is_written:
+            kept[key] = tvm.runtime.empty(shape, dtype, device)
+        else:
+            kept[key] = tvm.runtime.tensor(np.resize(noise, shape).astype(dtype), device)
+    return {name: kept[key] for name, key in keys.items()}
 
 
 def processor() -> str:

@@ -11,6 +11,8 @@ import numpy as np
 
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.work import Work, work_of
+from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -44,7 +46,8 @@ class AnalyticModel(CostModel):
 
     It needs no measurement but the machine's peak and bandwidth, which may as well be given for a
     machine that is not at hand. Multiply-adds and the stream of weights overlap; transforms and
-    what passes through the caches come on top.
+    what passes through the caches come on top. Kernels of a GPU have a model of their own, with the
+    published figures of its architecture.
 
     Parameters
     ----------
@@ -61,8 +64,13 @@ class AnalyticModel(CostModel):
 
     def predict(self, workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """See `CostModel.predict`."""
-        works = [work_of(workload, schedule, self.isa) for schedule in schedules]
-        return np.array([self.microseconds(work) for work in works])
+        return np.array([self._one(workload, schedule) for schedule in schedules])
+
+    def _one(self, workload: ConvWorkload, schedule: Mapping[str, Any]) -> float:
+        stated = kernels.predict(workload, kernels.schedule_from_json(schedule), self.isa)
+        if stated is not None:
+            return stated
+        return self.microseconds(work_of(workload, schedule, self.isa))
 
     def microseconds(self, work: Work) -> float:
         """Time of counted work."""
@@ -105,8 +113,9 @@ def features(
     """
     g = workload.geometry
     work = work_of(workload, schedule, model.isa)
-    effort, parts = work.effort, model.parts(work)
-    total = sum(parts.values())
+    effort = work.effort
+    total = float(model.predict(workload, [schedule])[0])
+    parts = {} if isinstance(model.isa, CudaArch) else model.parts(work)
     sizes = {
         "in channels": g.in_channels,
         "out channels": g.out_channels,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cuda import gpu_name
 from tvm_lowrank.records import TuningRecords, shipped_records
 from tvm_lowrank.schedules.cuda.arch import CudaArch
-from tvm_lowrank.schedules.kernels import predict, schedule_from_json, spaces
+from tvm_lowrank.schedules.kernels import Schedule, predict, schedule_from_json, spaces
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import is_measurable
@@ -77,10 +78,10 @@ class PredictingTimer(KernelTimer):
     """A `KernelTimer` that measures nothing.
 
     A convolution of which the records hold times, imported from a machine with a GPU, has those.
-    Any other has the time that its family's model predicts, for the schedule that other records
-    found best or that the model ranks first; where there are enough imported times, of its family
-    of kernels or else of all, scaled by their median ratio to the model's. Predictions never get
-    into a file.
+    Any other has a predicted time, for the schedule that other records found best or that is
+    predicted best: by the trained cost model of the architecture, or where there is none by its
+    family's model; this, where there are enough imported times, of its family of kernels or else of
+    all, scaled by their median ratio to the model's. Predictions never get into a file.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -92,19 +93,39 @@ class PredictingTimer(KernelTimer):
         known = self.records.time(workload.key(), schedule.to_json())
         if known is not None:
             return known
-        predicted = predict(workload, schedule, self.isa)
-        assert predicted is not None
-        predicted *= self._scales.get(schedule.kernel, self._scales[""])
+        predicted = self._predict(workload, [schedule])[0]
         self.records.remember(workload.key(), schedule.to_json(), predicted)
         return predicted
 
+    def _predict(self, workload: ConvWorkload, schedules: Sequence[Schedule]) -> list[float]:
+        """Predicted microseconds of schedules, whatever is on record of them."""
+        if self._tuner.trees is not None:
+            data = [schedule.to_json() for schedule in schedules]
+            return [float(us) for us in self.model.predict(workload, data)]
+        found = []
+        for schedule in schedules:
+            predicted = predict(workload, schedule, self.isa)
+            assert predicted is not None
+            found.append(predicted * self._scales.get(schedule.kernel, self._scales[""]))
+        return found
+
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
-        """Time of the best schedule on record, else of the one that is ranked first."""
+        """Time of the best schedule on record, else of the one that is predicted fastest."""
         if self._best(workload)[1] is None:
-            allowed = self._allowed(workload) or spaces(workload, self.isa)
-            for schedule in self._elsewhere(workload) or [space[0] for space in allowed.values()]:
+            for schedule in self._elsewhere(workload) or self._promising(workload):
                 self.time(workload, schedule)
         return self._best(workload)[0]
+
+    def _promising(self, workload: ConvWorkload) -> list[Schedule]:
+        """The schedule of each family that is predicted fastest."""
+        allowed = self._allowed(workload) or spaces(workload, self.isa)
+        if self._tuner.trees is None:  # spaces are in the order of the families' own models
+            return [space[0] for space in allowed.values()]
+        found = []
+        for space in allowed.values():
+            times = self._predict(workload, space)
+            found.append(space[times.index(min(times))])
+        return found
 
     def roofline(self) -> Roofline:
         """The published figures of the architecture's card, as far as kernels reach them."""

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,15 +90,27 @@ def time_program(
 
     Returns what `time_kernel` does; ``us`` is the sum of the kernels' medians.
     """
-    names = [f"stage{index}" for index in range(len(program.stages))]
-    functions = {
-        name: stage.func.with_attr("global_symbol", name)
-        for name, stage in zip(names, program.stages, strict=True)
-    }
-    module = compile_module(tvm.IRModule(functions), target)
-    times = measure_batch.time_stages(module.jit(), program.to_json(names), device)
-    spread = max(max(stage) / min(stage) for stage in times) - 1
-    return {"us": sum(statistics.median(stage) for stage in times), "spread": spread}
+    return time_programs([program], target, device)[0]
+
+
+def time_programs(
+    programs: Sequence[Program], target: tvm.target.Target, device: tvm.runtime.Device
+) -> list[dict[str, Any]]:
+    """As `time_program`, of several that are compiled together, which takes nvcc less long."""
+    functions: dict[str, Any] = {}
+    described = []
+    for program in programs:
+        names = [f"stage{len(functions) + index}" for index in range(len(program.stages))]
+        for name, stage in zip(names, program.stages, strict=True):
+            functions[name] = stage.func.with_attr("global_symbol", name)
+        described.append(program.to_json(names))
+    module = compile_module(tvm.IRModule(functions), target).jit()
+    answers = []
+    for candidate in described:
+        times = measure_batch.time_stages(module, candidate, device)
+        spread = max(max(stage) / min(stage) for stage in times) - 1
+        answers.append({"us": sum(statistics.median(s) for s in times), "spread": spread})
+    return answers
 
 
 def _blocks(run: Callable[[], None], number: int, count: int) -> Iterator[float]:

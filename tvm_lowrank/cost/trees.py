@@ -13,7 +13,7 @@ from typing import Any
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.schedules.family import Machine
-from tvm_lowrank.schedules.kernels import spaces
+from tvm_lowrank.schedules.kernels import ALGORITHMS, REDUCED, spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 FORMAT = 1
@@ -30,7 +30,8 @@ def signature(isa: Machine) -> dict[str, list[str]]:
     """The families of kernels of this version with the fields of their schedules."""
     found = {}
     for geometry in _PROBES:
-        for family, space in spaces(ConvWorkload(geometry, isa.block, ("bias",)), isa).items():
+        workload = ConvWorkload(geometry, isa.block, ("bias",))
+        for family, space in spaces(workload, isa, (*ALGORITHMS, *REDUCED)).items():
             found[family] = sorted(space[0].to_json())
     return found
 

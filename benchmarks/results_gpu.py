@@ -1,0 +1,277 @@
+"""Transformed networks on a GPU: planned on any machine, raced and judged where the GPU is.
+
+    python benchmarks/results_gpu.py plan vgg6-cifar10 --batch 1 128 --folder planned
+    python benchmarks/results_gpu.py race --folder planned
+    python benchmarks/results_gpu.py page
+
+`race` adds to benchmarks/results_gpu.json what `page` makes docs/gpu.md of, with the figures that
+`compare.py --target cuda --rows` leaves in benchmarks/compare_gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from compare_gpu import OURS, layer_table, measure, table
+from networks import NETWORKS, Network
+
+from tvm_lowrank.cuda import gpu_name
+from tvm_lowrank.data import Samples, input_shape, split
+from tvm_lowrank.deploy import load
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.metrics import judge, metric_of, resolution
+from tvm_lowrank.planner import Options, search
+from tvm_lowrank.planner.verify import run_all
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs" / "gpu.md"
+ROWS, COMPARED = HERE / "results_gpu.json", HERE / "compare_gpu.json"
+# What runs the original beside ours, of `gpu_runtimes.VARIANTS`.
+PEERS = ("torch", "torch-channels-last", "torch-tf32", "torch-tf32-channels-last")
+# Inputs that ONNX Runtime checks.
+CHECKED = 100
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=("plan", "race", "page"))
+    parser.add_argument("names", nargs="*", help="networks (default: all)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 128])
+    parser.add_argument("--target", default="cuda:sm_90")
+    parser.add_argument("--folder", type=Path, default=Path("planned"))
+    args = parser.parse_args()
+    if args.step == "race" and not tvm.cuda(0).exist:
+        print("error: race measures on a GPU, and this machine has none", file=sys.stderr)
+        return 2
+    networks = [n for n in NETWORKS if not args.names or n.name in args.names]
+    for network in networks if args.step != "page" else ():
+        if network.missing:
+            print(f"{network.name}: skipped, {network.missing}")
+            continue
+        for batch in args.batch:
+            folder = args.folder / f"{network.name}-batch{batch}"
+            if args.step == "plan":
+                _plan(network, batch, args.target, folder)
+            elif folder.exists():
+                _race(network, batch, folder)
+    DOCS.write_text(_page(*read()), encoding="utf-8")
+    return 0
+
+
+def _options(network: Network, judged: int) -> Options:
+    metric = network.metric or "top1"
+    return Options(
+        max_drop=max(network.max_drop, resolution(metric, judged)), metric=network.metric
+    )
+
+
+def _plan(network: Network, batch: int, target: str, folder: Path) -> None:
+    """Leave the transformed library, the one with no form changed, and the plan in the folder."""
+    print(f"== {network.name}, batch {batch}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, final = network.data()
+    judged = len(final[0]) if final is not None else len(data[0]) // 3
+    plan = search(
+        load_model(network.model, batch),
+        target,
+        Samples(*data),
+        None if final is None else Samples(*final),
+        _options(network, judged),
+        folder / "records.jsonl",
+        folder,
+    )
+    built = [path for path in (folder / "dense.so", folder / "original.so") if path.exists()]
+    kept = [*(built if plan.transformed else ()), folder / "model.so"][0]
+    shutil.copy(kept, folder / "lossless.so")
+    for path in (*built, *folder.glob("attempt*.so")):
+        path.unlink(missing_ok=True)
+    plan.save(folder / "plan.json")
+    print(plan.result, flush=True)
+
+
+def _race(network: Network, batch: int, folder: Path) -> None:
+    """Time the folder's libraries and PyTorch, judge the libraries, and keep the row."""
+    data, final = network.data()
+    mod = load_model(network.model, batch)
+    classes = network.metric in (None, "top1", "disagreement")
+    parts = split(
+        mod, Samples(*data), None if final is None else Samples(*final), class_labels=classes
+    )
+    jobs = {"transformed": folder / "model.so", "lossless": folder / "lossless.so"}
+    shape = input_shape(mod)
+    # In two rounds: what disturbs one spares the other.
+    rounds = [
+        {
+            **{name: measure(OURS, path, shape) for name, path in jobs.items()},
+            **{name: measure(name, network.model, shape) for name in PEERS},
+        }
+        for _ in range(2)
+    ]
+    samples = parts.final
+    outputs = {name: run_all(load(path), samples.inputs, batch) for name, path in jobs.items()}
+    original, labels = outputs["lossless"], samples.labels
+    quality = judge(
+        outputs["transformed"],
+        original,
+        labels,
+        metric_of(network.metric, labels is not None, parts.synthetic),
+    )
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    rows, _ = read()
+    rows[folder.name] = {
+        "network": network.name,
+        "batch": batch,
+        "gpu": gpu_name(),
+        "median_ms": {name: _least([found[name] for found in rounds]) for name in rounds[0]},
+        "drop": quality.drop,
+        "interval": quality.interval,
+        "agreement": quality.agreement,
+        "samples": quality.samples,
+        "error": _against_onnxruntime(network, samples.inputs[:CHECKED], original[:CHECKED]),
+        "predicted_ms": [plan["result"][f"latency_{when}_ms"] for when in ("before", "after")],
+        "forms": dict(Counter(layer["form"] for layer in plan["layers"])),
+    }
+    ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(folder.name, rows[folder.name], flush=True)
+
+
+def _least(answers: list[dict[str, Any] | str]) -> float | str:
+    """The lesser median of the rounds, or why there is none."""
+    found = [answer["median_ms"] for answer in answers if isinstance(answer, dict)]
+    return min(found) if found else str(answers[0])
+
+
+def _against_onnxruntime(network: Network, inputs: np.ndarray, outputs: np.ndarray) -> float:
+    """Largest difference of outputs from ONNX Runtime's on the processor, over the largest one."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(network.model), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    expected = np.concatenate([session.run(None, {name: x[None]})[0] for x in inputs])
+    return float(np.abs(outputs - expected).max() / np.abs(expected).max())
+
+
+def _page(rows: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> str:
+    gpus = dict.fromkeys(row["gpu"] for row in (*rows.values(), *compared))
+    lines = [
+        "# On a GPU",
+        "",
+        f"Measured on {', '.join(gpus)}; written by `python benchmarks/results_gpu.py page` from",
+        "what `python benchmarks/compare.py resnet50 --target cuda --rows FILE` and",
+        "`python benchmarks/results_gpu.py race` leave. Medians of single runs in milliseconds by",
+        "CUDA events, each runtime in a process of its own. The kernels: [CUDA](cuda.md).",
+        "",
+        *goals(rows, compared),
+        "",
+        "## Transformed networks",
+        "",
+        "Float32. *Transformed* and *lossless* (no form changed, the fastest kernels) were planned",
+        "without a GPU, from records and the trained cost model; the libraries were then timed,",
+        "and judged on samples that neither fitted factors nor chose among plans. *Drop*: in",
+        "points against the lossless library (in brackets its 95 % interval). *Error*: of that",
+        f"one against ONNX Runtime on a processor, over {CHECKED} inputs.",
+        "",
+        "| network | batch | transformed | lossless | gain | predicted gain | "
+        + " | ".join(PEERS)
+        + " | drop | agreement | samples | error |",
+        "|" + "---|" * (10 + len(PEERS)),
+    ]
+    lines += [_line(row) for row in rows.values()]
+    for row in compared:
+        title = f"{row['network']}, batch {row['batch']}, kernels: {', '.join(row['algorithms'])}"
+        lines += [table(title, row["runtimes"]), layer_table(row["layers"])]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    times = row["median_ms"]
+    before, after = row["predicted_ms"]
+    interval = "" if row["interval"] is None else " ({:.2f} to {:.2f})".format(*row["interval"])
+    cells = [
+        row["network"],
+        str(row["batch"]),
+        *(_time(times[name]) for name in ("transformed", "lossless")),
+        f"{_gain(row):.2f}x",
+        f"{before / after:.2f}x",
+        *(_time(times[name]) for name in PEERS),
+        f"{row['drop']:.2f}{interval}",
+        f"{row['agreement']:.1f} %",
+        str(row["samples"]),
+        f"{row['error']:.0e}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _time(milliseconds: float | str) -> str:
+    return f"{milliseconds:.3f}" if isinstance(milliseconds, float) else milliseconds
+
+
+def _gain(row: Mapping[str, Any]) -> float:
+    """The lossless library's time over the transformed one's."""
+    times = row["median_ms"]
+    return float(times["lossless"] / times["transformed"])
+
+
+def goals(rows: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of what is to be reached on a GPU, and what was."""
+    found = {
+        ("dense 3x3 and 1x1 layers at equal precision: as fast as cuDNN or faster", "128"): [
+            f"{row['network']}, {precision}: {_faster(row, precision)}"
+            for row in compared
+            for precision in ("float32", "tf32")
+            if row["batch"] == 128 and (precision == "tf32") == ("tf32" in row["algorithms"])
+        ],
+        ("ResNet-50 against PyTorch: 1.5 times as fast", "1"): [
+            f"{peer}: {times['median_ms'] / row['runtimes'][OURS]['median_ms']:.2f} times"
+            for row in compared
+            for peer, times in row["runtimes"].items()
+            if row["network"] == "resnet50"
+            and row["batch"] == 1
+            and "tf32" not in row["algorithms"]
+            if isinstance(times, dict) and peer.startswith("torch")
+        ],
+        ("transformed against dense networks, within 1 point: 1.5 times as fast", "1, 128"): [
+            f"{row['network']}, batch {row['batch']}: {_gain(row):.2f} times at {row['drop']:.2f}"
+            for row in rows.values()
+        ],
+    }
+    lines = ["| goal | batch | result |", "|---|---|---|"]
+    for (goal, batch), results in found.items():
+        lines.append(f"| {goal} | {batch} | {'; '.join(results) or 'not measured'} |")
+    return lines
+
+
+def _faster(row: Mapping[str, Any], precision: str) -> str:
+    """In how many layers our kernel is as fast as cuDNN's, and the quotients of times."""
+    gains = [
+        layer[f"cudnn_{precision}"] / layer["us"]
+        for layer in row["layers"]
+        if layer["geometry"]["kernel"] in ([1, 1], [3, 3]) and layer["geometry"]["height"] > 1
+    ]
+    return (
+        f"{sum(gain >= 1 for gain in gains)} of {len(gains)} shapes, cuDNN's time over ours "
+        f"{min(gains):.2f} to {max(gains):.2f}, median {statistics.median(gains):.2f}"
+    )
+
+
+def read() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The rows of transformed networks and those of `compare.py`, as far as they are there."""
+    rows = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
+    compared = json.loads(COMPARED.read_text(encoding="utf-8")) if COMPARED.exists() else []
+    return rows, compared
+
+
+if __name__ == "__main__":
+    sys.exit(main())
