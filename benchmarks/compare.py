@@ -16,6 +16,7 @@ from pathlib import Path
 import compare_gpu
 import numpy as np
 from cases import BadInput, Case, Parser, check_folder, check_positive, find_case, names
+from gpu_runtimes import VARIANTS
 from lossless import build_lossless
 from machine import describe, disturbance
 from peers import PeerError, Timing, outputs_of, take_turns
@@ -31,6 +32,7 @@ OURS = "tvm_lowrank"
 METASCHEDULE = "tvm-metaschedule"
 PEERS = (*(name for name in LOADERS if name != "tvm"), METASCHEDULE)
 _DEFAULT_PEERS = tuple(name for name in PEERS if name != METASCHEDULE)
+_GPU_PEERS = tuple(name for name in VARIANTS if name != OURS)
 _CHECKED = 3
 EXAMPLES = f"""
 examples:
@@ -67,7 +69,11 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, nargs="+", metavar="N", help="default: 1; on a GPU 1 and 128")
     add("--target", default="llvm", help="cuda compares on this machine's GPU (default: llvm)")
     add("--threads", type=int, default=physical_cores(), help="default: all physical cores")
-    add("--against", default=",".join(_DEFAULT_PEERS), metavar="A,B", help=f"of {', '.join(PEERS)}")
+    add(
+        "--against",
+        metavar="A,B",
+        help=f"of {', '.join(PEERS)}; on a GPU of {', '.join(_GPU_PEERS)}",
+    )
     add(
         "--algorithms",
         default=",".join(ALGORITHMS),
@@ -89,8 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     try:
         args = parser().parse_args(argv)
-        against = names("--against", args.against, PEERS)
         gpu = args.target.startswith("cuda")
+        peers = _GPU_PEERS if gpu else PEERS
+        default = _GPU_PEERS if gpu else _DEFAULT_PEERS
+        against = default if args.against is None else names("--against", args.against, peers)
+        args.against = against
         known = (*ALGORITHMS, *REDUCED) if gpu else ALGORITHMS
         args.algorithms = names("--algorithms", args.algorithms, known)
         check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")
@@ -98,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         check_folder(args.rows)
         if args.build_only and not args.libraries:
             raise BadInput("--build-only needs --libraries, a folder to build into")
+        if gpu and args.build_only:
+            compare_gpu.build_only(args)
+            return 0
         if gpu:
             return _report(compare_gpu.compare(args), args.markdown)
         batches = args.batch or [1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,36 +16,49 @@ from typing import Any
 import numpy as np
 import tvm
 from cases import BadInput, Case, find_case
-from gpu_runtimes import VARIANTS, cudnn_layer
+from gpu_runtimes import cudnn_layer
+from tvm_lowrank.passes.lower import lower
+from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.schedules.kernels import emit
 from tvm_lowrank.schedules.machine import machine_of
-from tvm_lowrank.schedules.x86.workload import ConvWorkload
-from zoo import NETWORKS
+from zoo import NETWORKS, cache_folder
 
-from tvm_lowrank.cost.timing import time_programs
-from tvm_lowrank.cuda import gpu_name
+from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.cost.guide import guide_for
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.measure_batch import time_stages
+from tvm_lowrank.cost.predicting import PredictingTimer, records_for
+from tvm_lowrank.cost.trees import find
+from tvm_lowrank.cuda import gpu_name, prepare_compiler
 from tvm_lowrank.frontend import load_model
-from tvm_lowrank.plan import Plan
-from tvm_lowrank.planner import Options, search
-from tvm_lowrank.target import parse_target
+from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.target import is_measurable, parse_target
 
 BATCHES = (1, 128)
 OURS = "tvm_lowrank"
+_LIBRARY, _KERNELS, _LAYERS = "model.so", "layers.so", "layers.json"
 # Seconds for one variant, which for torch.compile includes its tuning.
 _PATIENCE = 1800
+
+
+def build_only(args: argparse.Namespace) -> None:
+    """Fill ``args.libraries``; a machine without a GPU can, by records and predictions."""
+    for case in _cases(args):
+        folder = _folder(case, args, args.libraries)
+        _build(case, args, folder)
+        print(f"{case}: {folder / _LIBRARY}", flush=True)
 
 
 def compare(args: argparse.Namespace) -> list[str]:
     """The sections of the report; `BadInput` where there is no GPU.
 
-    With ``args.rows`` the figures are also written there as JSON.
+    With ``args.rows`` the figures are also added to the JSON list in that file.
     """
     if not tvm.cuda(0).exist:
         raise BadInput(
             f"--target {args.target} measures on a GPU, and this machine has none; nothing was "
             "measured"
         )
-    cases = [find_case(n, b) for n in args.networks or NETWORKS for b in args.batch or BATCHES]
     heading = (
         f"{gpu_name()}. Medians and minima of single runs in milliseconds by CUDA events (ONNX "
         "Runtime: by the clock), each runtime in a process of its own, one after the other. "
@@ -52,36 +66,42 @@ def compare(args: argparse.Namespace) -> list[str]:
         "one of many runs in a row, cuDNN's from a CUDA graph, in the faster of its two layouts."
     )
     print(heading, flush=True)
-    sections, rows = [heading], []
+    sections = [heading]
     images: dict[str, dict[int, dict[str, Any]]] = {}
-    for case in cases:
-        with tempfile.TemporaryDirectory(prefix="compare-") as folder:
-            library = Path(folder) / "model.so"
-            plan = _build(case, args, library.parent)
-            found = {
-                name: measure(name, library if name == OURS else case.path, case.shape)
-                for name in VARIANTS
-            }
+    for case in _cases(args):
+        with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
+            folder = _folder(case, args, args.libraries or Path(scratch))
+            _build(case, args, folder)
+            found = {OURS: measure(OURS, folder / _LIBRARY, case.shape)}
+            found |= {name: measure(name, case.path, case.shape) for name in args.against}
+            timed = layers(folder)
         check(found)
         images.setdefault(case.name, {})[case.batch] = found
-        rows.append(
-            {
+        sections += [table(str(case), found), layer_table(timed)]
+        print("\n".join(sections[-2:]), flush=True)
+        if args.rows:
+            row = {
                 "network": case.name,
                 "batch": case.batch,
                 "gpu": gpu_name(),
                 "algorithms": list(args.algorithms),
                 "runtimes": found,
-                "layers": layers(plan),
+                "layers": timed,
             }
-        )
-        sections += [table(str(case), found), layer_table(rows[-1]["layers"])]
-        print("\n".join(sections[-2:]), flush=True)
+            before = json.loads(args.rows.read_text(encoding="utf-8")) if args.rows.exists() else []
+            args.rows.write_text(json.dumps([*before, row], indent=1) + "\n", encoding="utf-8")
     for name, batches in images.items():
         sections.append(per_image(name, batches))
         print(sections[-1], flush=True)
-    if args.rows:
-        args.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return sections
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    return [find_case(n, b) for n in args.networks or NETWORKS for b in args.batch or BATCHES]
+
+
+def _folder(case: Case, args: argparse.Namespace, parent: Path) -> Path:
+    return parent / "-".join([f"{case.path.stem}-batch{case.batch}-gpu", *args.algorithms])
 
 
 def per_image(title: str, batches: Mapping[int, Mapping[str, dict[str, Any] | str]]) -> str:
@@ -98,11 +118,50 @@ def per_image(title: str, batches: Mapping[int, Mapping[str, dict[str, Any] | st
     return "\n".join(lines)
 
 
-def _build(case: Case, args: argparse.Namespace, folder: Path) -> Plan:
-    """Our library in ``folder``, nothing approximated, kernels tuned on this GPU."""
-    options = Options(forms=("dense",), trials=args.trials, algorithms=args.algorithms)
-    mod = load_model(case.path, case.batch)
-    return search(mod, args.target, options=options, records=args.records, directory=folder)
+def _build(case: Case, args: argparse.Namespace, folder: Path) -> None:
+    """Leave in ``folder``, unless it is there, our library and one with each distinct layer.
+
+    Nothing is approximated; kernels are tuned on this GPU, or predicted where there is none.
+    """
+    if (folder / _LAYERS).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    target = parse_target(args.target)
+    prepare_compiler(target)
+    machine = machine_of(target)
+    path = args.records or cache_folder() / "records.jsonl"
+    records = records_for(path, target, 1, True)
+    make = KernelTimer if is_measurable(target) else PredictingTimer
+    trees, _ = find(None, machine)
+    guide = guide_for(records, machine)
+    timer = make(target, records, args.trials, args.algorithms, trees=trees, guide=guide)
+    mod = normalise(load_model(case.path, case.batch))
+    found: dict[Any, dict[str, Any]] = {}
+    functions: dict[str, Any] = {}
+    for layer in collect_layers(mod):
+        if layer.geometry is None or timer.refuse([layer.geometry]):
+            continue
+        if layer.geometry in found:
+            found[layer.geometry]["times"] += 1
+            continue
+        (workload,) = timer.workloads([layer.geometry])
+        timer.microseconds(workload)
+        schedule = timer.choose(workload)
+        program = emit(workload, schedule, machine)
+        names = [f"layer{len(found)}_{index}" for index in range(len(program.stages))]
+        for name, stage in zip(names, program.stages, strict=True):
+            functions[name] = stage.func.with_attr("global_symbol", name)
+        found[layer.geometry] = {
+            "layer": layer.name,
+            "times": 1,
+            "shape": str(layer.geometry),
+            "geometry": layer.geometry.to_json(),
+            "schedule": schedule.to_json(),
+            "program": program.to_json(names),
+        }
+    export(compile_module(lower(mod, machine, timer.choose), target), folder / _LIBRARY)
+    export(compile_module(tvm.IRModule(functions), target), folder / _KERNELS)
+    (folder / _LAYERS).write_text(json.dumps(list(found.values())), encoding="utf-8")
 
 
 def measure(name: str, path: Path, shape: Sequence[int]) -> dict[str, Any] | str:
@@ -155,36 +214,18 @@ def _ratio(row: Mapping[str, Any], mine: Mapping[str, Any]) -> float:
     return float(row["median_ms"] / mine["median_ms"])
 
 
-def layers(plan: Plan) -> list[dict[str, Any]]:
+def layers(folder: Path) -> list[dict[str, Any]]:
     """The paper's figure 7: microseconds of each distinct convolution, ours and cuDNN's."""
-    target = parse_target(plan.target)
-    machine, choose = machine_of(target), plan.scheduler()
-    found: dict[Any, dict[str, Any]] = {}
-    for layer in plan.layers:
-        if layer.geometry is None:
-            continue
-        if layer.geometry in found:
-            found[layer.geometry]["times"] += 1
-            continue
-        schedule = choose(ConvWorkload(layer.geometry, machine.block))
-        found[layer.geometry] = {
-            "layer": layer.name,
-            "shape": str(layer.geometry),
-            "geometry": layer.geometry.to_json(),
-            "kernel": schedule.kernel,
-            "times": 1,
-        }
-    workloads = [ConvWorkload(geometry, machine.block) for geometry in found]
-    programs = [emit(workload, choose(workload), machine) for workload in workloads]
-    for row, answer in zip(
-        found.values(), time_programs(programs, target, tvm.cuda()), strict=True
-    ):
-        row["us"] = answer["us"]
+    module = tvm.runtime.load_module(str(folder / _KERNELS))
+    rows = json.loads((folder / _LAYERS).read_text(encoding="utf-8"))
+    for row in rows:
+        times = time_stages(module, row.pop("program"), tvm.cuda())
+        row["us"] = sum(statistics.median(stage) for stage in times)
         for precision, tf32 in (("float32", False), ("tf32", True)):
             row[f"cudnn_{precision}"] = min(
                 _cudnn(row["geometry"], tf32, last) for last in (False, True)
             )
-    return list(found.values())
+    return list(rows)
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -197,7 +238,7 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [f"{row[name]:.1f}" for name in ("us", "cudnn_float32", "cudnn_tf32")]
         lines.append(
             f"| {row['layer']} | {row['times']} | {row['shape']} | {' | '.join(cells)} | "
-            f"{row['kernel'].removeprefix('cuda_')} |"
+            f"{row['schedule']['kernel'].removeprefix('cuda_')} |"
         )
     return "\n".join(lines)
 

@@ -87,7 +87,7 @@ LAYER = {
     "layer": "conv0",
     "shape": "64->64 3x3 @56x56",
     "geometry": {"kernel": [3, 3], "height": 56},
-    "kernel": "cuda_winograd",
+    "schedule": {"kernel": "cuda_winograd"},
     "times": 3,
     "us": 20.0,
     "cudnn_float32": 30.0,

@@ -25,6 +25,7 @@ from tvm_lowrank.schedules.kernels import (
     REDUCED,
     default_schedule,
     predict,
+    schedule_from_json,
     spaces,
 )
 from tvm_lowrank.schedules.machine import machine_of
@@ -303,6 +304,22 @@ def test_imported_times_win_and_scale_the_predictions(tmp_path) -> None:
     fresh = TuningRecords(None, "sm_80", 1, machine=NO_CARD)
     fresh = PredictingTimer(target, fresh, algorithms=("direct",))
     assert fresh.microseconds(unknown) == predict(unknown, choose(unknown), SM80)
+
+
+@needs_no_gpu
+def test_shipped_times_price_the_layers_that_they_are_of(tmp_path) -> None:
+    """Of the card that was measured, without any file of one's own; imported times come before."""
+    target = parse_target("cuda:sm_90")
+    records = records_for(None, target, 2, True)
+    shipped = [(key, s, us) for key, place, s, us in records.rows() if place[2]]
+    assert len(shipped) > 500 and records.machine in {place[0] for place in records.places()}
+    timer = PredictingTimer(target, records)
+    for key, schedule, us in shipped[::97]:
+        workload = ConvWorkload.from_json(json.loads(key))
+        assert timer.time(workload, schedule_from_json(schedule)) == us
+    own = tmp_path / "records.jsonl"
+    TuningRecords(own, "sm_90", 1, machine="another card").add("{}", {"kernel": "x"}, 1.0)
+    assert records_for(own, target, 2, True).machine == "another card"
 
 
 def test_trained_trees_predict_what_the_families_models_get_wrong(tmp_path) -> None:

@@ -55,7 +55,7 @@ def records_for(
     -------
     TuningRecords
         Of this machine's processor or GPU; without a GPU, of the card that most times in ``path``
-        were imported from.
+        were imported from, or else of the one that most shipped ones are of.
     """
     name = machine_of(target).name
     more: dict[str, Any] = {"shipped": shipped_records(name) if shipped else ()}
@@ -68,24 +68,29 @@ def records_for(
         return TuningRecords(path, name, 1, machine=fleet.machine, **more)
     if is_measurable(target):
         return TuningRecords(path, name, 1, machine=gpu_name(), **more)
-    known = TuningRecords(path, name, 1, machine=NO_CARD)
-    cards = Counter(place[0] for _, place, _, _ in known.rows())
-    card = cards.most_common(1)[0][0] if cards else NO_CARD
+    known = TuningRecords(path, name, 1, machine=NO_CARD, **more)
+    cards = Counter((not shipped, card) for _, (card, _, shipped), _, _ in known.rows())
+    # Imported ones before shipped ones, then the most.
+    _, card = max(cards, key=lambda each: (each[0], cards[each]), default=(True, NO_CARD))
     return TuningRecords(path, name, 1, machine=card, **more)
 
 
 class PredictingTimer(KernelTimer):
     """A `KernelTimer` that measures nothing.
 
-    A convolution of which the records hold times, imported from a machine with a GPU, has those.
-    Any other has a predicted time, for the schedule that other records found best or that is
-    predicted best: by the trained cost model of the architecture, or where there is none by its
-    family's model; this, where there are enough imported times, of its family of kernels or else of
-    all, scaled by their median ratio to the model's. Predictions never get into a file.
+    A convolution of which the records hold times, imported from a machine with a GPU or shipped,
+    has those. Any other has a predicted time, for the schedule that other records found best or
+    that is predicted best: by the trained cost model of the architecture, or where there is none by
+    its family's model; this, where there are enough imported times, of its family of kernels or
+    else of all, scaled by their median ratio to the model's. Predictions never get into a file.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        records = self.records
+        for key, (card, _, shipped), schedule, us in list(records.rows()):
+            if shipped and card == records.machine and records.time(key, schedule) is None:
+                records.remember(key, schedule, us)
         self._scales = self._learnt_scales()
 
     def time(self, workload: Any, schedule: Any) -> float:

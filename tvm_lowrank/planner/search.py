@@ -203,7 +203,8 @@ def _search(
             "the cost model knows too few records of this machine to be trusted; all was measured "
             "as without it; train it with python -m tvm_lowrank.tune --survey"
         )
-    learned.renew(records, isa, folder, options.seed, trees)
+    if not isinstance(timer, PredictingTimer):  # predictions teach nothing
+        learned.renew(records, isa, folder, options.seed, trees)
     complaints = dict.fromkeys((complaint, timer.complaint(), plain.complaint(), *judge.complaints))
     for complaint in filter(None, complaints):
         warnings.warn(complaint, stacklevel=3)
