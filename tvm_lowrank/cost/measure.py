@@ -300,7 +300,9 @@ class KernelTimer:
             schedule = self._read(workload, found)
             if schedule is not None:
                 return [schedule]
-        for other in _other_batches(workload):
+        # How a GPU's blocks are best cut depends on how many there are.
+        others = () if isinstance(self.isa, CudaArch) else _other_batches(workload)
+        for other in others:
             here = [found for found, _ in self.records.measured(other.key())]
             for found in [*here, *self.records.elsewhere(other.key())]:
                 schedule = self._read(workload, found)

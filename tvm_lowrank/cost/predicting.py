@@ -79,10 +79,11 @@ class PredictingTimer(KernelTimer):
     """A `KernelTimer` that measures nothing.
 
     A convolution of which the records hold times, imported from a machine with a GPU or shipped,
-    has those. Any other has a predicted time, for the schedule that other records found best or
-    that is predicted best: by the trained cost model of the architecture, or where there is none by
-    its family's model; this, where there are enough imported times, of its family of kernels or
-    else of all, scaled by their median ratio to the model's. Predictions never get into a file.
+    has those. Any other has a predicted time, for the schedule that is predicted best, among them
+    what records of other cards found best: by the trained cost model of the architecture, or where
+    there is none by its family's model; this, where there are enough imported times, of its family
+    of kernels or else of all, scaled by their median ratio to the model's. Predictions never get
+    into a file.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -115,9 +116,9 @@ class PredictingTimer(KernelTimer):
         return found
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
-        """Time of the best schedule on record, else of the one that is predicted fastest."""
+        """Time of the best schedule on record here, else of the one that is predicted fastest."""
         if self._best(workload)[1] is None:
-            for schedule in self._elsewhere(workload) or self._promising(workload):
+            for schedule in (*self._elsewhere(workload), *self._promising(workload)):
                 self.time(workload, schedule)
         return self._best(workload)[0]
 
