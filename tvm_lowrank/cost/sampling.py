@@ -8,7 +8,7 @@ import math
 import random
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,50 @@ def form_stages(
     return list(found)
 
 
+def look_again(
+    timer: KernelTimer,
+    measured: Mapping[ConvWorkload, Sequence[Any]],
+    seed: int,
+    report: Callable[[str, int, int], None],
+) -> None:
+    """Measure again, once, what took much longer than the model expects of all the others.
+
+    A machine that others share is slow for seconds at a time, so that repeated runs agree; only
+    another time tells. What was measured twice already is left alone.
+
+    Parameters
+    ----------
+    timer : KernelTimer
+    measured : dict
+        Workloads with the schedules to look at; those that are on no record are passed over.
+    seed : int
+        Of the model, which is trained on all records of the timer.
+    report : callable
+        Told "a second look", what is done and all.
+    """
+    trees = train(timer.records, timer.isa, seed)
+    if trees is None:
+        return
+    place = timer.records.here
+    analytic = AnalyticModel(timer.roofline(), timer.isa, place[1])
+    model, suspects = LearnedModel(trees, analytic, place), []
+    for workload, schedules in measured.items():
+        pairs = [(s, s.to_json()) for s in schedules]
+        known = [(s, data, timer.records.time(workload.key(), data)) for s, data in pairs]
+        ran = [(s, data, us) for s, data, us in known if us is not None and us < math.inf]
+        if not ran:
+            continue
+        expected = model.predict(workload, [data for _, data, _ in ran])
+        suspects += [
+            (workload, schedule)
+            for (schedule, data, us), guess in zip(ran, expected, strict=True)
+            if us > _SUSPECT * guess and timer.records.looks(workload.key(), data) == 1
+        ]
+    for start in range(0, len(suspects), _BATCH):
+        timer.again(suspects[start : start + _BATCH])
+        report("a second look", min(start + _BATCH, len(suspects)), len(suspects))
+
+
 @dataclass
 class Survey:
     """Workloads to measure, by where they come from, and how far the records cover them.
@@ -224,33 +268,9 @@ class Survey:
                 report(name, min(start + _BATCH, len(workloads)), len(workloads))
 
     def look_again(self, report: Callable[[str, int, int], None]) -> None:
-        """Measure again, once, what took much longer than the model expects of all the others.
-
-        A machine that others share is slow for seconds at a time, so that repeated runs agree; only
-        another time tells. What was measured twice already is left alone.
-        """
-        timer = self.timer
-        trees = train(timer.records, timer.isa, self.seed)
-        if trees is None:
-            return
-        place = timer.records.here
-        analytic = AnalyticModel(timer.roofline(), timer.isa, place[1])
-        model, suspects = LearnedModel(trees, analytic, place), []
-        for workload in (w for workloads in self.origins.values() for w in workloads):
-            pairs = [(s, s.to_json()) for s in self._candidates(workload)]
-            known = [(s, data, timer.records.time(workload.key(), data)) for s, data in pairs]
-            ran = [(s, data, us) for s, data, us in known if us is not None and us < math.inf]
-            if not ran:
-                continue
-            expected = model.predict(workload, [data for _, data, _ in ran])
-            suspects += [
-                (workload, schedule)
-                for (schedule, data, us), guess in zip(ran, expected, strict=True)
-                if us > _SUSPECT * guess and timer.records.looks(workload.key(), data) == 1
-            ]
-        for start in range(0, len(suspects), _BATCH):
-            timer.again(suspects[start : start + _BATCH])
-            report("a second look", min(start + _BATCH, len(suspects)), len(suspects))
+        """Measure again, once, what took much longer than expected; see `look_again`."""
+        workloads = [w for workloads in self.origins.values() for w in workloads]
+        look_again(self.timer, {w: self._candidates(w) for w in workloads}, self.seed, report)
 
     def _candidates(self, workload: ConvWorkload) -> tuple[Any, ...]:
         return candidates(workload, self.timer.isa, self.each, self.seed, self.timer.algorithms)

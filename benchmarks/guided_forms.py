@@ -1,0 +1,328 @@
+"""What a guided search loses where layers may take forms, against measuring every candidate.
+
+    python benchmarks/guided_forms.py vgg6-cifar10 --markdown docs/guided-forms.md
+
+The schedules of all layers are measured, up to ``--each`` of a family in its own order, then those
+of all proposals of forms, fitted to the network's data. A guided search is replayed on these times:
+what it asks for it gets from there. So both choose among the same candidates, timed once. Nothing
+shipped is read but the cost model. An interrupted run goes on from ``--folder``; once all is
+measured, the replay needs no quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tvm
+from machine import processor
+from networks import NETWORKS, Network
+from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.schedules.kernels import Schedule, spaces
+from tvm_lowrank.schedules.machine import machine_of
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.guide import Guide
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.predicting import records_for
+from tvm_lowrank.cost.sampling import look_again
+from tvm_lowrank.cost.trees import Trees, find
+from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import ConvLayer, collect_layers
+from tvm_lowrank.planner.allocate import for_time, microseconds
+from tvm_lowrank.planner.calibrate import input_moments
+from tvm_lowrank.planner.candidates import Candidate, confirm
+from tvm_lowrank.planner.options import Options
+from tvm_lowrank.planner.survey import Survey
+from tvm_lowrank.planner.trial import TrialNetwork
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.target import host_target
+from tvm_lowrank.threads import set_threads
+
+FOLDER = Path(__file__).resolve().parents[1] / "build" / "guided_forms"
+# Shares of the dense network's time that choices are compared at.
+SHARES = (1.0, 0.9, 0.75, 0.6, 0.5, 0.4)
+# The one that is shown layer by layer.
+SHOWN = 0.6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = {network.name: network for network in NETWORKS}
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: demo)")
+    parser.add_argument("--samples", type=int, default=256, help="that forms are fitted to")
+    parser.add_argument("--each", type=int, default=8, help="schedules of a family (default: 8)")
+    parser.add_argument(
+        "--again", action="store_true", help="a second look at what took longer than expected"
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of records")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the page, also printed")
+    args = parser.parse_args()
+    names = args.names or ["demo"]
+    if unknown := [name for name in names if name not in known]:
+        print(f"error: {unknown[0]!r} is none of {', '.join(known)}", file=sys.stderr)
+        return 2
+    if min(args.samples, args.each) < 1:
+        print("error: give positive numbers of samples and schedules", file=sys.stderr)
+        return 2
+    sections = []
+    for name in names:
+        if reason := known[name].missing:
+            print(f"{name}: skipped, {reason}", file=sys.stderr)
+            continue
+        network = known[name]
+        try:
+            compared = compare(network, args.samples, args.each, args.folder / name, args.again)
+        except LowRankError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        sections.append(compared.section())
+        print(sections[-1])
+    if sections and args.markdown:
+        options = (f" --each {args.each}" if args.each != 8 else "") + " --again" * args.again
+        command = f"python benchmarks/guided_forms.py {' '.join(names)}{options}"
+        intro = _INTRO.format(
+            command=f"{command} --markdown {args.markdown}",
+            cpu=processor(),
+            each=args.each,
+            looks=", what took 15 % longer than a model of them expects twice" * args.again,
+        )
+        args.markdown.write_text(intro + "\n".join(sections), encoding="utf-8")
+    return 0
+
+
+_INTRO = """# What the cost model's guidance loses with forms in play
+
+Written by `{command}`.
+
+{cpu}. Both choose among the same proposals of forms, and the same schedules: the first
+{each} of each family. All were measured{looks}; the guided search is replayed on these times, and
+knows only what it asks for. *Best* weighs the errors of all layers alike. Of each layer, the guided
+search takes the fastest that it found of no larger error than the best choice has there.
+
+"""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a guided search found of a network, and what was to be found.
+
+    ``guided`` holds each layer's front as the search found it, ``best`` all proposals in their
+    fastest kernels; both have the dense layer too. ``kernels`` are how many the guided search asked
+    for, how many were measured, and how many there are.
+    """
+
+    name: str
+    layers: dict[str, ConvLayer]
+    guided: dict[str, list[Candidate]]
+    best: dict[str, list[Candidate]]
+    proposals: int
+    confirmed: int
+    kernels: tuple[int, int, int]
+
+    @property
+    def dense_us(self) -> float:
+        """Microseconds of the layers as they are, in their fastest kernels."""
+        dense = (next(c for c in front if c.form == "dense") for front in self.best.values())
+        return sum(candidate.measured_us for candidate in dense)
+
+    def at(self, share: float) -> tuple[dict[str, Candidate], dict[str, Candidate]]:
+        """The best choice within a share of the dense network's time, and the guided one for it."""
+        even = dict.fromkeys(self.best, 1.0)
+        best = for_time(self.best, even, share * self.dense_us)
+        return best, {name: no_worse(self.guided[name], one) for name, one in best.items()}
+
+    def section(self) -> str:
+        """The network's part of the page."""
+        measured, known, everything = self.kernels
+        lines = [
+            f"## {self.name}",
+            "",
+            f"{self.proposals} proposals for {len(self.layers)} layers, in {everything} kernels. "
+            f"{known} of these were measured; the guided search asked for {measured} of them "
+            f"({measured / known:.1%}, or {measured / everything:.1%} of all) and kept "
+            f"{self.confirmed} proposals.",
+            "",
+            "| the best within | is, of the dense network | guided search | slower by |",
+            "|---|---|---|---|",
+        ]
+        dense, seen = self.dense_us, set[float]()
+        for share in SHARES:
+            best, guided = self.at(share)
+            least, taken = microseconds(best), microseconds(guided)
+            if least in seen:
+                continue
+            seen.add(least)
+            lines.append(
+                f"| {share:.0%} of {dense:.0f} us | {least / dense:.1%} | {taken / dense:.1%} | "
+                f"{taken / least - 1:+.1%} |"
+            )
+        best, guided = self.at(SHOWN)
+        lines += [
+            "",
+            f"Layer by layer, within {SHOWN:.0%} of the dense network's time:",
+            "",
+            "| layer | shape | best of all: us | guided search: us | slower by |",
+            "|---|---|---|---|---|",
+        ]
+        for name, one in best.items():
+            other, g = guided[name], self.layers[name].geometry
+            assert g is not None
+            shape = f"{g.in_channels}-{g.out_channels}@{g.height}, {g.kernel[0]}x{g.kernel[1]}"
+            lines.append(
+                f"| {name} | {shape} | {_text(one)} | {_text(other)} | "
+                f"{other.measured_us / one.measured_us - 1:+.1%} |"
+            )
+        return "\n".join([*lines, ""])
+
+
+class Replay(KernelTimer):
+    """A guided timer that takes its times from records, and chooses among what they hold.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+    truth : TuningRecords
+        With figures of the machine.
+    trees : Trees
+    """
+
+    def __init__(self, target: tvm.target.Target, truth: TuningRecords, trees: Trees) -> None:
+        isa, self.truth = machine_of(target), truth
+        records = TuningRecords(None, isa.name, truth.threads, machine=truth.machine)
+        for key in (machine.COPY, machine.reference(isa).key()):
+            for schedule, us in truth.measured(key):
+                records.remember(key, schedule, us)
+        super().__init__(target, records, guide=Guide(trees, records, isa))
+
+    def roofline(self) -> Roofline:
+        """The figures on record."""
+        found = machine.figures(self.records, self.isa)
+        assert found is not None
+        return found
+
+    def ask(self, workload: ConvWorkload, schedule: Schedule) -> dict[str, float] | None:
+        """The least time on record; None for what did not run."""
+        us = self.truth.time(workload.key(), schedule.to_json())
+        return None if us is None or math.isinf(us) else {"us": us, "spread": 0.0}
+
+    def _allowed(self, workload: ConvWorkload) -> dict[str, list[Any]]:
+        found = {
+            family: [s for s in space if self.truth.time(workload.key(), s.to_json()) is not None]
+            for family, space in super()._allowed(workload).items()
+        }
+        return {family: space for family, space in found.items() if space}
+
+
+def compare(
+    network: Network, samples: int, each: int, folder: Path, again: bool = False
+) -> Compared:
+    """Measure what is not on record yet, and replay a guided search of it.
+
+    Raises LowRankError if no cost model ships for this machine's instructions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target, threads = host_target(), set_threads(None)
+    truth = KernelTimer(
+        target, records_for(folder / "records.jsonl", target, threads, shipped=False)
+    )
+    if machine.figures(truth.records, truth.isa) is None:
+        truth.roofline()
+    trees, complaint = find(None, truth.isa)
+    if trees is None:
+        raise LowRankError(complaint or f"no cost model ships for {truth.isa.name}")
+    module = normalise(load_model(network.model))
+    layers = [layer for layer in collect_layers(module) if not layer.fully_connected]
+    shapes = [layer.geometry for layer in layers if layer.geometry is not None]
+    measure(truth, [(geometry,) for geometry in shapes], each, f"{network.name}, layers")
+    timer = Replay(target, truth.records, trees)
+    survey = Survey(layers, Options(), timer, timer, lambda *_: None)
+    survey.measure_dense()
+    eligible = survey.eligible()
+    observer = TrialNetwork(module, collect_layers(module), truth, expose=True)
+    moments = input_moments(observer, eligible, network.data()[0][0][:samples], 0)
+    proposed = {layer.name: found for layer, found, _ in survey.proposals(eligible, moments)}
+    wanted = {name: [*found, survey.dense[name]] for name, found in proposed.items()}
+    chains = [candidate.stages for of in wanted.values() for candidate in of]
+    workloads = measure(truth, chains, each, f"{network.name}, forms", again)
+    fronts = {
+        name: [*confirm(candidates, survey.dense[name], timer), survey.dense[name]]
+        for name, candidates in proposed.items()
+    }
+    looked, known = (
+        sum(len(source.records.measured(workload.key())) for workload in workloads)
+        for source in (timer, truth)
+    )
+    every = sum(len(of) for w in workloads for of in spaces(w, truth.isa).values())
+    return Compared(
+        network.name,
+        {layer.name: layer for layer in eligible},
+        fronts,
+        {name: [replace(c, measured_us=best(c, truth)) for c in of] for name, of in wanted.items()},
+        sum(map(len, proposed.values())),
+        sum(len(front) - 1 for front in fronts.values()),
+        (looked, known, every),
+    )
+
+
+def measure(
+    timer: KernelTimer,
+    chains: Sequence[Sequence[ConvGeometry]],
+    each: int,
+    what: str,
+    again: bool = False,
+) -> list[ConvWorkload]:
+    """Measure ``each`` schedules of each family for the kernels of chains; returns these.
+
+    With ``again``, what took much longer than a model of the records expects is measured twice.
+    """
+    workloads = list(dict.fromkeys(w for stages in chains for w in timer.workloads(stages)))
+    wanted: dict[ConvWorkload, list[Any]] = {}
+    for done, workload in enumerate(workloads):
+        report(what, done, len(workloads))
+        families = spaces(workload, timer.isa).values()
+        wanted[workload] = [schedule for space in families for schedule in space[:each]]
+        timer.time_all([(workload, schedule) for schedule in wanted[workload]])
+    if again:
+        look_again(timer, wanted, 0, report)
+    return workloads
+
+
+def report(what: str, done: int, total: int) -> None:
+    """Progress on one line."""
+    print(f"{what}: {done} of {total}   ", end="\r", file=sys.stderr)
+
+
+def no_worse(front: Sequence[Candidate], one: Candidate) -> Candidate:
+    """The fastest candidate of no larger error than ``one``."""
+    allowed = [candidate for candidate in front if candidate.error <= one.error]
+    return min(allowed, key=lambda candidate: candidate.measured_us)
+
+
+def best(candidate: Candidate, truth: KernelTimer) -> float:
+    """Microseconds of a candidate in the fastest kernels on record, infinite without any."""
+    us = truth.recorded(candidate.stages)
+    return math.inf if us is None else us + candidate.extra_us
+
+
+def _text(candidate: Candidate) -> str:
+    rank = candidate.rank
+    ranks = rank if isinstance(rank, tuple) else (rank,) * (candidate.form != "dense")
+    return (
+        f"{candidate.form} {'-'.join(map(str, ranks))}".strip() + f": {candidate.measured_us:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

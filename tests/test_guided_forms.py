@@ -1,0 +1,73 @@
+"""The benchmark of the guided search with forms: what it holds against the best."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from tvm_lowrank.schedules.kernels import spaces
+from tvm_lowrank.schedules.x86.isa import AVX512
+
+from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.trees import find
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.planner.candidates import Candidate
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.target import parse_target
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import guided_forms
+
+GEOMETRY = ConvGeometry(16, 32, 8, 8, (3, 3), padding=(1, 1, 1, 1))
+WEIGHT = np.zeros(GEOMETRY.weight_shape, np.float32)
+LAYER = ConvLayer("conv", GEOMETRY, WEIGHT, np.zeros(32, np.float32))
+
+
+def candidate(error, us, form="tucker2", rank=(16, 16)):
+    return Candidate(form, rank, (GEOMETRY,), (), np.zeros(0), error, us, us, geometry=GEOMETRY)
+
+
+def compared(guided):
+    dense = candidate(0.0, 100.0, "dense", 0)
+    best = [candidate(0.1, 70.0), candidate(0.3, 50.0), dense]
+    found = {"conv": [*guided, candidate(0.0, 104.0, "dense", 0)]}
+    return guided_forms.Compared("net", {"conv": LAYER}, found, {"conv": best}, 2, 1, (3, 8, 20))
+
+
+def test_the_guided_choice_loses_no_more_than_the_best():
+    front = compared([candidate(0.3, 55.0), candidate(0.1, 63.0)]).guided["conv"]
+    found = [guided_forms.no_worse(front, candidate(error, 1.0)) for error in (0.3, 0.2, 0.05)]
+    assert [one.measured_us for one in found] == [55.0, 63.0, 104.0]
+
+
+def test_a_missed_proposal_counts_as_a_loss():
+    best, guided = compared([]).at(0.75)
+    assert best["conv"].measured_us == 70.0 and guided["conv"].measured_us == 104.0
+    text = compared([]).section()
+    assert "| 90% of 100 us | 70.0% | 104.0% | +48.6% |" in text
+    assert "asked for 3 of them (37.5%, or 15.0% of all)" in text
+    assert "| conv | 16-32@8, 3x3 | tucker2 16-16: 50 | dense: 104 | +108.0% |" in text
+
+
+def test_a_replay_knows_what_is_on_record_and_measures_nothing():
+    target = parse_target("llvm:skylake-avx512")
+    truth = TuningRecords(None, "avx512", 2, machine="a machine")
+    truth.remember(machine.COPY, {}, 5000.0)
+    space = spaces(machine.reference(AVX512), AVX512)["direct"]
+    truth.remember(machine.reference(AVX512).key(), space[0].to_json(), 1000.0)
+    trees, _ = find(None, AVX512)
+    replay = guided_forms.Replay(target, truth, trees)
+    (workload,) = replay.workloads((GEOMETRY,))
+    direct, winograd = (spaces(workload, AVX512)[family] for family in ("direct", "winograd"))
+    for us, schedule in [(7.0, direct[2]), (5.0, winograd[1]), (9.0, winograd[3])]:
+        truth.remember(workload.key(), schedule.to_json(), us)
+    assert replay.microseconds(workload) == 5.0
+    assert {schedule for _, schedule in replay.measured_schedules(workload)} <= {
+        direct[2],
+        winograd[1],
+        winograd[3],
+    }
+    assert replay.ask(workload, direct[0]) is None
