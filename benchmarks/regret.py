@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tvm_lowrank.schedules.kernels import schedule_from_json, spaces
-from tvm_lowrank.schedules.x86 import isa as instruction_sets
-from tvm_lowrank.schedules.x86.isa import VectorISA
+from train_cost_model import MACHINES
+from tvm_lowrank.schedules.cuda.arch import CudaArch
+from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.schedules.kernels import ALGORITHMS, families_of, schedule_from_json, spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.cost import machine
@@ -44,9 +45,13 @@ fitted on the shipped survey for AVX-512; how many trees there are a round was s
 networks. The best time is the best on record.
 
 """
+_READ_GPU = """
+Networks at batch 1, kernels in float32. The best time is the best on record.
+
+"""
 # Kernels of a layer that a search measures at most.
 TRIALS = 4
-ISAS = {isa.name: isa for isa in (instruction_sets.AVX512, instruction_sets.AVX2)}
+ISAS = {isa.name: isa for isa in MACHINES}
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,11 @@ class Layer:
         """The algorithm of each schedule: family and tile."""
         return [algorithm_class(schedule) for schedule in self.schedules]
 
-    def candidates(self, isa: VectorISA) -> int:
+    def candidates(self, isa: Machine) -> int:
         """How many schedules there are to choose among, measured or not."""
         return sum(len(space) for space in spaces(self.workload, isa).values())
 
-    def has_choice(self, isa: VectorISA) -> bool:
+    def has_choice(self, isa: Machine) -> bool:
         """Whether there are two algorithms or more, all of them measured."""
         names = {
             algorithm_class(schedule.to_json())
@@ -115,7 +120,8 @@ def main() -> int:
     if args.markdown:
         command = f"python benchmarks/regret.py --isa {isa.name} --markdown {args.markdown}"
         command += f" --svg {args.svg}" if args.svg else ""
-        title = f"# Regret of the cost model, {isa.name}\n\nWritten by `{command}`.\n{_READ}"
+        read = _READ_GPU if isinstance(isa, CudaArch) else _READ
+        title = f"# Regret of the cost model, {isa.name}\n\nWritten by `{command}`.\n{read}"
         plot = f"\n\n![predicted against measured]({args.svg.name})" if args.svg else ""
         args.markdown.write_text(f"{title}{text}{plot}\n", encoding="utf-8")
     if args.svg:
@@ -132,10 +138,12 @@ def _place(records: TuningRecords) -> Place | None:
 
 
 def _layers(
-    records: TuningRecords, place: Place, geometries: set[ConvGeometry], isa: VectorISA
+    records: TuningRecords, place: Place, geometries: set[ConvGeometry], isa: Machine
 ) -> list[Layer]:
     found: dict[str, tuple[list[dict[str, Any]], list[float]]] = {}
-    kernels = signature(isa)
+    # Kernels that round are chosen only where they are asked for.
+    exact = {name for name, each in families_of(isa).items() if each.algorithm in ALGORITHMS}
+    kernels = {name: fields for name, fields in signature(isa).items() if name in exact}
     for key, where, schedule, us in records.rows():
         current = kernels.get(schedule.get("kernel", "")) == sorted(schedule)
         if current and where == place and key.startswith('{"epilogue"'):
@@ -181,7 +189,7 @@ class Judged:
 
 def _judge(
     records: TuningRecords,
-    isa: VectorISA,
+    isa: Machine,
     place: Place,
     networks: Mapping[str, set[ConvGeometry]],
     seed: int,
@@ -221,7 +229,7 @@ def _guided(
     layers: Sequence[Layer],
     trees: Trees,
     records: TuningRecords,
-    isa: VectorISA,
+    isa: Machine,
     place: Place,
 ) -> tuple[int, float]:
     """What a search measures of these layers, and what that loses; see `Judged`."""
@@ -251,7 +259,7 @@ def _guided(
     return count, taken / best - 1
 
 
-def _operations(isa: VectorISA) -> Score:
+def _operations(isa: Machine) -> Score:
     def score(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
         works = [work_of(workload, schedule, isa) for schedule in schedules]
         return np.array([work.operations for work in works])

@@ -13,6 +13,7 @@ from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.cost.trees import Trees, find
 from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -20,7 +21,8 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 MARGIN = 1.15
 # A family whose best schedule is behind the best of all by more is not looked at any further.
 PLAUSIBLE = 1.3
-# Schedules of a family, in its own order, that are predicted at all: that takes time too.
+# Schedules of a family, in its own order, that are predicted at all: that takes time too. On a GPU
+# all are: there the order says less, and compiling a candidate takes longer.
 _CONSIDERED = 12
 
 
@@ -56,7 +58,8 @@ class Guide:
         key = (workload, tuple(allowed), place, roofline)
         if key not in self._known:
             model = LearnedModel(self.trees, AnalyticModel(roofline, self.isa, place[1]), place)
-            schedules = [s for space in allowed.values() for s in space[:_CONSIDERED]]
+            most = None if isinstance(self.isa, CudaArch) else _CONSIDERED
+            schedules = [s for space in allowed.values() for s in space[:most]]
             times = model.predict(workload, [schedule.to_json() for schedule in schedules])
             order = np.argsort(times, kind="stable")
             self._known[key] = {schedules[i]: float(times[i]) for i in order}
