@@ -13,8 +13,7 @@ from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.trial import TrialNetwork
 
 # Output positions sampled of each image at least, and patches for each of their inputs below which
-# more positions are: factors fitted to fewer lose visibly more on other images, and twice as many
-# hardly help (see docs/forms.md).
+# more positions are: factors would fit what these images happen to have.
 POSITIONS = 64
 PLENTY = 8
 # Activations gathered before they enter the moments: one product of many rows is far cheaper than
