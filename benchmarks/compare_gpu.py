@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tvm
 from cases import BadInput, Case, find_case
-from gpu_runtimes import cudnn_layer
+from cudnn_layers import fastest
 from tvm_lowrank.passes.lower import lower
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.schedules.kernels import emit
@@ -221,10 +221,8 @@ def layers(folder: Path) -> list[dict[str, Any]]:
     for row in rows:
         times = time_stages(module, row.pop("program"), tvm.cuda())
         row["us"] = sum(statistics.median(stage) for stage in times)
-        for precision, tf32 in (("float32", False), ("tf32", True)):
-            row[f"cudnn_{precision}"] = min(
-                _cudnn(row["geometry"], tf32, last) for last in (False, True)
-            )
+        for precision in ("float32", "tf32"):
+            row[f"cudnn_{precision}"] = fastest(row["geometry"], precision == "tf32")
     return list(rows)
 
 
@@ -241,14 +239,6 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['schedule']['kernel'].removeprefix('cuda_')} |"
         )
     return "\n".join(lines)
-
-
-def _cudnn(geometry: dict[str, Any], tf32: bool, channels_last: bool) -> float:
-    """Microseconds of cuDNN's convolution, infinite where it has none."""
-    try:
-        return cudnn_layer(geometry, tf32, channels_last)
-    except (RuntimeError, ValueError):
-        return math.inf
 
 
 def _error(output: Sequence[float], expected: Sequence[float]) -> float:

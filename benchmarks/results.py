@@ -243,7 +243,7 @@ def _page(rows: list[dict[str, Any]]) -> str:
     for machine in dict.fromkeys(row["machine"] for row in rows):
         names = dict.fromkeys(row["name"] for row in rows if row["machine"] == machine)
         lines.append(f"- {', '.join(names)}: {machine}")
-    lines += ["", "## On a GPU", "", *results_gpu.goals(*results_gpu.read())]
+    lines += ["", "## On a GPU", "", *results_gpu.goals(*results_gpu.read(), results_gpu.layers())]
     lines += ["", "Layers and networks: [on a GPU](gpu.md)."]
     return "\n".join(lines) + "\n"
 

@@ -96,7 +96,7 @@ LAYER = {
 
 
 def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
-    assert [line.split("|")[3].strip() for line in results_gpu.goals({}, [])[2:]] == [
+    assert [line.split("|")[3].strip() for line in results_gpu.goals({}, [], [])[2:]] == [
         "not measured"
     ] * 3
     runtimes = {
@@ -104,25 +104,34 @@ def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
         "torch": {"median_ms": 5.0},
         "torch-compile": "no gcc",
     }
-    slow = {**LAYER, "us": 60.0, "geometry": {"kernel": [1, 1], "height": 7}}
-    other = {**LAYER, "us": 1.0, "geometry": {"kernel": [7, 7], "height": 224}}
     compared = [
         {"network": "resnet50", "batch": 1, "algorithms": ["direct"], "runtimes": runtimes},
-        {
-            "network": "resnet50",
-            "batch": 128,
-            "algorithms": ["direct"],
-            "runtimes": {},
-            "layers": [LAYER, slow, other],
-        },
+        {"network": "resnet50", "batch": 1, "algorithms": ["tf32"], "runtimes": runtimes},
+    ]
+    geometry = {"batch": 128, "kernel": [3, 3], "height": 56}
+    shape = {
+        "geometry": geometry,
+        "float32": 20.0,
+        "tf32": 16.0,
+        "half": 15.0,
+        "cudnn_float32": 30.0,
+        "cudnn_tf32": 12.0,
+    }
+    shapes = [
+        shape,
+        {**shape, "float32": 60.0, "geometry": {**geometry, "kernel": [1, 1]}},
+        {**shape, "float32": 1.0, "geometry": {**geometry, "kernel": [7, 7]}},
+        {**shape, "float32": 1.0, "geometry": {**geometry, "batch": 1}},
     ]
     times = {"transformed": 1.0, "lossless": 1.75}
-    rows = {"a": {"network": "net", "batch": 128, "median_ms": times, "drop": 0.5}}
-    layers, network, transformed = results_gpu.goals(rows, compared)[2:]
+    row = {"network": "net", "batch": 128, "median_ms": times, "drop": 0.5, "lossless": "dense.so"}
+    rows = {"a": row, "b": {**row, "lossless": "original.so"}}
+    layers, network, transformed = results_gpu.goals(rows, compared, shapes)[2:]
     assert "float32: 1 of 2 shapes, cuDNN's time over ours 0.50 to 1.50, median 1.00" in layers
-    assert "tf32" not in layers
-    assert "torch: 2.50 times" in network and "compile" not in network
-    assert "net, batch 128: 1.75 times at 0.50" in transformed
+    assert "TF32: 0 of 2 shapes, cuDNN's time over ours 0.80 to 0.80" in layers
+    assert network.count("torch: 2.50 times") == 1 and "compile" not in network
+    assert "1.75 times at a drop of 0.50; " in transformed
+    assert "1.75 times (direct kernels only) at a drop of 0.50 |" in transformed
     table = compare_gpu.layer_table([LAYER]).splitlines()[-1]
     assert table == "| conv0 | 3 | 64->64 3x3 @56x56 | 20.0 | 30.0 | 10.0 | winograd |"
 

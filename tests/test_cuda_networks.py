@@ -306,6 +306,19 @@ def test_imported_times_win_and_scale_the_predictions(tmp_path) -> None:
     assert fresh.microseconds(unknown) == predict(unknown, choose(unknown), SM80)
 
 
+def test_what_one_timer_predicts_hides_nothing_from_another() -> None:
+    """As a search has them: one of direct kernels alone, one of all, on the same records."""
+    target = parse_target("cuda:sm_80")
+    records = TuningRecords(None, "sm_80", 1, machine=NO_CARD)
+    plain = PredictingTimer(target, records, algorithms=("direct",))
+    timer = PredictingTimer(target, records)
+    large = ConvWorkload(ConvGeometry(256, 256, 56, 56, (3, 3), padding=(1, 1, 1, 1), batch=32), 1)
+    direct = plain.microseconds(large)
+    assert timer.microseconds(large) < direct
+    assert timer.choose(large).kernel == "cuda_winograd"
+    assert plain.microseconds(large) == direct and plain.choose(large).kernel == "cuda_direct"
+
+
 @needs_no_gpu
 def test_shipped_times_price_the_layers_that_they_are_of(tmp_path) -> None:
     """Of the card that was measured, without any file of one's own; imported times come before."""

@@ -89,9 +89,12 @@ class PredictingTimer(KernelTimer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         records = self.records
+        self._asked: set[ConvWorkload] = set()
         for key, (card, _, shipped), schedule, us in list(records.rows()):
             if shipped and card == records.machine and records.time(key, schedule) is None:
                 records.remember(key, schedule, us)
+        # Timers share records, and what another one predicts gets into them later.
+        self._measured = {key for key, place, *_ in records.rows() if place == records.here}
         self._scales = self._learnt_scales()
 
     def time(self, workload: Any, schedule: Any) -> float:
@@ -117,7 +120,9 @@ class PredictingTimer(KernelTimer):
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time of the best schedule on record here, else of the one that is predicted fastest."""
-        if self._best(workload)[1] is None:
+        known = self._best(workload)[1] is not None and workload.key() in self._measured
+        if not known and workload not in self._asked:
+            self._asked.add(workload)
             for schedule in (*self._elsewhere(workload), *self._promising(workload)):
                 self.time(workload, schedule)
         return self._best(workload)[0]
