@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
-from tvm_lowrank.planner.allocate import for_time, microseconds
+from tvm_lowrank.planner.allocate import Choice, choose, for_time, harm, microseconds
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm
 from tvm_lowrank.planner.options import Options
@@ -108,8 +108,8 @@ Written by `{command}`.
 
 {cpu}. Both choose among the same proposals of forms, and the same schedules: the first
 {each} of each family. All were measured{looks}; the guided search is replayed on these times, and
-knows only what it asks for. *Best* weighs the errors of all layers alike. Of each layer, the guided
-search takes the fastest that it found of no larger error than the best choice has there.
+knows only what it asks for. *Best* weighs the errors of all layers alike. The guided search takes
+the fastest that it found and that harms no more: in any one layer, or in all together.
 
 """
 
@@ -137,11 +137,11 @@ class Compared:
         dense = (next(c for c in front if c.form == "dense") for front in self.best.values())
         return sum(candidate.measured_us for candidate in dense)
 
-    def at(self, share: float) -> tuple[dict[str, Candidate], dict[str, Candidate]]:
+    def at(self, share: float) -> tuple[Choice, Choice]:
         """The best choice within a share of the dense network's time, and the guided one for it."""
-        even = dict.fromkeys(self.best, 1.0)
-        best = for_time(self.best, even, share * self.dense_us)
-        return best, {name: no_worse(self.guided[name], one) for name, one in best.items()}
+        best = for_time(self.best, dict.fromkeys(self.best, 1.0), share * self.dense_us)
+        layerwise = {name: no_worse(self.guided[name], one) for name, one in best.items()}
+        return best, min(layerwise, within(self.guided, total_harm(best)), key=microseconds)
 
     def section(self) -> str:
         """The network's part of the page."""
@@ -308,6 +308,23 @@ def no_worse(front: Sequence[Candidate], one: Candidate) -> Candidate:
     """The fastest candidate of no larger error than ``one``."""
     allowed = [candidate for candidate in front if candidate.error <= one.error]
     return min(allowed, key=lambda candidate: candidate.measured_us)
+
+
+def total_harm(choice: Choice) -> float:
+    """Expected harm of a choice where all layers matter alike."""
+    return sum(harm(candidate, 1.0) for candidate in choice.values())
+
+
+def within(options: Mapping[str, Sequence[Candidate]], limit: float) -> Choice:
+    """The fastest choice of no larger total harm, by bisection of the price of time."""
+    even, low, high = dict.fromkeys(options, 1.0), 1e-12, 1e6
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        if total_harm(choose(options, even, price)) > limit:
+            high = price
+        else:
+            low = price
+    return choose(options, even, low)
 
 
 def best(candidate: Candidate, truth: KernelTimer) -> float:

@@ -43,6 +43,14 @@ def test_the_guided_choice_loses_no_more_than_the_best():
     assert [one.measured_us for one in found] == [55.0, 63.0, 104.0]
 
 
+def test_harm_may_be_spread_otherwise_over_the_layers():
+    dense, small, large = (candidate(e, us) for e, us in ((0.0, 90.0), (0.1, 60.0), (0.3, 20.0)))
+    options = {"a": [large, small, dense], "b": [small, dense]}
+    limit = guided_forms.total_harm({"a": large, "b": small})
+    assert guided_forms.within(options, limit) == {"a": large, "b": small}
+    assert guided_forms.within(options, 0.99 * limit) == {"a": small, "b": small}
+
+
 def test_a_missed_proposal_counts_as_a_loss():
     best, guided = compared([]).at(0.75)
     assert best["conv"].measured_us == 70.0 and guided["conv"].measured_us == 104.0
