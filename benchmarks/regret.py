@@ -40,9 +40,9 @@ Score = Callable[[ConvWorkload, Sequence[Mapping[str, Any]]], np.ndarray]
 BUDGETS = (1, 2, 4)
 _READ = """
 Read the table with this in mind: what took 15 % longer on these layers than the trained trees
-expected was measured again, and the least time kept; the constants of the analytic level were
-fitted on the shipped survey for AVX-512; how many trees there are a round was settled on its
-networks. The best time is the best on record.
+expected was measured again, once or twice, and the least time kept; the constants of the analytic
+level were fitted on the shipped survey for AVX-512; how many trees there are a round was settled on
+its networks, how many rounds on its other shapes. The best time is the best on record.
 
 """
 _READ_GPU = """

@@ -25,7 +25,7 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 LEAST_ROWS = 32
 _GROWTH = 0.15
 _RENEWAL = 2.0
-_ROUNDS, _MORE_ROUNDS = 100, 20
+_ROUNDS, _MORE_ROUNDS = 200, 40
 _TREES = {
     "objective": "reg:squarederror",
     "tree_method": "hist",
