@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +27,28 @@ class Runtime:
     about: str
 
 
+# What lasts as long as the process, which is of one runtime.
+_FOR_GOOD = ExitStack()
+
+
 def load_tvm(path: str, shape: tuple[int, ...], threads: int) -> Runtime:
-    """A library that TVM exported."""
+    """A library that TVM exported, its caller kept apart from TVM's own threads."""
     import tvm
 
     from tvm_lowrank import load
+    from tvm_lowrank.threads import apart_from_pool
 
     network = load(path, threads)
 
     def bind(x: np.ndarray) -> Callable[[], Any]:
         tensors = [network.tensor(x)]
+        network.call(tensors)  # starts the pool
+        _FOR_GOOD.enter_context(apart_from_pool())
         return lambda: network.call(tensors)
 
     used = int(tvm.get_global_func("runtime.NumThreads")())
-    return Runtime(bind, lambda y: y.numpy(), f"TVM {tvm.__version__}, f32, {used} threads")
+    about = f"TVM {tvm.__version__}, f32, {used} threads, caller apart from the pool"
+    return Runtime(bind, lambda y: y.numpy(), about)
 
 
 def load_onnxruntime(path: str, shape: tuple[int, ...], threads: int) -> Runtime:
