@@ -15,8 +15,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import gpu_page
 import numpy as np
-import results_gpu
 from machine import processor
 from networks import NETWORKS, Network
 from peers import Timing, take_turns
@@ -244,7 +244,7 @@ def _page(rows: list[dict[str, Any]]) -> str:
     for machine in dict.fromkeys(row["machine"] for row in rows):
         names = dict.fromkeys(row["name"] for row in rows if row["machine"] == machine)
         lines.append(f"- {', '.join(names)}: {machine}")
-    lines += ["", "## On a GPU", "", *results_gpu.goals(*results_gpu.read(), results_gpu.layers())]
+    lines += ["", "## On a GPU", "", *gpu_page.goals(*gpu_page.read(), gpu_page.layers())]
     lines += ["", "Layers and networks: [on a GPU](gpu.md)."]
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ pytest.importorskip("onnxruntime")
 
 import compare
 import compare_gpu
+import gpu_page
 import gpu_runtimes
 import results_gpu
 
@@ -96,7 +97,7 @@ LAYER = {
 
 
 def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
-    assert [line.split("|")[3].strip() for line in results_gpu.goals({}, [], [])[2:]] == [
+    assert [line.split("|")[3].strip() for line in gpu_page.goals({}, [], [])[2:]] == [
         "not measured"
     ] * 3
     runtimes = {
@@ -126,7 +127,7 @@ def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
     times = {"transformed": 1.0, "lossless": 1.75}
     row = {"network": "net", "batch": 128, "median_ms": times, "drop": 0.5, "lossless": "dense.so"}
     rows = {"a": row, "b": {**row, "lossless": "original.so"}}
-    layers, network, transformed = results_gpu.goals(rows, compared, shapes)[2:]
+    layers, network, transformed = gpu_page.goals(rows, compared, shapes)[2:]
     assert "float32: 1 of 2 shapes, cuDNN's time over ours 0.50 to 1.50, median 1.00" in layers
     assert "TF32: 0 of 2 shapes, cuDNN's time over ours 0.80 to 0.80" in layers
     assert network.count("torch: 2.50 times") == 1 and "compile" not in network
