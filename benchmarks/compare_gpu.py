@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from zoo import NETWORKS, cache_folder
 from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.cost.guide import guide_for
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.cost.measure_batch import time_stages
+from tvm_lowrank.cost.measure_batch import time_candidate
 from tvm_lowrank.cost.predicting import PredictingTimer, records_for
 from tvm_lowrank.cost.trees import find
 from tvm_lowrank.cuda import gpu_name, prepare_compiler
@@ -149,8 +148,7 @@ def _build(case: Case, args: argparse.Namespace, folder: Path) -> None:
         schedule = timer.choose(workload)
         program = emit(workload, schedule, machine)
         names = [f"layer{len(found)}_{index}" for index in range(len(program.stages))]
-        for name, stage in zip(names, program.stages, strict=True):
-            functions[name] = stage.func.with_attr("global_symbol", name)
+        functions |= program.named(names)
         found[layer.geometry] = {
             "layer": layer.name,
             "times": 1,
@@ -219,8 +217,7 @@ def layers(folder: Path) -> list[dict[str, Any]]:
     module = tvm.runtime.load_module(str(folder / _KERNELS))
     rows = json.loads((folder / _LAYERS).read_text(encoding="utf-8"))
     for row in rows:
-        times = time_stages(module, row.pop("program"), tvm.cuda())
-        row["us"] = sum(statistics.median(stage) for stage in times)
+        row["us"] = time_candidate(module, row.pop("program"), tvm.cuda())["us"]
         for precision in ("float32", "tf32"):
             row[f"cudnn_{precision}"] = fastest(row["geometry"], precision == "tf32")
     return list(rows)

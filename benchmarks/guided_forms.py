@@ -38,7 +38,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
-from tvm_lowrank.planner.allocate import Choice, choose, for_time, harm, microseconds
+from tvm_lowrank.planner.allocate import Choice, around, for_time, harm, microseconds
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm
 from tvm_lowrank.planner.options import Options
@@ -317,14 +317,8 @@ def total_harm(choice: Choice) -> float:
 
 def within(options: Mapping[str, Sequence[Candidate]], limit: float) -> Choice:
     """The fastest choice of no larger total harm, by bisection of the price of time."""
-    even, low, high = dict.fromkeys(options, 1.0), 1e-12, 1e6
-    for _ in range(60):
-        price = math.sqrt(low * high)
-        if total_harm(choose(options, even, price)) > limit:
-            high = price
-        else:
-            low = price
-    return choose(options, even, low)
+    even = dict.fromkeys(options, 1.0)
+    return around(options, even, lambda choice: total_harm(choice) > limit)[0]
 
 
 def best(candidate: Candidate, truth: KernelTimer) -> float:

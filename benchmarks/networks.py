@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from tvm_lowrank import demo
+from tvm_lowrank.metrics import resolution
+
+
+def keep_lossless(folder: Path, transformed: bool) -> str:
+    """Make ``lossless.so`` of what a search left in its folder; the name of what it was.
+
+    That is the library with no form changed, in the fastest kernels; the plan's own if no form won.
+    """
+    built = [path for path in (folder / "dense.so", folder / "original.so") if path.exists()]
+    kept = [*(built if transformed else ()), folder / "model.so"][0]
+    shutil.copy(kept, folder / "lossless.so")
+    for path in (*built, *folder.glob("attempt*.so")):
+        path.unlink(missing_ok=True)
+    return kept.name
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,6 +42,19 @@ class Network:
     max_drop: float = 1.0
     # More inputs, of a folder with training images, that recovery may train on.
     unlabelled: Callable[[Path], np.ndarray] | None = None
+
+    def budget(self, judged: int, wanted: float | None = None) -> float:
+        """The drop that is allowed, or as much as so many samples can tell if that is more."""
+        smallest = resolution(self.metric or "top1", judged)
+        return max(self.max_drop if wanted is None else wanted, smallest)
+
+    def reference(self, inputs: np.ndarray) -> np.ndarray:
+        """ONNX Runtime's outputs for inputs, each run by itself, on the processor."""
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(self.model), providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return np.concatenate([session.run(None, {name: x[None]})[0] for x in inputs])
 
     @property
     def missing(self) -> str | None:

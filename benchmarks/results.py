@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import time
@@ -18,13 +17,12 @@ from typing import Any
 import gpu_page
 import numpy as np
 from machine import processor
-from networks import NETWORKS, Network
+from networks import NETWORKS, Network, keep_lossless
 from peers import Timing, take_turns
 
 from tvm_lowrank.data import Samples, input_shape
 from tvm_lowrank.deploy import load
 from tvm_lowrank.frontend import load_model
-from tvm_lowrank.metrics import resolution
 from tvm_lowrank.planner import ALGORITHMS, Options, search
 from tvm_lowrank.report.curve import draw_curve
 from tvm_lowrank.target import host_target, target_key
@@ -80,8 +78,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
     mod = load_model(network.model)
     data, final = network.data()
     judged = len(final[0]) if final is not None else len(data[0]) // 3
-    wanted = network.max_drop if args.max_drop is None else args.max_drop
-    max_drop = max(wanted, resolution(network.metric or "top1", judged))
+    max_drop = network.budget(judged, args.max_drop)
     unlabelled = None
     if args.recover and args.training_images and network.unlabelled:
         unlabelled = network.unlabelled(args.training_images)
@@ -115,12 +112,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         unlabelled=unlabelled,
     )
     end = time.perf_counter()
-    # What was built with no form changed: the plan's own library where no form won.
-    built = [folder / "dense.so", folder / "original.so"]
-    kept = [path for path in built if plan.transformed and path.exists()]
-    shutil.copy([*kept, folder / "model.so"][0], folder / "lossless.so")
-    for path in (*built, *folder.glob("attempt*.so")):
-        path.unlink(missing_ok=True)
+    keep_lossless(folder, plan.transformed)
     plan.save(folder / "plan.json")
     (folder / "curve.svg").write_text(draw_curve(plan), encoding="utf-8")
     figures = {
@@ -180,13 +172,8 @@ def _least(timings: list[Timing | str], attribute: str) -> float | str:
 
 def _against_onnxruntime(network: Network, library: Path, threads: int) -> float:
     """Largest relative difference of the lossless library from ONNX Runtime over 100 inputs."""
-    import onnxruntime
-
-    inputs = network.data()[0][0][:CHECKED]
-    session = onnxruntime.InferenceSession(str(network.model), providers=["CPUExecutionProvider"])
-    name, built, worst = session.get_inputs()[0].name, load(library, threads), 0.0
-    for x in inputs:
-        expected = session.run(None, {name: x[None]})[0]
+    inputs, built, worst = network.data()[0][0][:CHECKED], load(library, threads), 0.0
+    for x, expected in zip(inputs, network.reference(inputs), strict=True):
         worst = max(worst, float(np.abs(built(x[None]) - expected).max() / np.abs(expected).max()))
     return worst
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,13 +21,13 @@ import gpu_page
 import numpy as np
 import tvm
 from compare_gpu import OURS, measure
-from networks import NETWORKS, Network
+from networks import NETWORKS, Network, keep_lossless
 
 from tvm_lowrank.cuda import gpu_name
 from tvm_lowrank.data import Samples, input_shape, split
 from tvm_lowrank.deploy import load
 from tvm_lowrank.frontend import load_model
-from tvm_lowrank.metrics import judge, metric_of, resolution
+from tvm_lowrank.metrics import judge, metric_of
 from tvm_lowrank.planner import Options, search
 from tvm_lowrank.planner.verify import run_all
 
@@ -63,13 +62,6 @@ def main() -> int:
     return 0
 
 
-def _options(network: Network, judged: int) -> Options:
-    metric = network.metric or "top1"
-    return Options(
-        max_drop=max(network.max_drop, resolution(metric, judged)), metric=network.metric
-    )
-
-
 def _plan(network: Network, batch: int, target: str, folder: Path) -> None:
     """Leave the transformed library, the one with no form changed, and the plan in the folder."""
     print(f"== {network.name}, batch {batch}", flush=True)
@@ -81,16 +73,12 @@ def _plan(network: Network, batch: int, target: str, folder: Path) -> None:
         target,
         Samples(*data),
         None if final is None else Samples(*final),
-        _options(network, judged),
+        Options(max_drop=network.budget(judged), metric=network.metric),
         folder / "records.jsonl",
         folder,
     )
-    built = [path for path in (folder / "dense.so", folder / "original.so") if path.exists()]
-    kept = [*(built if plan.transformed else ()), folder / "model.so"][0]
-    shutil.copy(kept, folder / "lossless.so")
-    (folder / "lossless.json").write_text(json.dumps({"from": kept.name}), encoding="utf-8")
-    for path in (*built, *folder.glob("attempt*.so")):
-        path.unlink(missing_ok=True)
+    kept = keep_lossless(folder, plan.transformed)
+    (folder / "lossless.json").write_text(json.dumps({"from": kept}), encoding="utf-8")
     plan.save(folder / "plan.json")
     print(plan.result, flush=True)
 
@@ -140,11 +128,7 @@ def _race(network: Network, batch: int, folder: Path) -> None:
 
 def _against_onnxruntime(network: Network, inputs: np.ndarray, outputs: np.ndarray) -> float:
     """Largest difference of outputs from ONNX Runtime's on the processor, over the largest one."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(network.model), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    expected = np.concatenate([session.run(None, {name: x[None]})[0] for x in inputs])
+    expected = network.reference(inputs)
     return float(np.abs(outputs - expected).max() / np.abs(expected).max())
 
 

@@ -56,6 +56,13 @@ class Program:
         """Type of a value."""
         return (self.dtypes or {}).get(name, "float32")
 
+    def named(self, names: Sequence[str]) -> dict[str, tirx.PrimFunc]:
+        """The stages as functions of the given names, to be compiled with those of others."""
+        return {
+            name: stage.func.with_attr("global_symbol", name)
+            for name, stage in zip(names, self.stages, strict=True)
+        }
+
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
         """What the script of a batch has to know: stages under the given names, and all values."""
         return {

@@ -121,12 +121,12 @@ def export_batch(
     entries: list[dict[str, Any]] = []
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(candidates), _A_LIBRARY):
-        library, functions = f"kernels{start // _A_LIBRARY}.so", {}
+        library = f"kernels{start // _A_LIBRARY}.so"
+        functions: dict[str, Any] = {}
         for candidate in candidates[start : start + _A_LIBRARY]:
             program = _program(candidate, machine)
             names = [f"c{len(entries)}_{index}" for index in range(len(program.stages))]
-            for name, stage in zip(names, program.stages, strict=True):
-                functions[name] = stage.func.with_attr("global_symbol", name)
+            functions |= program.named(names)
             entries.append(_entry(candidate, program, names, library))
         export(compile_module(tvm.IRModule(functions), target), folder / library)
     shutil.copyfile(measure_batch.__file__, folder / measure_batch.SCRIPT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,22 +148,14 @@ def _time_copy(copy: bool, target: dict[str, Any], threads: int) -> dict[str, An
 def time_program(program: Program, target: tvm.target.Target, device: Any) -> dict[str, Any]:
     """The sum of the medians of a program's kernels on the server, one after the other."""
     names = [f"stage{index}" for index in range(len(program.stages))]
-    functions = {
-        name: stage.func.with_attr("global_symbol", name)
-        for name, stage in zip(names, program.stages, strict=True)
-    }
     with tempfile.TemporaryDirectory(prefix="tvm_lowrank-") as folder:
         path = Path(folder) / f"kernel{next(_Device.numbers)}.so"
-        compile_module(tvm.IRModule(functions), target).export_library(str(path))
+        compile_module(tvm.IRModule(program.named(names)), target).export_library(str(path))
         _Device.session.upload(str(path))
     module = _Device.session.load_module(path.name)
     _Device.session.remove(path.name)
-    times = measure_batch.time_stages(module, program.to_json(names), device)
-    return {
-        "us": sum(statistics.median(stage) for stage in times),
-        "spread": max(max(stage) / min(stage) for stage in times) - 1,
-        "device": _Device.address,
-    }
+    answer = measure_batch.time_candidate(module, program.to_json(names), device)
+    return {**answer, "device": _Device.address}
 
 
 def _answer(minima: np.ndarray) -> dict[str, Any]:

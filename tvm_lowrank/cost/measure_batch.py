@@ -126,26 +126,32 @@ def measure_candidates(folder: Path, manifest: dict[str, Any], indices: list[int
         if candidate["library"] != library:
             library = candidate["library"]
             module = tvm.runtime.load_module(str(folder / library))
-        times = time_stages(module, candidate, device, kept)
-        append(
-            folder,
-            {
-                "index": index,
-                "us": sum(statistics.median(stage) for stage in times),
-                "spread": max(max(stage) / min(stage) for stage in times) - 1,
-                "machine": name,
-            },
-        )
+        answer = time_candidate(module, candidate, device, kept)
+        append(folder, {"index": index, **answer, "machine": name})
+
+
+def time_candidate(
+    module: Any, candidate: dict[str, Any], device: Any, kept: dict[Any, Any] | None = None
+) -> dict[str, float]:
+    """``us``, the sum of the medians of a candidate's kernels, and ``spread``, the largest of any.
+
+    ``kept``: see `tensors`.
+    """
+    times = time_stages(module, candidate, device, {} if kept is None else kept)
+    return {
+        "us": sum(statistics.median(stage) for stage in times),
+        "spread": max(max(stage) / min(stage) for stage in times) - 1,
+    }
 
 
 def time_stages(
-    module: Any, candidate: dict[str, Any], device: Any, kept: dict[Any, Any] | None = None
+    module: Any, candidate: dict[str, Any], device: Any, kept: dict[Any, Any]
 ) -> list[list[float]]:
     """Microseconds of each kernel of a candidate, measured a few times (on a GPU by its events).
 
     ``kept``: see `tensors`.
     """
-    values = tensors(candidate, device, {} if kept is None else kept)
+    values = tensors(candidate, device, kept)
     times = []
     for stage in candidate["stages"]:
         arguments = [values[name] for name in (*stage["reads"], stage["writes"])]

@@ -12,7 +12,6 @@ import numpy as np
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.work import Work, work_of
 from tvm_lowrank.schedules import kernels
-from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -64,13 +63,17 @@ class AnalyticModel(CostModel):
 
     def predict(self, workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """See `CostModel.predict`."""
-        return np.array([self._one(workload, schedule) for schedule in schedules])
+        found = [self.stated(workload, schedule) for schedule in schedules]
+        return np.array(
+            [
+                self.microseconds(work_of(workload, schedule, self.isa)) if us is None else us
+                for us, schedule in zip(found, schedules, strict=True)
+            ]
+        )
 
-    def _one(self, workload: ConvWorkload, schedule: Mapping[str, Any]) -> float:
-        stated = kernels.predict(workload, kernels.schedule_from_json(schedule), self.isa)
-        if stated is not None:
-            return stated
-        return self.microseconds(work_of(workload, schedule, self.isa))
+    def stated(self, workload: ConvWorkload, schedule: Mapping[str, Any]) -> float | None:
+        """Microseconds by the model that the kernel's family has of its own, None without one."""
+        return kernels.predict(workload, kernels.schedule_from_json(schedule), self.isa)
 
     def microseconds(self, work: Work) -> float:
         """Time of counted work."""
@@ -114,8 +117,9 @@ def features(
     g = workload.geometry
     work = work_of(workload, schedule, model.isa)
     effort = work.effort
-    total = float(model.predict(workload, [schedule])[0])
-    parts = {} if isinstance(model.isa, CudaArch) else model.parts(work)
+    stated = model.stated(workload, schedule)
+    parts = model.parts(work) if stated is None else {}
+    total = sum(parts.values()) if stated is None else stated
     sizes = {
         "in channels": g.in_channels,
         "out channels": g.out_channels,

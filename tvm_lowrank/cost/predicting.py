@@ -72,7 +72,8 @@ def records_for(
     cards = Counter((not shipped, card) for _, (card, _, shipped), _, _ in known.rows())
     # Imported ones before shipped ones, then the most.
     _, card = max(cards, key=lambda each: (each[0], cards[each]), default=(True, NO_CARD))
-    return TuningRecords(path, name, 1, machine=card, **more)
+    known.machine = card
+    return known
 
 
 class PredictingTimer(KernelTimer):

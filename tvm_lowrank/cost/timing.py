@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -101,16 +100,10 @@ def time_programs(
     described = []
     for program in programs:
         names = [f"stage{len(functions) + index}" for index in range(len(program.stages))]
-        for name, stage in zip(names, program.stages, strict=True):
-            functions[name] = stage.func.with_attr("global_symbol", name)
+        functions |= program.named(names)
         described.append(program.to_json(names))
     module = compile_module(tvm.IRModule(functions), target).jit()
-    answers = []
-    for candidate in described:
-        times = measure_batch.time_stages(module, candidate, device)
-        spread = max(max(stage) / min(stage) for stage in times) - 1
-        answers.append({"us": sum(statistics.median(s) for s in times), "spread": spread})
-    return answers
+    return [measure_batch.time_candidate(module, candidate, device) for candidate in described]
 
 
 def _blocks(run: Callable[[], None], number: int, count: int) -> Iterator[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tvm_lowrank.planner.candidates import Candidate
 
@@ -47,11 +47,20 @@ def for_time(
 
     The fastest choice when none is within the budget.
     """
+    return around(options, sensitivity, lambda choice: microseconds(choice) <= budget_us)[1]
+
+
+def around(
+    options: Mapping[str, Sequence[Candidate]],
+    sensitivity: Mapping[str, float],
+    holds: Callable[[Choice], bool],
+) -> tuple[Choice, Choice]:
+    """The choices just below and just above the price of time from which something holds."""
     low, high = 1e-12, 1e6
     for _ in range(60):
         price = math.sqrt(low * high)
-        if microseconds(choose(options, sensitivity, price)) > budget_us:
-            low = price
-        else:
+        if holds(choose(options, sensitivity, price)):
             high = price
-    return choose(options, sensitivity, high)
+        else:
+            low = price
+    return choose(options, sensitivity, low), choose(options, sensitivity, high)
