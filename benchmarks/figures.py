@@ -1,21 +1,27 @@
 """The paper's figures 3 to 5 for a network of ours: original against transformed.
 
+    python benchmarks/figures.py --batches 1 2 8 32 128 --markdown docs/figures.md
+
 Time per image against batch size, and what each layer takes at a large and at a small batch. The
 forms and ranks are those of a plan (of `tune`, at any batch); kernels are tuned for each batch.
+Figures are SVG files, with --png also bitmaps. An interrupted run goes on from the records in the
+folder of -o.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import onnx
-from machine import describe, disturbance
+from machine import disturbance, processor
 from tvm_lowrank.passes.lower_convolutions import survey
 from tvm_lowrank.passes.pipeline import factor, normalise
 
@@ -50,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", nargs="?", type=Path, metavar="MODEL", help=".onnx; the demo network if left out")
+    add("model", nargs="?", type=Path, metavar="MODEL", help=".onnx, or .pt2 of any batch; "
+        "the demo network if left out")  # fmt: skip
     add("--plan", type=Path, metavar="plan.json", help="of tune; searched for if left out")
     add("--data", type=Path, metavar="X.npz", help="for that search, inputs and labels")
     add("--target", default=None, help="default: the plan's, or this machine's")
@@ -60,18 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=int, metavar="N")
     add("--max-drop", type=float, default=1.0, metavar="POINTS", help="for that search")
     add("-o", "--output", type=Path, default=Path("figures"), metavar="DIR")
+    add("--markdown", type=Path, metavar="FILE", help="the page, its figures beside it; "
+        "default: figures.md in DIR")  # fmt: skip
+    add("--png", action="store_true", help="figures as PNG too (needs resvg-py)")
     args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "benchmarks/figures.py", *given])
     try:
-        _run(args)
+        _run(args, command)
     except LowRankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, command: str) -> None:
     if min(args.batches + args.breakdown) < 1 or args.trials < 1:
         raise LowRankError("batches and trials must be positive numbers")
+    if args.png and find_spec("resvg_py") is None:
+        raise LowRankError("PNG files are drawn by resvg; install it: pip install resvg-py")
     args.output.mkdir(parents=True, exist_ok=True)
     threads = set_threads(args.threads)
     plan = Plan.load(args.plan) if args.plan else _search(args)
@@ -88,20 +102,44 @@ def _run(args: argparse.Namespace) -> None:
     for batch in sorted({*args.batches, *args.breakdown}):
         print(f"batch {batch}", flush=True)
         found.append(_measure(args, plan, batch, timers, threads))
-    title = f"{_name(args)} on {describe()}, {threads} threads, built for {target_key(target)}"
-    text = _tables(found, args, title)
-    print(text)
-    (args.output / "figures.md").write_text(text + "\n", encoding="utf-8")
+    title = f"{_name(args)}: {processor()}, {threads} threads, built for {target_key(target)}"
     curve = [each for each in found if each.batch in args.batches]
-    (args.output / "time-per-image.svg").write_text(_curves(curve, title), encoding="utf-8")
+    drawn = {"time-per-image": _curves(curve, title)}
     for each in found:
         if each.batch in args.breakdown:
-            path = args.output / f"layers-batch{each.batch}.svg"
-            path.write_text(_bars(each, title), encoding="utf-8")
+            drawn[f"layers-batch{each.batch}"] = _bars(each, title)
+    tables = _tables(found, args)
+    print("\n".join([title, "", *(line for part in tables.values() for line in part)]))
+    page = args.markdown or args.output / "figures.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"# The paper's figures 3 to 5, for {_name(args)}", "", f"Written by `{command}`."]
+    lines += [_READ.format(cpu=processor(), threads=threads, target=target_key(target))]
+    for name, text in drawn.items():
+        path = page.with_name(f"{page.stem}-{name}.svg")
+        path.write_text(text, encoding="utf-8")
+        if args.png:
+            path.with_suffix(".png").write_bytes(_bitmap(text))
+        lines += [f"![{name}]({path.name})", "", *tables[name]]
+    page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+_READ = """
+{cpu}, {threads} threads, built for `{target}`. *Original* is the network in tuned direct kernels;
+*transformed* has the forms and ranks of one plan, whatever the batch, with kernels chosen for each
+batch among all algorithms. In the network a large batch runs in pieces whose maps stay in the
+caches; the tables of layers time each on the whole batch at once.
+"""
 
 
 def _name(args: argparse.Namespace) -> str:
     return args.model.stem if args.model else "the demo network"
+
+
+def _bitmap(drawing: str) -> bytes:
+    """An SVG drawing as a PNG file, at twice its size."""
+    import resvg_py
+
+    return bytes(resvg_py.svg_to_bytes(svg_string=drawing, zoom=2))
 
 
 def _search(args: argparse.Namespace) -> Plan:
@@ -118,8 +156,14 @@ def _search(args: argparse.Namespace) -> Plan:
 
 
 def _load(args: argparse.Namespace, batch: int) -> Any:
-    """The model for another batch, also where its file states one."""
-    model = onnx.load(args.model or demo.model_path())
+    """The model for another batch, also where its ONNX file states one."""
+    path = args.model or demo.model_path()
+    if path.suffix != ".onnx":
+        mod = load_model(path, batch)
+        if (stated := input_shape(mod)[0]) != batch:
+            raise LowRankError(f"{path} is for batch {stated}; export it with a dynamic one")
+        return mod
+    model = onnx.load(path)
     weights = {tensor.name for tensor in model.graph.initializer}
     for value in [*model.graph.input, *model.graph.output]:
         if value.name not in weights:
@@ -179,21 +223,25 @@ def _measure(
     return Measured(batch, times, layers)
 
 
-def _tables(found: Sequence[Measured], args: argparse.Namespace, title: str) -> str:
-    lines = [f"# {title}", "", "Milliseconds an image, the least of runs in turns:", ""]
-    lines += ["| batch | original | transformed | ratio |", "|---|---|---|---|"]
+def _tables(found: Sequence[Measured], args: argparse.Namespace) -> dict[str, list[str]]:
+    """The lines of each figure's table, by the figure's name."""
+    rule = "|---|---|---|---|"
+    lines = ["Milliseconds an image, the least of runs in turns:", ""]
+    lines += ["| batch | original | transformed | ratio |", rule]
     for each in found:
         if each.batch in args.batches:
             old, new = (each.milliseconds[variant] for variant in VARIANTS)
             lines.append(f"| {each.batch} | {old:.3f} | {new:.3f} | {old / new:.2f} |")
+    tables = {"time-per-image": [*lines, ""]}
     for each in found:
         if each.batch in args.breakdown:
-            lines += ["", f"Microseconds an image of each layer's kernels at batch {each.batch}:"]
-            lines += ["", "| layer | original | transformed | ratio |", "|---|---|---|---|"]
+            lines = [f"Microseconds an image of each layer's kernels at batch {each.batch}:", ""]
+            lines += ["| layer | original | transformed | ratio |", rule]
             for name, times in each.layers.items():
                 old, new = (times[variant] for variant in VARIANTS)
                 lines.append(f"| {name} | {old:.1f} | {new:.1f} | {old / new:.2f} |")
-    return "\n".join(lines)
+            tables[f"layers-batch{each.batch}"] = [*lines, ""]
+    return tables
 
 
 def _curves(found: Sequence[Measured], title: str) -> str:

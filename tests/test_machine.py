@@ -144,6 +144,19 @@ def test_merged_records_keep_machines_apart(tmp_path, capsys):
     assert sink.read_text() == before
 
 
+def test_merged_records_of_cards_are_counted_too(tmp_path, capsys):
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, card, isa in zip(paths, ("H100", "B200"), ("sm_90", "sm_100"), strict=True):
+        TuningRecords(path, isa, 1, machine=card).add("w", {"kernel": "cuda_gemm"}, 3.0)
+    origins = merge.merge(paths, tmp_path / "all.jsonl")
+    assert [(o.isa, o.place[0], o.records) for o in origins] == [
+        ("sm_90", "H100", 1),
+        ("sm_100", "B200", 1),
+    ]
+    assert merge.main([str(tmp_path / "all.jsonl")]) == 0
+    assert "H100" in capsys.readouterr().out
+
+
 def test_merging_nonsense_is_one_sentence(tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("nonsense\n")

@@ -21,12 +21,12 @@ from tvm import relax
 from tvm_lowrank.schedules.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.x86 import fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
-from tvm_lowrank.schedules.x86.isa import isa_of
+from tvm_lowrank.schedules.x86.isa import AVX512, isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 import tvm_lowrank
 from tvm_lowrank import tune
-from tvm_lowrank.cost import metaschedule
+from tvm_lowrank.cost import metaschedule, timing
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.model import AnalyticModel, features
@@ -148,6 +148,34 @@ def test_unsteady_times_are_counted():
     unsteady.microseconds(workload())
     assert unsteady.unsteady == unsteady.measured == 2
     assert "varied by more than 10 %" in unsteady.complaint()
+
+
+def test_a_third_time_that_settled_a_dispute_is_told():
+    class Disputed:
+        def ask(self, request):
+            return {"us": 1.0, "spread": 0.01, "apart": 0.4}
+
+    disputed = timer(worker=Disputed(), trials=2)
+    disputed.microseconds(workload())
+    assert disputed.disputed == 2 and disputed.unsteady == 0
+    told = "2 of 2 kernels were timed a third time, because two times were more than 10 % apart"
+    assert disputed.complaint() == f"{told}, of one 40%"
+
+
+@pytest.mark.parametrize(
+    ("minima", "us", "spread", "apart"),
+    [((4.0, 5.0, 4.1), 4.0, 0.025, 0.25), ((4.0, 4.2), 4.0, 0.05, 0.05)],
+)
+def test_a_third_time_is_taken_where_two_disagree(monkeypatch, minima, us, spread, apart):
+    series = iter([1e-4, *(1e-6 * us for us in minima)])
+    monkeypatch.setattr(timing, "_blocks", lambda *_: [next(series)])
+    monkeypatch.setattr(timing, "_compile", lambda *_: lambda *_: None)
+    (schedule, *_) = spaces(workload(), AVX512)["direct"]
+    target = json.loads(str(parse_target("llvm:skylake-avx512")))
+    request = {"workload": workload().to_json(), "schedule": schedule.to_json(), "target": target}
+    found = timing.time_kernel(request)
+    wanted = {"us": us, "spread": spread, "apart": apart}
+    assert found == pytest.approx(wanted) and next(series, None) is None
 
 
 NETWORK = [workload(c, s, k) for c in (16, 32, 64) for s in (7, 14, 28) for k in (1, 3, 5)]

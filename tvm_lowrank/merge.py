@@ -18,6 +18,7 @@ from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.schedules.cuda.arch import ARCHITECTURES
 from tvm_lowrank.schedules.x86.isa import AVX2, AVX512, GENERIC, NEON
 
 EXAMPLES = """\
@@ -28,6 +29,8 @@ Times stay with the machine that measured them: those of one never price what ru
 Machines of one name whose peak or bandwidth differ by more than half get a name each. Without -o
 nothing is written. Exit codes: 0 done, 2 bad input.
 """
+
+_MACHINES = {isa.name: isa for isa in (AVX512, AVX2, NEON, GENERIC)} | ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,16 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def _origins(paths: Sequence[Path]) -> list[Origin]:
+    # Read as shipped files are: nothing is cut off or written.
+    TuningRecords(None, "", 1, shipped=paths)  # all lines are records
     found = []
-    for isa in (AVX512, AVX2, NEON, GENERIC):
-        # Read as shipped files are: nothing is cut off or written.
-        records = TuningRecords(None, isa.name, 1, shipped=paths)
-        rows = list(records.rows())
+    for name in dict.fromkeys(record["isa"] for path in paths for record in _lines(path)):
+        records = TuningRecords(None, name, 1, shipped=paths)
+        rows, isa = list(records.rows()), _MACHINES.get(name)
         for place in records.places():
             keys = [key for key, where, *_ in rows if where == place]
-            known = machine.figures(records, isa, place)
-            found.append(Origin(isa.name, place, len(keys), len(set(keys)), known))
+            known = machine.figures(records, isa, place) if isa else None
+            found.append(Origin(name, place, len(keys), len(set(keys)), known))
     return found
 
 

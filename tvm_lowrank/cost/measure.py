@@ -73,11 +73,12 @@ class KernelTimer:
 
     Attributes
     ----------
-    measured, failed, unsteady : int
-        Candidates measured by this timer, those among them that did not run, and those whose time
-        varied by more than 10 %.
-    spread : float
-        The largest share by which repeated minima of one of them differed.
+    measured, failed, unsteady, disputed : int
+        Candidates measured by this timer, those among them that did not run, those whose time
+        varied by more than 10 %, and those that two minima disagreed on by as much, so that a third
+        was taken.
+    spread, apart : float
+        The largest share by which the minima that count of one of them differed, and any two.
     """
 
     def __init__(
@@ -98,8 +99,8 @@ class KernelTimer:
         self.records = records
         self.algorithms = tuple(algorithms)
         self.exact = exact
-        self.measured = self.failed = self.unsteady = 0
-        self.spread = 0.0
+        self.measured = self.failed = self.unsteady = self.disputed = 0
+        self.spread = self.apart = 0.0
         self._watch = Watch(self)
         self._worker = worker
         self._tuner = Tuner(records, self.isa, trials, seed, trees, trust, guide)
@@ -350,6 +351,9 @@ class KernelTimer:
         self.failed += answer is None
         self.unsteady += spread is not None and spread > AGREEMENT
         self.spread = max(self.spread, spread or 0.0)
+        apart = 0.0 if answer is None else float(answer.get("apart", 0.0))
+        self.disputed += apart > AGREEMENT
+        self.apart = max(self.apart, apart)
         device = None if answer is None else answer.get("device")
         self.records.add(workload.key(), schedule.to_json(), microseconds, spread, device)
         return microseconds

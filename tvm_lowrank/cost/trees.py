@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.model import AnalyticModel, features
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.schedules.family import Machine
@@ -28,12 +30,30 @@ _PROBES = (
 @functools.lru_cache(maxsize=8)
 def signature(isa: Machine) -> dict[str, list[str]]:
     """The families of kernels of this version with the fields of their schedules."""
+    return {family: sorted(schedule) for family, (_, schedule) in _samples(isa).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def feature_names(isa: Machine) -> frozenset[str]:
+    """The features that this version makes of kernels; of those for a word only the name."""
+    counted = AnalyticModel(Roofline(1.0, 1.0), isa, 1)
+    found = (features(workload, schedule, counted) for workload, schedule in _samples(isa).values())
+    return frozenset(_plain(name) for names in found for name in names)
+
+
+def _samples(isa: Machine) -> dict[str, tuple[ConvWorkload, dict[str, Any]]]:
+    """A kernel of each family: its workload and its schedule as JSON values."""
     found = {}
     for geometry in _PROBES:
         workload = ConvWorkload(geometry, isa.block, ("bias",))
         for family, space in spaces(workload, isa, (*ALGORITHMS, *REDUCED)).items():
-            found[family] = sorted(space[0].to_json())
+            found[family] = (workload, space[0].to_json())
     return found
+
+
+def _plain(name: str) -> str:
+    """A feature's name without the word that it stands for."""
+    return name.partition("=")[0]
 
 
 @dataclass
@@ -68,7 +88,7 @@ class Trees:
     booster: Any = None
 
     def check(self, isa: Machine, origin: str = "the cost model") -> None:
-        """Raise LowRankError, one sentence, if it was trained for other kernels."""
+        """Raise LowRankError, one sentence, if it was trained for other kernels or features."""
         now = signature(isa)
         differ = sorted(
             family
@@ -79,6 +99,12 @@ class Trees:
             what = ", ".join(differ) or self.isa
             raise LowRankError(
                 f"{origin} does not fit this version's kernels ({what} differ); "
+                "train it again with python -m tvm_lowrank.tune --survey"
+            )
+        unlike = sorted(feature_names(isa).symmetric_difference(map(_plain, self.names)))
+        if unlike:
+            raise LowRankError(
+                f"{origin} does not fit this version's features ({', '.join(unlike)} differ); "
                 "train it again with python -m tvm_lowrank.tune --survey"
             )
 

@@ -134,6 +134,11 @@ class Watch:
                 f"the times of {self.timer.unsteady} of {self.timer.measured} kernels varied by "
                 f"more than 10 %, one by {self.timer.spread:.0%} (is the machine busy?)"
             )
+        if self.timer.disputed:
+            parts.append(
+                f"{self.timer.disputed} of {self.timer.measured} kernels were timed a third time, "
+                f"because two times were more than 10 % apart, of one {self.timer.apart:.0%}"
+            )
         if ratios := [ratio for *_, ratio in self.timer.records.disagreements()]:
             parts.append(
                 f"{len(ratios)} candidates were measured twice with times more than 10 % apart, "
