@@ -3,15 +3,18 @@
     python benchmarks/guided_forms.py vgg6-cifar10 --markdown docs/guided-forms.md
 
 The schedules of all layers are measured, up to ``--each`` of a family in its own order, then those
-of all proposals of forms, fitted to the network's data. A guided search is replayed on these times:
-what it asks for it gets from there. So both choose among the same candidates, timed once. Nothing
-shipped is read but the cost model. An interrupted run goes on from ``--folder``; once all is
-measured, the replay needs no quiet machine.
+of all proposals of forms, fitted to the network's data. With ``--again``, what may be the fastest
+of its convolution is measured a second time after all others, and a third time where the two
+disagree. A guided search is replayed on these times: what it asks for it gets from there. So both
+choose among the same candidates, with the same times. Nothing shipped is read but the cost model.
+An interrupted run goes on from ``--folder``; once all is measured, the replay needs no quiet
+machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,6 +56,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "build" / "guided_forms"
 SHARES = (1.0, 0.9, 0.75, 0.6, 0.5, 0.4)
 # The one that is shown layer by layer.
 SHOWN = 0.6
+# What took longer than the fastest of its convolution by more is not measured again: it was either
+# disturbed so much that the model of all the others tells, or is not the fastest.
+NEAR = 1.5
+# Kernels between two reports of progress.
+_BATCH = 8
 
 
 def main() -> int:
@@ -64,7 +72,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=256, help="that forms are fitted to")
     parser.add_argument("--each", type=int, default=8, help="schedules of a family (default: 8)")
     parser.add_argument(
-        "--again", action="store_true", help="a second look at what took longer than expected"
+        "--again", action="store_true", help="a second look at what may be the fastest"
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of records")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the page, also printed")
@@ -96,7 +104,7 @@ def main() -> int:
             command=f"{command} --markdown {args.markdown}",
             cpu=processor(),
             each=args.each,
-            looks=", what took 15 % longer than a model of them expects twice" * args.again,
+            looks=_LOOKS.format(near=NEAR - 1) * args.again,
         )
         args.markdown.write_text(intro + "\n".join(sections), encoding="utf-8")
     return 0
@@ -107,11 +115,16 @@ _INTRO = """# What the cost model's guidance loses with forms in play
 Written by `{command}`.
 
 {cpu}. Both choose among the same proposals of forms, and the same schedules: the first
-{each} of each family. All were measured{looks}; the guided search is replayed on these times, and
+{each} of each family. All were measured{looks}. The guided search is replayed on these times, and
 knows only what it asks for. *Best* weighs the errors of all layers alike. The guided search takes
 the fastest that it found and that harms no more: in any one layer, or in all together.
 
 """
+
+_LOOKS = """; what took 15 % longer
+than a model of them all expects, or up to {near:.0%} longer than the fastest of its convolution, a
+second time after all others, and a third time where the two were more than 10 % apart; the least
+time counts"""
 
 
 @dataclass(frozen=True)
@@ -245,10 +258,8 @@ def compare(
     module = normalise(load_model(network.model))
     layers = [layer for layer in collect_layers(module) if not layer.fully_connected]
     shapes = [layer.geometry for layer in layers if layer.geometry is not None]
-    measure(truth, [(geometry,) for geometry in shapes], each, f"{network.name}, layers")
-    timer = Replay(target, truth.records, trees)
-    survey = Survey(layers, Options(), timer, timer, lambda *_: None)
-    survey.measure_dense()
+    measure(truth, [(geometry,) for geometry in shapes], each, f"{network.name}, layers", again)
+    survey = replayed(layers, truth, trees)
     eligible = survey.eligible()
     observer = TrialNetwork(module, collect_layers(module), truth, expose=True)
     moments = input_moments(observer, eligible, network.data()[0][0][:samples], 0)
@@ -256,6 +267,9 @@ def compare(
     wanted = {name: [*found, survey.dense[name]] for name, found in proposed.items()}
     chains = [candidate.stages for of in wanted.values() for candidate in of]
     workloads = measure(truth, chains, each, f"{network.name}, forms", again)
+    # On the final times: those of the layers may have been taken again.
+    survey = replayed(layers, truth, trees)
+    timer = survey.timer
     fronts = {
         name: [*confirm(candidates, survey.dense[name], timer), survey.dense[name]]
         for name, candidates in proposed.items()
@@ -265,6 +279,7 @@ def compare(
         for source in (timer, truth)
     )
     every = sum(len(of) for w in workloads for of in spaces(w, truth.isa).values())
+    wanted = {name: [*found, survey.dense[name]] for name, found in proposed.items()}
     return Compared(
         network.name,
         {layer.name: layer for layer in eligible},
@@ -276,6 +291,14 @@ def compare(
     )
 
 
+def replayed(layers: list[ConvLayer], truth: KernelTimer, trees: Trees) -> Survey:
+    """A guided search that has taken the times of the layers as they are."""
+    timer = Replay(truth.target, truth.records, trees)
+    survey = Survey(layers, Options(), timer, timer, lambda *_: None)
+    survey.measure_dense()
+    return survey
+
+
 def measure(
     timer: KernelTimer,
     chains: Sequence[Sequence[ConvGeometry]],
@@ -285,7 +308,8 @@ def measure(
 ) -> list[ConvWorkload]:
     """Measure ``each`` schedules of each family for the kernels of chains; returns these.
 
-    With ``again``, what took much longer than a model of the records expects is measured twice.
+    With ``again``, what took much longer than a model of the records expects is measured twice, and
+    what may be the fastest as `settle` does.
     """
     workloads = list(dict.fromkeys(w for stages in chains for w in timer.workloads(stages)))
     wanted: dict[ConvWorkload, list[Any]] = {}
@@ -296,7 +320,33 @@ def measure(
         timer.time_all([(workload, schedule) for schedule in wanted[workload]])
     if again:
         look_again(timer, wanted, 0, report)
+        settle(timer, wanted)
     return workloads
+
+
+def settle(timer: KernelTimer, measured: Mapping[ConvWorkload, Sequence[Any]]) -> None:
+    """Measure what may be the fastest of its workload twice, and thrice where that disagrees."""
+    for looks in (1, 2):
+        disputed = {
+            (key, json.dumps(data, sort_keys=True))
+            for key, data, _ in timer.records.disagreements()
+        }
+        pairs: list[tuple[ConvWorkload, Any]] = []
+        for workload, schedules in measured.items():
+            key = workload.key()
+            data = {schedule: schedule.to_json() for schedule in schedules}
+            times = {s: timer.records.time(key, data[s]) or math.inf for s in schedules}
+            limit = NEAR * min(times.values(), default=0.0)
+            pairs += [
+                (workload, schedule)
+                for schedule, us in times.items()
+                if us <= limit < math.inf
+                and timer.records.looks(key, data[schedule]) == looks
+                and (looks == 1 or (key, json.dumps(data[schedule], sort_keys=True)) in disputed)
+            ]
+        for start in range(0, len(pairs), _BATCH):
+            timer.again(pairs[start : start + _BATCH])
+            report(f"look {looks + 1}", min(start + _BATCH, len(pairs)), len(pairs))
 
 
 def report(what: str, done: int, total: int) -> None:

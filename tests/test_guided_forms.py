@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tvm_lowrank.schedules.kernels import spaces
 from tvm_lowrank.schedules.x86.isa import AVX512
 
 from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.trees import find
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
@@ -58,6 +60,37 @@ def test_a_missed_proposal_counts_as_a_loss():
     assert "| 90% of 100 us | 70.0% | 104.0% | +48.6% |" in text
     assert "asked for 3 of them (37.5%, or 15.0% of all)" in text
     assert "| conv | 16-32@8, 3x3 | tucker2 16-16: 50 | dense: 104 | +108.0% |" in text
+
+
+class Uneven:
+    """A worker whose answers for a schedule come from a list, the last of it again and again."""
+
+    def __init__(self, times):
+        self.times, self.asked = times, []
+
+    def ask(self, request):
+        tile = request["schedule"]["tile"]
+        self.asked.append(tile)
+        known = self.times[tile]
+        return {"us": known.pop(0) if len(known) > 1 else known[0], "spread": 0.0}
+
+
+def test_what_may_be_the_fastest_is_measured_again():
+    """A second time, and a third where the two disagree; what is far behind, and others, never."""
+    target = parse_target("llvm:skylake-avx512")
+    records = TuningRecords(None, "avx512", 2, machine="a machine")
+    times = {28: [100.0, 101.0], 14: [140.0, 90.0, 91.0], 7: [160.0]}
+    timer = KernelTimer(target, records, worker=Uneven(times))
+    (workload,) = timer.workloads((GEOMETRY,))
+    one = spaces(workload, AVX512)["direct"][0]
+    schedules = [replace(one, tile=tile) for tile in times]
+    timer.time_all([(workload, schedule) for schedule in schedules])
+    timer._worker.asked.clear()
+    guided_forms.settle(timer, {workload: schedules})
+    assert timer._worker.asked == [28, 14, 14]
+    guided_forms.settle(timer, {workload: schedules})
+    assert timer._worker.asked == [28, 14, 14]
+    assert records.time(workload.key(), schedules[1].to_json()) == 90.0
 
 
 def test_a_replay_knows_what_is_on_record_and_measures_nothing():
