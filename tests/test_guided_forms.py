@@ -93,18 +93,25 @@ def test_what_may_be_the_fastest_is_measured_again():
     assert records.time(workload.key(), schedules[1].to_json()) == 90.0
 
 
-def test_a_replay_knows_what_is_on_record_and_measures_nothing():
+def on_record():
+    """A timer whose records hold three times of the layer, its workload, and the trees."""
     target = parse_target("llvm:skylake-avx512")
     truth = TuningRecords(None, "avx512", 2, machine="a machine")
     truth.remember(machine.COPY, {}, 5000.0)
     space = spaces(machine.reference(AVX512), AVX512)["direct"]
     truth.remember(machine.reference(AVX512).key(), space[0].to_json(), 1000.0)
-    trees, _ = find(None, AVX512)
-    replay = guided_forms.Replay(target, truth, trees)
-    (workload,) = replay.workloads((GEOMETRY,))
+    timer = KernelTimer(target, truth)
+    (workload,) = timer.workloads((GEOMETRY,))
     direct, winograd = (spaces(workload, AVX512)[family] for family in ("direct", "winograd"))
     for us, schedule in [(7.0, direct[2]), (5.0, winograd[1]), (9.0, winograd[3])]:
         truth.remember(workload.key(), schedule.to_json(), us)
+    return timer, workload, find(None, AVX512)[0]
+
+
+def test_a_replay_knows_what_is_on_record_and_measures_nothing():
+    truth, workload, trees = on_record()
+    replay = guided_forms.Replay(truth.target, truth.records, trees)
+    direct, winograd = (spaces(workload, AVX512)[family] for family in ("direct", "winograd"))
     assert replay.microseconds(workload) == 5.0
     assert {schedule for _, schedule in replay.measured_schedules(workload)} <= {
         direct[2],
@@ -112,3 +119,11 @@ def test_a_replay_knows_what_is_on_record_and_measures_nothing():
         winograd[3],
     }
     assert replay.ask(workload, direct[0]) is None
+
+
+def test_a_replay_takes_the_layers_as_they_were_measured_last():
+    truth, workload, trees = on_record()
+    assert guided_forms.replayed([LAYER], truth, trees).dense["conv"].measured_us == 5.0
+    schedule = spaces(workload, AVX512)["winograd"][1].to_json()
+    truth.records.remember(workload.key(), schedule, 4.0)
+    assert guided_forms.replayed([LAYER], truth, trees).dense["conv"].measured_us == 4.0
