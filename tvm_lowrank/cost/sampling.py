@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tvm_lowrank.cost.learned import LearnedModel, train
+from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.decompose import FORMS
@@ -186,7 +186,7 @@ def look_again(
     if trees is None:
         return
     place = timer.records.here
-    analytic = AnalyticModel(timer.roofline(), timer.isa, place[1])
+    analytic = AnalyticModel(roofline_of(timer.records, timer.isa, place), timer.isa, place[1])
     model, suspects = LearnedModel(trees, analytic, place), []
     for workload, schedules in measured.items():
         pairs = [(s, s.to_json()) for s in schedules]
