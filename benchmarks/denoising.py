@@ -26,7 +26,7 @@ from tvm_lowrank.frontend import load_model
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.metrics import Quality, judge
 from tvm_lowrank.planner.calibrate import input_moments
-from tvm_lowrank.planner.trial import TrialNetwork
+from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.report.svg import document, image, text
 from tvm_lowrank.target import host_target
@@ -57,8 +57,7 @@ class Subject:
         self.mod = normalise(mod)
         self.layers = collect_layers(self.mod)
         timer = KernelTimer(host_target(), TuningRecords(None, "denoising", 1), trials=1)
-        self.trial = TrialNetwork(self.mod, self.layers, timer)
-        self.observer = TrialNetwork(self.mod, self.layers, timer, expose=True)
+        self.segments = Segments(self.mod, self.layers, timer)
         self.fit, _ = demo.calibration()
         self.inputs, self.labels = demo.evaluation()
 
@@ -78,7 +77,7 @@ def main() -> int:
     found: list[Found] = []
     base: dict[str, float] = {}
     subject = Subject(load_model(demo.model_path()))
-    clean = subject.trial.run(subject.inputs)
+    clean = subject.segments.run(subject.inputs)
     base["trained"] = _accuracy(clean, subject.labels)
     pictures = [("trained", subject.layers[0].weight)]
     rng = np.random.default_rng(args.seed)
@@ -118,7 +117,7 @@ def _try(
     base: dict[str, float],
 ) -> list[Found]:
     """Every form at every share, fitted to the weights and to the damaged network's own data."""
-    before = subject.trial.run(subject.inputs, weights)
+    before = subject.segments.run(subject.inputs, weights)
     base[name] = _accuracy(before, subject.labels)
     moments = _moments(subject, weights, args)
     found = []
@@ -136,7 +135,7 @@ def _try(
                     whole = _approximation(layer, weight, form, share, fitters[layer.name])
                     shift = 0 if known is None else bias_correction(weight, whole, known)
                     changed[layer.name] = (whole, bias + shift)
-                after = subject.trial.run(subject.inputs, changed)
+                after = subject.segments.run(subject.inputs, changed)
                 quality = judge(after, before, subject.labels, "top1")
                 found.append(Found(name, form, fitted, share, quality))
                 print(name, form, fitted, share, f"{-quality.drop:+.2f}", flush=True)
@@ -147,14 +146,8 @@ def _moments(
     subject: Subject, weights: dict[str, tuple[np.ndarray, np.ndarray]], args: argparse.Namespace
 ) -> dict[str, InputMoments]:
     """Of the inputs of each layer in the network with these weights."""
-    observer = subject.observer
-    kept = observer.stream
-    try:
-        observer.stream = lambda inputs, _, keep=None: kept(inputs, weights, keep)
-        fit = subject.fit[: args.samples]
-        return input_moments(observer, subject.changed, fit, args.seed)
-    finally:
-        observer.stream = kept
+    fit = subject.fit[: args.samples]
+    return input_moments(subject.segments, subject.changed, fit, args.seed, weights=weights)
 
 
 def _fitter(

@@ -48,7 +48,7 @@ from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.planner.calibrate import input_moments
-from tvm_lowrank.planner.trial import TrialNetwork
+from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import host_target
 
@@ -87,15 +87,15 @@ def rows(
     the network several times where there are many wide ones.
     """
     timer = KernelTimer(host_target(), TuningRecords(None, "forms", 1), trials=1)
-    observer = TrialNetwork(mod, layers, timer, expose=True)
+    segments = Segments(mod, layers, timer)
     waiting = list(taken)
     while waiting:
         group, held = [waiting.pop(0)], 0
         while waiting and held < MOMENT_BYTES:
             group.append(waiting.pop(0))
             held = sum(2 * 8 * layer.weight[0].size ** 2 for layer in group)
-        given = input_moments(observer, group, fit, 0)
-        unseen = input_moments(observer, group, held_out, 0, shrink=False)
+        given = input_moments(segments, group, fit, 0)
+        unseen = input_moments(segments, group, held_out, 0, shrink=False)
         for layer in group:
             row = Row(layer.name, str(layer.geometry).split(" @")[0], len(fit), refined)
             measure(row, layer, given.pop(layer.name), unseen.pop(layer.name))

@@ -45,8 +45,8 @@ from tvm_lowrank.planner.allocate import Choice, around, for_time, harm, microse
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm
 from tvm_lowrank.planner.options import Options
+from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Survey
-from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import host_target
 from tvm_lowrank.threads import set_threads
@@ -261,8 +261,8 @@ def compare(
     measure(truth, [(geometry,) for geometry in shapes], each, f"{network.name}, layers", again)
     survey = replayed(layers, truth, trees)
     eligible = survey.eligible()
-    observer = TrialNetwork(module, collect_layers(module), truth, expose=True)
-    moments = input_moments(observer, eligible, network.data()[0][0][:samples], 0)
+    segments = Segments(module, collect_layers(module), truth)
+    moments = input_moments(segments, eligible, network.data()[0][0][:samples], 0)
     proposed = {layer.name: found for layer, found, _ in survey.proposals(eligible, moments)}
     wanted = {name: [*found, survey.dense[name]] for name, found in proposed.items()}
     chains = [candidate.stages for of in wanted.values() for candidate in of]

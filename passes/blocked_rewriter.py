@@ -42,6 +42,12 @@ from tvm_lowrank.geometry import ConvGeometry
 # Inputs of so few channels are read from NCHW as they are: blocking would mostly copy zeros.
 PLAIN_CHANNELS = 4
 
+
+def waits_in_blocks(shape: Sequence[int] | None) -> bool:
+    """Whether a tensor of this shape is kept in blocks between two parts of a network."""
+    return shape is not None and len(shape) == 4 and shape[1] > PLAIN_CHANNELS
+
+
 Fuse = Callable[[ChainWorkload], "FusedSchedule | None"]
 
 
@@ -74,6 +80,30 @@ class BlockedRewriter(Rewriter):
         self.fuse = fuse
         self.calls = KernelCalls(self, isa, choose, weights)
         self._arrays: dict[relax.Expr, np.ndarray] = {}
+        self._params: list[relax.Var] = list(self.func.params)
+
+    def take_blocks(self) -> None:
+        """Take the maps among the parameters in blocks."""
+        for index, param in enumerate(self.func.params):
+            shape = static_shape(param)
+            if shape is not None and waits_in_blocks(shape):
+                taken = relax.Var(param.name, self.calls.blocked_type(shape))
+                self._params[index] = taken
+                self.values[param] = of_map(shape, blocked=taken)
+
+    def params(self) -> Sequence[relax.Var]:
+        """See `Rewriter.params`."""
+        return self._params
+
+    def at_border(self, expr: relax.Expr) -> relax.Expr:
+        """A value as another part of the network takes it: maps in blocks."""
+        shape = static_shape(expr)
+        if shape is None or not waits_in_blocks(shape):
+            return self.substitute(expr)
+        tensor = self.tensor(expr)
+        if tensor.view != NCHW:
+            tensor = of_map(shape, plain=self.resolve(tensor))
+        return self.blocked(tensor)
 
     def array_of(self, weight: relax.Expr) -> np.ndarray:
         """The value of a constant, the same array each time."""

@@ -120,6 +120,10 @@ class Rewriter:
         """What the new function returns."""
         return self.substitute(self.func.body.body)
 
+    def params(self) -> Sequence[relax.Var]:
+        """Parameters that stand for the original ones."""
+        return list(self.func.params)
+
     def extra_params(self) -> Sequence[relax.Var]:
         """Parameters added after the original ones (known once every binding is written)."""
         return []
@@ -134,5 +138,5 @@ class Rewriter:
                 for binding in self.bindings:
                     self.values[binding.var] = self.rewrite(binding.var, binding.value)
                 result = self.builder.emit_output(self.result())
-            self.builder.emit_func_output(result, [*self.func.params, *self.extra_params()])
+            self.builder.emit_func_output(result, [*self.params(), *self.extra_params()])
         return relax.transform.DeadCodeElimination([self.name])(self.builder.get())

@@ -135,7 +135,7 @@ class KernelCalls:
     def block(self, plain: relax.Expr, shape: Shape) -> relax.Expr:
         """NCHW to NCHW[x]c."""
         gvar = self._kernel(("block", shape), lambda: layout.emit_block(*shape, self.isa), "block")
-        return self._call(gvar, [plain], self._blocked_type(shape))
+        return self._call(gvar, [plain], self.blocked_type(shape))
 
     def unblock(self, blocked: relax.Expr, shape: Shape) -> relax.Expr:
         """NCHW[x]c to NCHW."""
@@ -150,7 +150,7 @@ class KernelCalls:
             workload, lambda: pooling.emit_pool(workload, self.isa), f"{workload.kind}_pool"
         )
         shape = (workload.batch, workload.channels, workload.out_height, workload.out_width)
-        return self._call(gvar, [blocked], self._blocked_type(shape))
+        return self._call(gvar, [blocked], self.blocked_type(shape))
 
     def convolve(
         self, source: Source, in_block: int, conv: Convolution, sink: Sink | None = None
@@ -206,7 +206,7 @@ class KernelCalls:
 
     def _result_type(self, geometry: ConvGeometry) -> relax.TensorType:
         rows, columns = geometry.out_height, geometry.out_width
-        return self._blocked_type((geometry.batch, geometry.out_channels, rows, columns))
+        return self.blocked_type((geometry.batch, geometry.out_channels, rows, columns))
 
     def elementwise(
         self, source: relax.Expr, shape: Shape, steps: list[Step], sink: Sink | None = None
@@ -220,7 +220,7 @@ class KernelCalls:
             sink=sink,
         )
         args = [source, *self._operands(steps, None)]
-        return self._call(gvar, args, self._blocked_type(shape), sink)
+        return self._call(gvar, args, self.blocked_type(shape), sink)
 
     def gather(
         self,
@@ -239,7 +239,7 @@ class KernelCalls:
         )
         shape = (workload.batch, workload.out_channels, *workload.out_size)
         args = [*sources, *self._operands(steps, None)]
-        return self._call(gvar, args, self._blocked_type(shape), sink)
+        return self._call(gvar, args, self.blocked_type(shape), sink)
 
     def layer_norm(
         self,
@@ -255,7 +255,7 @@ class KernelCalls:
             "layer_norm",
         )
         args = [source, *(constant(vector) for vector in vectors)]
-        return self._call(gvar, args, self._blocked_type(shape))
+        return self._call(gvar, args, self.blocked_type(shape))
 
     def _operands(self, steps: list[Step], layer: str | None) -> list[relax.Expr]:
         """The arguments that steps add to a kernel; a first bias may be a parameter."""
@@ -300,7 +300,8 @@ class KernelCalls:
         self.parameters.append(WeightParameter(layer, kind, pack))
         return variable
 
-    def _blocked_type(self, shape: Sequence[int]) -> relax.TensorType:
+    def blocked_type(self, shape: Sequence[int]) -> relax.TensorType:
+        """Type of the blocked form of a map of that shape (N, C, H, W)."""
         n, c, h, w = shape
         return relax.TensorType((n, -(-c // self.isa.lanes), h, w, self.isa.lanes), "float32")
 

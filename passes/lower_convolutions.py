@@ -53,6 +53,9 @@ class LowerConvolutions:
     fuse : callable, optional
         Takes the `ChainWorkload` of convolutions that only feed each other, gives the schedule of
         one kernel for all of them, or for the last few, or None.
+    blocked_inputs, blocked_outputs : bool
+        Take the maps among the parameters of ``main`` in blocks, and return those of the tuple that
+        it returns so (see `waits_in_blocks`): for a part of a network that is run alone.
     """
 
     def __init__(
@@ -61,11 +64,14 @@ class LowerConvolutions:
         choose: Callable[[ConvWorkload], Schedule],
         weights_as_parameters: bool = False,
         fuse: Fuse | None = None,
+        blocked_inputs: bool = False,
+        blocked_outputs: bool = False,
     ) -> None:
         self.isa = isa
         self.choose = choose
         self.weights_as_parameters = weights_as_parameters
         self.fuse = fuse
+        self.blocked_inputs, self.blocked_outputs = blocked_inputs, blocked_outputs
         self.parameters_: list[WeightParameter] = []
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
@@ -74,6 +80,9 @@ class LowerConvolutions:
         if weights is Weights.CONSTANTS:
             mod = SplitBatch()(mod)
         lowerer = _Lowerer(mod, self.isa, self.choose, weights, self.fuse)
+        if self.blocked_inputs:
+            lowerer.take_blocks()
+        lowerer.give_blocks = self.blocked_outputs
         lowered = lowerer.run()
         self.parameters_ = lowerer.calls.parameters
         return lowered
@@ -108,6 +117,7 @@ class _Lowerer(BlockedRewriter):
     ) -> None:
         super().__init__(mod, isa, choose, weights, fuse)
         self.count = 0
+        self.give_blocks = False
         self.products = fully_connected_products(mod)
         self.activations = find_activations(self.bindings or [], self.users)
         self.skipped = {var for found in self.activations.values() for var in found.inner}
@@ -117,6 +127,8 @@ class _Lowerer(BlockedRewriter):
     def rewrite(self, var: relax.Var, value: relax.Expr) -> Any:
         if var in self.skipped:
             return _SKIPPED
+        if isinstance(value, relax.Tuple) and self.give_blocks:
+            return self.emit(relax.Tuple([self.at_border(field) for field in value.fields]))
         name = op_name(value)
         result = None
         if var in self.activations:

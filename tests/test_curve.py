@@ -49,7 +49,7 @@ def made(monkeypatch):
 
     def make(max_drop, train=None):
         return Curve(
-            Trial(), SimpleNamespace(), options, {}, dict.fromkeys(options, 1.0), split,
+            Trial(), options, {}, dict.fromkeys(options, 1.0), split,
             Metric("top1"), max_drop, 0, lambda *step: None, train,
         )  # fmt: skip
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tvm_lowrank.metrics import Metric, judge
-from tvm_lowrank.planner.expected import expected_drop
+from tvm_lowrank.metrics import Metric, divergence, judge
+from tvm_lowrank.planner.expected import drop_of, expected_drop
 
 TOP1 = Metric("top1")
 
@@ -70,3 +70,24 @@ def test_other_metrics_keep_what_was_seen():
     quality = judge(outputs, original, labels, metric)
     found = expected_drop(outputs, original, labels, metric, quality)
     assert (found.drop, found.standard_error) == (quality.drop, quality.standard_error)
+
+
+@pytest.mark.parametrize("metric", [TOP1, Metric("disagreement")])
+@pytest.mark.parametrize("spread", [0.4, 0.8])
+def test_a_divergence_tells_the_drop_of_scores_that_move_at_random(metric, spread):
+    rng = np.random.default_rng(5)
+    original = 2.0 * rng.standard_normal((20_000, 10))
+    labels = (original + rng.standard_normal(original.shape)).argmax(1)
+    outputs = original + spread * rng.standard_normal(original.shape)
+    seen = judge(outputs, original, labels, metric).drop
+    moved = divergence(outputs, original, True)
+    told = drop_of(moved, original[:4000], labels[:4000], metric, 0)
+    assert told == pytest.approx(seen, rel=0.2, abs=0.1)
+    assert drop_of(0.0, original, labels, metric, 0) == 0.0
+
+
+def test_a_divergence_tells_nothing_of_what_counts_no_classes():
+    original = np.ones((4, 3))
+    for metric in (TOP1, Metric("output_error")):
+        with pytest.raises(ValueError, match=metric.name):
+            drop_of(0.1, original, None, metric, 0)

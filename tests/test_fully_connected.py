@@ -25,7 +25,6 @@ from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm_memory, forms_for, propose
 from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
-from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.report.tables import render
 from tvm_lowrank.target import host_target
@@ -62,8 +61,6 @@ def bench():
     return SimpleNamespace(
         mod=mod,
         layers={layer.name: layer for layer in layers},
-        trial=TrialNetwork(mod, layers, timer),
-        observer=TrialNetwork(mod, layers, timer, expose=True),
         segments=Segments(mod, layers, timer),
         inputs=inputs,
     )
@@ -101,10 +98,9 @@ def test_layers_are_convolutions_as_large_as_their_input(bench):
 
 def test_moments_are_those_of_what_the_products_read(bench):
     names = ("matmul0", "matmul1")
-    found = input_moments(bench.observer, [bench.layers[n] for n in names], bench.inputs, 0)
-    first, second = (
-        np.concatenate([out[i] for out in bench.observer.stream(bench.inputs)]) for i in (2, 3)
-    )
+    found = input_moments(bench.segments, [bench.layers[n] for n in names], bench.inputs, 0)
+    read = list(bench.segments.inputs_of(names, bench.inputs))
+    first, second = (np.concatenate([batch[name] for batch in read]) for name in names)
     assert first.shape[1:] == (8, 6, 5) and second.shape[1:] == (40, 1, 1)
     flat = first.reshape(60, -1)
     np.testing.assert_allclose(found["matmul0"].mean, flat.mean(0), atol=1e-5)
@@ -120,12 +116,12 @@ def test_moments_are_those_of_what_the_products_read(bench):
 def test_tried_weights_equal_the_rewritten_network(bench):
     taken = candidate(bench.layers["matmul0"], 9)
     bias = taken.bias + np.float32(0.5)
-    found = bench.trial.run(bench.inputs[:2], {"matmul0": (taken.weight, bias)})
+    found = bench.segments.run(bench.inputs[:2], {"matmul0": (taken.weight, bias)})
     mod = FactorMatmuls({"matmul0": Factors.of_stages(taken.factors, bias)})(bench.mod)
     assert operators(mod)["matmul"] == 3
     expected = np.concatenate([run(mod, x[None]) for x in bench.inputs[:2]])
     assert relative(found, expected) < 1e-5
-    assert relative(expected, bench.trial.run(bench.inputs[:2])) > 1e-2
+    assert relative(expected, bench.segments.run(bench.inputs[:2])) > 1e-2
 
 
 def refit(bench, choice):
@@ -135,14 +131,14 @@ def refit(bench, choice):
 
 def test_refitting_brings_the_output_nearer_and_leaves_blind_fits_alone(bench):
     layers = [bench.layers[name] for name in ("matmul0", "matmul1")]
-    moments = input_moments(bench.observer, layers, bench.inputs[:40], 0)
+    moments = input_moments(bench.segments, layers, bench.inputs[:40], 0)
     choice = {x.name: candidate(x, 6, moments[x.name]) for x in layers}
     held = bench.inputs[40:]
-    original = bench.trial.run(held)
+    original = bench.segments.run(held)
 
     def error(chosen):
         weights = {name: (c.weight, c.bias) for name, c in chosen.items()}
-        return np.linalg.norm(bench.trial.run(held, weights) - original)
+        return np.linalg.norm(bench.segments.run(held, weights) - original)
 
     assert error(refit(bench, choice)) < error(choice)
     blind = {name: replace(c, fitted="weights") for name, c in choice.items()}
@@ -170,7 +166,7 @@ def test_without_data_candidates_are_fitted_to_weights_and_say_so(bench):
     assert {c.form for c in found} == {"svd"} and {c.fitted for c in found} == {"weights"}
     slow = Roofline(1e9, 1e9)  # nothing but starting kernels takes time
     assert "no form is predicted faster" in propose(layer, identity(layer), ["svd"], slow, timer)[1]
-    known = input_moments(bench.observer, [layer], bench.inputs, 0)["matmul0"]
+    known = input_moments(bench.segments, [layer], bench.inputs, 0)["matmul0"]
     found, _ = propose(layer, known, ["svd"], roofline, timer)
     assert {c.fitted for c in found} == {"data"}
 
@@ -199,7 +195,7 @@ def test_plans_bring_the_factors_back_and_compute_the_same_in_our_kernels(bench,
     assert operators(factored)["matmul"] == 4
     expected = run(factored, x)
     weights = {name: (loaded_weight(plan, name), plan.factors[name][1]) for name in plan.factors}
-    assert relative(expected, bench.trial.run(x, weights)) < 1e-4
+    assert relative(expected, bench.segments.run(x, weights)) < 1e-4
     applied = loaded.apply(bench.mod)
     assert operators(applied)["lowrank_conv2d"] == 5
     assert relative(run(applied, x, target=host_target()), expected) < 1e-5

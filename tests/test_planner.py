@@ -1,4 +1,4 @@
-"""Calibration, trial runs and refitting on a small network."""
+"""Calibration, runs with other weights and refitting on a small network."""
 
 from __future__ import annotations
 
@@ -28,21 +28,19 @@ from tvm_lowrank.planner.candidates import Candidate, propose
 from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.sensitivity import remembered, sensitivities
-from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import host_target
 
 
 class Bench:
-    """The small network, its layers and trial networks, and correlated inputs."""
+    """The small network, its layers and pieces, and correlated inputs."""
 
     def __init__(self, model):
         self.model = model
         self.mod = normalise(load_model(model))
         self.layers = collect_layers(self.mod)
         timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
-        self.trial = TrialNetwork(self.mod, self.layers, timer)
-        self.observer = TrialNetwork(self.mod, self.layers, timer, expose=True)
+        self.segments = Segments(self.mod, self.layers, timer)
         rng = np.random.default_rng(0)
         noise = rng.standard_normal((40, 3, 20, 20)).astype(np.float32)
         smooth = (noise + np.roll(noise, 1, 2) + np.roll(noise, 1, 3)) / 2
@@ -54,6 +52,14 @@ def bench(small):
     return Bench(small)
 
 
+def plain(found, channels):
+    """A map (n, C, H, W) of what may be in blocks of channels."""
+    if found.ndim == 4:
+        return found
+    n, blocks, h, w, lanes = found.shape
+    return np.moveaxis(found, 4, 2).reshape(n, blocks * lanes, h, w)[:, :channels]
+
+
 def made(layer, form_name, rank, moments):
     form, weight = FORMS[form_name], layer.weight.astype(np.float64)
     factors = form.fitter(weight, layer.geometry, moments).fit(rank)
@@ -62,10 +68,10 @@ def made(layer, form_name, rank, moments):
     return Candidate(form_name, rank, stages, factors, layer.bias, 0.1, 1.0, 1.0)
 
 
-def test_trial_runs_equal_onnx_runtime_with_any_number_of_samples(bench):
+def test_runs_equal_onnx_runtime_with_any_number_of_samples(bench):
     for count in (1, 5):
         x = bench.inputs[:count]
-        assert relative(bench.trial.run(x), reference(bench.model, x)) < 1e-5
+        assert relative(bench.segments.run(x), reference(bench.model, x)) < 1e-5
 
 
 def test_replaced_weights_equal_a_network_rewritten_with_them(bench):
@@ -74,18 +80,18 @@ def test_replaced_weights_equal_a_network_rewritten_with_them(bench):
     bias = np.arange(24, dtype=np.float32)
     chain = Chain((layer.geometry,), (weight,), bias)
     expected = run(FactorConvolutions({"conv2": chain})(bench.mod), bench.inputs[:1])
-    before = bench.trial.run(bench.inputs[:1])
-    found = bench.trial.run(bench.inputs[:1], {"conv2": (weight, bias)})
+    before = bench.segments.run(bench.inputs[:1])
+    found = bench.segments.run(bench.inputs[:1], {"conv2": (weight, bias)})
     assert relative(found, expected) < 1e-5
-    assert np.array_equal(bench.trial.run(bench.inputs[:1]), before)
+    assert np.array_equal(bench.segments.run(bench.inputs[:1]), before)
 
 
-def test_moments_are_those_of_the_exposed_inputs(bench):
+def test_moments_are_those_of_what_layers_read(bench):
     layers = [bench.layers[5], bench.layers[0]]
-    found = input_moments(bench.observer, layers, bench.inputs[:6], seed=0)
+    found = input_moments(bench.segments, layers, bench.inputs[:6], seed=0)
     assert set(found) == {"conv0", "conv5"}
-    read = [out[1 + 5] for out in bench.observer.stream(bench.inputs[:6])]
-    pixels = np.concatenate(read).transpose(0, 2, 3, 1).reshape(-1, 32)
+    read = [batch["conv5"] for batch in bench.segments.inputs_of(["conv5"], bench.inputs[:6])]
+    pixels = plain(np.concatenate(read), 32).transpose(0, 2, 3, 1).reshape(-1, 32)
     assert np.allclose(found["conv5"].mean, pixels.mean(0), atol=1e-5)
     assert np.allclose(found["conv5"].covariance, np.cov(pixels.T, bias=True), atol=1e-4)
 
@@ -98,30 +104,29 @@ def test_wide_patches_are_drawn_at_more_positions(bench):
     assert positions(ConvGeometry(256, 256, 14, 14, (3, 3), groups=4), 96) == POSITIONS
     layer = next(layer for layer in bench.layers if layer.weight[0].size * PLENTY > 2 * POSITIONS)
     area = layer.geometry.out_height * layer.geometry.out_width
-    found = input_moments(bench.observer, [layer], bench.inputs[:2], seed=0)[layer.name]
+    found = input_moments(bench.segments, [layer], bench.inputs[:2], seed=0)[layer.name]
     assert found.samples == 2 * min(area, positions(layer.geometry, 2)) > 2 * POSITIONS
 
 
 def test_what_judges_is_not_shrunk(bench):
     layers = [layer for layer in bench.layers if layer.geometry is not None]
     layer = max(layers, key=lambda layer: layer.weight[0].size)
-    raw = input_moments(bench.observer, [layer], bench.inputs[:1], 0, shrink=False)[layer.name]
-    read = next(iter(bench.observer.stream(bench.inputs[:1], None, [layer.name])))[1]
+    raw = input_moments(bench.segments, [layer], bench.inputs[:1], 0, shrink=False)[layer.name]
+    read = next(bench.segments.inputs_of([layer.name], bench.inputs[:1]))[layer.name]
     patches = PatchSampler(layer.geometry, raw.samples).sample(read)
     np.testing.assert_allclose(raw.covariance, np.cov(patches.T, bias=True), atol=1e-5)
-    drawn = input_moments(bench.observer, [layer], bench.inputs[:1], 0)[layer.name]
+    drawn = input_moments(bench.segments, [layer], bench.inputs[:1], 0)[layer.name]
     np.testing.assert_array_equal(drawn.covariance, raw.shrunk().covariance)
     assert relative(drawn.covariance, raw.covariance) > 0.01
 
 
 @pytest.fixture(scope="module")
 def segments(bench):
-    timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
-    return Segments(bench.mod, bench.layers, timer)
+    return bench.segments
 
 
 def test_pieces_in_a_row_equal_the_network(bench, segments):
-    expected = bench.trial.run(bench.inputs[:4])
+    expected = bench.segments.run(bench.inputs[:4])
     state = segments.start(bench.inputs[:4])
     assert relative(segments.finish(0, state), expected) < 1e-5
     for index in range(3):
@@ -129,7 +134,7 @@ def test_pieces_in_a_row_equal_the_network(bench, segments):
     assert relative(segments.finish(3, state), expected) < 1e-5
     replaced = (np.zeros_like(bench.layers[5].weight), bench.layers[5].bias)
     state = segments.step(4, segments.step(3, state))
-    expected = bench.trial.run(bench.inputs[:4], {"conv5": replaced})
+    expected = bench.segments.run(bench.inputs[:4], {"conv5": replaced})
     assert relative(segments.finish(5, state, replaced), expected) < 1e-5
 
 
@@ -150,10 +155,37 @@ def test_layers_that_differ_in_their_weights_alone_run_in_one_library(monkeypatc
     )
     timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
     pieces = Segments(mod, collect_layers(mod), timer)
-    # The last one alone returns what the network does.
-    assert len(made) == 2
+    # The first takes the input as it is, the last one alone returns what the network does.
+    assert len(made) == 3
     x = np.ones((2, 16, 4, 4), np.float32)
     assert np.array_equal(pieces.finish(0, pieces.start(x)), 210 * x)
+
+
+def test_inputs_of_layers_are_what_they_read(bench):
+    x = bench.inputs[:3]
+    (first,) = {len(batch["conv0"]) for batch in bench.segments.inputs_of(["conv0"], x)}
+    assert first == 1
+    read = [batch["conv0"] for batch in bench.segments.inputs_of(["conv0", "matmul0"], x)]
+    assert np.array_equal(np.concatenate(read), x)
+    last = next(iter(bench.segments.inputs_of(["matmul0"], x[:1])))["matmul0"]
+    layer = bench.layers[-1]
+    assert plain(last, 48).shape == (1, 48, 1, 1)  # of the dense layer, as a map
+    given = (
+        plain(last, 48).reshape(1, -1) @ layer.weight.reshape(len(layer.weight), -1).T + layer.bias
+    )
+    assert relative(given, reference(bench.model, x[:1])) < 1e-5
+    zero = {"conv0": (np.zeros_like(bench.layers[0].weight), np.zeros_like(bench.layers[0].bias))}
+    changed = next(iter(bench.segments.inputs_of(["conv1"], x, zero)))["conv1"]
+    assert not changed.any()
+
+
+def test_rows_that_fill_up_a_batch_are_left_out(bench):
+    timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
+    mod = normalise(load_model(bench.model, 3))
+    threes = Segments(mod, collect_layers(mod), timer)
+    x = bench.inputs[:5]
+    assert relative(threes.run(x), reference(bench.model, x)) < 1e-5
+    assert [len(b["conv1"]) for b in threes.inputs_of(["conv1"], x)] == [3, 2]
 
 
 def test_fewer_samples_than_a_batch_are_repeated(bench):
@@ -161,7 +193,7 @@ def test_fewer_samples_than_a_batch_are_repeated(bench):
     mod = normalise(load_model(bench.model, 3))
     pairs = Segments(mod, collect_layers(mod), timer)
     outputs = pairs.finish(0, pairs.start(bench.inputs[:2]))
-    expected = bench.trial.run(bench.inputs[:2])
+    expected = bench.segments.run(bench.inputs[:2])
     assert relative(outputs, expected[[0, 1, 0]]) < 1e-5
 
 
@@ -175,9 +207,9 @@ def test_the_addition_behind_a_convolution_is_found(bench, segments):
 def test_sensitivity_of_a_layer_is_the_outputs_move_over_its_error(bench, segments):
     layer = bench.layers[1]
     lossy = made(layer, "separable", 16, InputMoments.identity(layer.geometry))
-    original = bench.trial.run(bench.inputs)
+    original = bench.segments.run(bench.inputs)
     found = sensitivities(segments, {"conv1": [lossy]}, bench.inputs, False)
-    moved = bench.trial.run(bench.inputs, {"conv1": (lossy.weight, lossy.bias)})
+    moved = bench.segments.run(bench.inputs, {"conv1": (lossy.weight, lossy.bias)})
     expected = ((moved - original) ** 2).sum() / (original**2).sum() / 0.1
     assert found["conv1"] == pytest.approx(expected, rel=1e-4)
 
@@ -224,7 +256,7 @@ NAMES = {"conv1": ("separable", 16), "conv2": ("tucker2", (16, 24)), "conv5": (
 
 def chosen(bench, names=NAMES):
     by_name = {layer.name: layer for layer in bench.layers}
-    moments = input_moments(bench.observer, [by_name[n] for n in names], bench.inputs[:30], seed=0)
+    moments = input_moments(bench.segments, [by_name[n] for n in names], bench.inputs[:30], seed=0)
     return {n: made(by_name[n], *names[n], moments[n]) for n in names}
 
 
@@ -235,8 +267,8 @@ def refit(segments, choice, inputs):
 
 def error(bench, choice, seen=slice(30, None)):
     held = bench.inputs[seen]
-    original = bench.trial.run(held)
-    outputs = bench.trial.run(held, {n: (c.weight, c.bias) for n, c in choice.items()})
+    original = bench.segments.run(held)
+    outputs = bench.segments.run(held, {n: (c.weight, c.bias) for n, c in choice.items()})
     return np.linalg.norm(outputs - original)
 
 
@@ -304,7 +336,8 @@ def test_a_layer_makes_up_for_the_error_of_what_is_added_to_its_output(bench, se
             exact = segments.step(index, exact)
             rough = segments.step(index, rough, weights.get(f"conv{index}"))
         name = segments.piece(3).source
-        return np.linalg.norm(segments.values(exact, name) - segments.values(rough, name))
+        both = zip(exact, rough, strict=True)
+        return np.linalg.norm([e[name].numpy() - r[name].numpy() for e, r in both])
 
     found = refit(segments, {**spare, **choice}, fit)
     weights = {name: (c.weight, c.bias) for name, c in found.items()}

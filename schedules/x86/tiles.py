@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from tvm_lowrank.geometry import ConvGeometry
@@ -51,7 +52,7 @@ def tiling(geometry: ConvGeometry, tile: int, rows: int = 1) -> Tiling:
     """
     if rows == 1:
         per_line = -(-geometry.out_width // tile)
-        return Tiling(geometry.out_height, per_line, tuple(_groups_of_row(geometry, tile)))
+        return Tiling(geometry.out_height, per_line, _groups_of_row(_row(geometry), tile))
     if tile != geometry.out_width:
         raise ValueError(f"tiles of {rows} rows must be {geometry.out_width} wide, not {tile}")
     if any(geometry.padding):
@@ -64,33 +65,53 @@ def tiling(geometry: ConvGeometry, tile: int, rows: int = 1) -> Tiling:
     return Tiling(1, whole + bool(rest), tuple(groups))
 
 
-def _groups_of_row(geometry: ConvGeometry, tile: int) -> list[TileGroup]:
-    """The groups of one row from left to right."""
+@dataclass(frozen=True)
+class _Row:
+    """What of a convolution matters to the tiles of a row: its extents across."""
+
+    outputs: int
+    inputs: int
+    kernel: int
+    stride: int
+    dilation: int
+    padding: int
+
+
+def _row(g: ConvGeometry) -> _Row:
+    return _Row(g.out_width, g.width, g.kernel[1], g.stride[1], g.dilation[1], g.padding[1])
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _groups_of_row(row: _Row, tile: int) -> tuple[TileGroup, ...]:
+    """The groups of one row from left to right.
+
+    Kept: rows of few kinds are cut for every number of channels.
+    """
     groups: list[TileGroup] = []
-    for index in range(-(-geometry.out_width // tile)):
+    for index in range(-(-row.outputs // tile)):
         start = index * tile
-        width = min(tile, geometry.out_width - start)
-        full, partial = _columns(geometry, start, width)
+        width = min(tile, row.outputs - start)
+        full, partial = _columns(row, start, width)
         last = groups[-1] if groups else None
         if last and (last.width, last.full, last.partial) == (width, full, partial):
             groups[-1] = TileGroup(last.first, last.count + 1, width, full, partial)
         else:
             groups.append(TileGroup(index, 1, width, full, partial))
-    return groups
+    return tuple(groups)
 
 
 def _columns(
-    geometry: ConvGeometry, start: int, width: int
+    row: _Row, start: int, width: int
 ) -> tuple[tuple[int, int], tuple[tuple[int, tuple[int, ...]], ...]]:
     """The kernel columns of the tile of ``width`` pixels at ``start``, as in `TileGroup`."""
     users = []
-    for kw in range(geometry.kernel[1]):
-        shift = kw * geometry.dilation[1] - geometry.padding[1]
+    for kw in range(row.kernel):
+        shift = kw * row.dilation - row.padding
         users.append(
             tuple(
                 pixel
                 for pixel in range(width)
-                if 0 <= (start + pixel) * geometry.stride[1] + shift < geometry.width
+                if 0 <= (start + pixel) * row.stride + shift < row.inputs
             )
         )
     # Each pixel uses a range of columns, so those that all use are a range too.

@@ -194,24 +194,44 @@ class PatchSampler:
         self._random = np.random.default_rng(seed)
 
     def sample(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Patches ``(N * positions, C X Y)`` of images ``(N, C, height, width)``, in order.
+        """Patches ``(N * positions, C X Y)`` of images, in order; C is that of all groups.
 
-        C is that of all groups.
+        Images are ``(N, C, height, width)``, or in blocks of channels ``(N, ceil(C / lanes),
+        height, width, lanes)``; ValueError where the shape is another.
         """
-        g = self.geometry
-        top, left, bottom, right = g.padding
-        padded = np.asarray(inputs, np.float32)
-        if any(g.padding):
-            padded = np.pad(padded, ((0, 0), (0, 0), (top, bottom), (left, right)))
-        reach = [d * (k - 1) + 1 for d, k in zip(g.dilation, g.kernel, strict=True)]
-        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
-        windows = windows[:, :, :: g.stride[0], :: g.stride[1], :: g.dilation[0], :: g.dilation[1]]
-        positions = g.out_height * g.out_width
-        keys = self._random.random((len(inputs), positions))
+        g, blocks = self.geometry, np.asarray(inputs, np.float32)
+        if blocks.ndim == 4:
+            blocks = blocks[..., None]
+        lanes = blocks.shape[-1]
+        expected = (-(-g.in_channels // lanes), g.height, g.width, lanes)
+        if blocks.ndim != 5 or blocks.shape[1:] != expected:
+            raise ValueError(
+                f"inputs {inputs.shape}: (N, {g.in_channels}, {g.height}, {g.width}) expected"
+            )
+        keys = self._random.random((len(blocks), g.out_height * g.out_width))
         chosen = np.sort(np.argsort(keys, axis=1, kind="stable")[:, : self.per_image], axis=1)
-        rows, columns = np.divmod(chosen, g.out_width)
-        picked = windows[np.arange(len(inputs))[:, None], :, rows, columns]
-        return np.ascontiguousarray(picked).reshape(len(inputs) * self.per_image, -1)
+        places = np.divmod(chosen, g.out_width)
+        rows, columns = (self._reads(axis, place) for axis, place in enumerate(places))
+        image = np.arange(len(blocks))[:, None, None, None]
+        # Only what is drawn is read: (N, positions, X, Y, blocks, lanes).
+        picked = blocks[
+            image,
+            :,
+            rows.clip(0, g.height - 1)[:, :, :, None],
+            columns.clip(0, g.width - 1)[:, :, None, :],
+        ]
+        inside = (rows >= 0) & (rows < g.height)
+        across = (columns >= 0) & (columns < g.width)
+        picked[~(inside[:, :, :, None] & across[:, :, None, :])] = 0.0
+        count = len(blocks) * self.per_image
+        picked = picked.reshape(count, *g.kernel, -1)[..., : g.in_channels]
+        return np.ascontiguousarray(np.moveaxis(picked, 3, 1)).reshape(count, -1)
+
+    def _reads(self, axis: int, places: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Rows (axis 0) or columns that outputs at ``places`` (N, P) read: (N, P, kernel)."""
+        g = self.geometry
+        taps = np.arange(g.kernel[axis]) * g.dilation[axis]
+        return np.asarray(places[:, :, None] * g.stride[axis] - g.padding[axis] + taps)
 
 
 class MomentAccumulator:
@@ -231,13 +251,7 @@ class MomentAccumulator:
         self._sums = np.zeros((groups, size))
 
     def update(self, inputs: NDArray[np.float32]) -> None:
-        """Add images ``(N, C, height, width)``; ValueError where the shape is another."""
-        g = self.geometry
-        expected = (g.in_channels, g.height, g.width)
-        if inputs.ndim != 4 or inputs.shape[1:] != expected:
-            raise ValueError(
-                f"inputs {inputs.shape}: (N, {', '.join(map(str, expected))}) expected"
-            )
+        """Add images as `PatchSampler.sample` takes them; it raises what that raises."""
         images = max(1, CHUNK_BYTES // (4 * self._sums.size * self._sampler.per_image))
         for start in range(0, len(inputs), images):
             self._add(self._sampler.sample(inputs[start : start + images]))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from tvm_lowrank.decompose.moments import InputMoments, MomentAccumulator
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
-from tvm_lowrank.planner.trial import TrialNetwork
+from tvm_lowrank.planner.segments import Segments, Weight
 
 # Output positions sampled of each image at least, and patches for each of their inputs below which
 # more positions are: factors would fit what these images happen to have.
@@ -22,19 +22,19 @@ _HELD_BYTES = 256 << 20
 
 
 def input_moments(
-    observer: TrialNetwork,
+    segments: Segments,
     layers: Sequence[ConvLayer],
     inputs: np.ndarray,
     seed: int,
     report: Callable[[int], None] = lambda done: None,
     shrink: bool = True,
+    weights: Mapping[str, Weight] | None = None,
 ) -> dict[str, InputMoments]:
     """Second moments of the input patches of each given layer, at `positions` of each sample.
 
     Parameters
     ----------
-    observer : TrialNetwork
-        Made with ``expose=True``.
+    segments : Segments
     layers : sequence of ConvLayer
         Layers to gather; the others are skipped.
     inputs : np.ndarray
@@ -46,6 +46,8 @@ def input_moments(
     shrink : bool
         Whether factors are to be fitted to these samples: what other samples will have is then
         wanted (`InputMoments.shrunk`). False where samples that no factor was fitted to judge.
+    weights : mapping, optional
+        Of layers that the network is to run with instead of its own (see `Segments.run`).
     """
     if not layers:
         return {}
@@ -55,7 +57,7 @@ def input_moments(
         for layer in layers
         if layer.geometry is not None
     }
-    for done, activations in gathered(observer, inputs, names):
+    for done, activations in gathered(segments.inputs_of(names, inputs, weights), len(inputs)):
         for name, accumulator in gather.items():
             accumulator.update(activations[name])
         report(done)
@@ -75,19 +77,17 @@ def positions(geometry: ConvGeometry, samples: int) -> int:
 
 
 def gathered(
-    observer: TrialNetwork,
-    inputs: np.ndarray,
-    names: Sequence[str],
+    batches: Iterable[Mapping[str, np.ndarray]], samples: int
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Inputs of the named layers, many samples at a time, with the number of samples so far."""
-    held: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    """Batches of layers' inputs put together, with the number of all samples so far."""
+    held: dict[str, list[np.ndarray]] = {}
     size = done = 0
-    for outputs in observer.stream(inputs, None, names):
-        for name, value in zip(names, outputs[1:], strict=True):
-            held[name].append(value)
+    for batch in batches:
+        for name, value in batch.items():
+            held.setdefault(name, []).append(value)
             size += value.nbytes
-        done += len(outputs[0])
-        if size > _HELD_BYTES or done == len(inputs):
+        done += len(next(iter(batch.values())))
+        if size > _HELD_BYTES or done == samples:
             yield done, {name: np.concatenate(values) for name, values in held.items()}
             for values in held.values():
                 values.clear()

@@ -12,11 +12,15 @@ from tvm_lowrank.metrics import Metric, Quality, judge
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.candidates import Candidate
-from tvm_lowrank.planner.expected import Expected, expected_drop
+from tvm_lowrank.planner.expected import (
+    Expected,
+    counts_classes,
+    drop_of,
+    expected_drop,
+)
 from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Report
-from tvm_lowrank.planner.trial import TrialNetwork
 
 # Makes a choice whose factors are trained for a share of the time allowed.
 Trainer = Callable[[Choice, float], Choice]
@@ -56,10 +60,8 @@ class Curve:
 
     Parameters
     ----------
-    trial : TrialNetwork
-        Judges points.
     segments : Segments
-        Refits them.
+        Runs the network with the weights of choices.
     candidates : mapping
         For each layer what it may become, fastest first, the dense form last.
     dense : mapping
@@ -76,7 +78,6 @@ class Curve:
 
     def __init__(
         self,
-        trial: TrialNetwork,
         segments: Segments,
         candidates: Mapping[str, Sequence[Candidate]],
         dense: Mapping[str, Candidate],
@@ -88,9 +89,10 @@ class Curve:
         report: Report,
         train: Trainer | None = None,
     ) -> None:
-        self.trial = trial
+        self.segments = segments
         self.candidates, self.dense, self.sensitivity = candidates, dense, sensitivity
         self.split, self.metric, self.max_drop = split, metric, max_drop
+        self.seed = seed
         self.report, self.train = report, train
         options = {name: [candidate] for name, candidate in dense.items()}
         for name, found in candidates.items():
@@ -98,7 +100,7 @@ class Curve:
         self.refitter = Refitter(segments, options, split.fit.inputs, seed)
         self.points: list[Point] = []
         self._step = _STEP
-        self.original = trial.run(split.select.inputs)
+        self.original = segments.run(split.select.inputs)
         self.fastest = sum(options[0].cost_us for options in candidates.values())
         self.slowest = sum(options[-1].cost_us for options in candidates.values())
 
@@ -147,24 +149,29 @@ class Curve:
     def _guess(self, low: float, high: float, limit: float) -> float:
         """A time within a bracket at which the limit should be reached.
 
-        The drop is taken to grow with the harm that a choice is expected to do: along a line
-        between the nearest points on either side, from the dense network on.
+        At first where the sensitivities let expect it, if the metric counts classes. Then the drop
+        is taken to grow with the harm that a choice is expected to do: along a line between the
+        nearest points on either side, from the dense network on.
         """
         begin, end = self._bracket(limit)
         drops = {p.microseconds: p.expected.cautious for p in self.points if not p.recovered}
-        if not drops:
-            return math.sqrt(low * high)
-        harmless, kept = self._harm(end), max(drops.get(end, 0.0), 0.0)
-        if begin in drops:
-            share = (limit - kept) / (drops[begin] - kept)
-            wanted = harmless + share * (self._harm(begin) - harmless)
+        foreseen, wanted = self._harm, limit
+        if drops:
+            harmless, kept = self._harm(end), max(drops.get(end, 0.0), 0.0)
+            if begin in drops:
+                share = (limit - kept) / (drops[begin] - kept)
+                wanted = harmless + share * (self._harm(begin) - harmless)
+            else:
+                wanted = harmless * min(limit / max(kept, 1e-9), _EXTRAPOLATED)
+        elif counts_classes(self.metric, self.split.select.labels):
+            foreseen = self._drop
         else:
-            wanted = harmless * min(limit / max(kept, 1e-9), _EXTRAPOLATED)
+            return math.sqrt(low * high)
         inner = (high / low) ** _MARGIN
         fast, slow = low * inner, high / inner
         for _ in range(_HALVINGS):
             middle = math.sqrt(fast * slow)
-            fast, slow = (middle, slow) if self._harm(middle) > wanted else (fast, middle)
+            fast, slow = (middle, slow) if foreseen(middle) > wanted else (fast, middle)
         return slow
 
     def _harm(self, microseconds: float) -> float:
@@ -173,6 +180,12 @@ class Curve:
             return 0.0
         choice = self._choice(microseconds)
         return sum(allocate.harm(c, self.sensitivity.get(n, 0.0)) for n, c in choice.items())
+
+    def _drop(self, microseconds: float) -> float:
+        """What the choice for a time is expected to lose by the sensitivities; see `drop_of`."""
+        choice = self._choice(microseconds)
+        moved = sum(c.error * self.sensitivity.get(n, 0.0) for n, c in choice.items())
+        return drop_of(moved, self.original, self.split.select.labels, self.metric, self.seed)
 
     def _recover(self, train: Trainer) -> None:
         """Train the fastest choice that is not hopelessly over the budget, then another.
@@ -225,7 +238,7 @@ class Curve:
 
     def judge(self, choice: Choice, microseconds: float, recovered: bool = False) -> Point:
         """A choice with its quality on the selection samples, kept as a point of the curve."""
-        outputs = self.trial.run(self.split.select.inputs, weights_of(choice))
+        outputs = self.segments.run(self.split.select.inputs, weights_of(choice))
         labels = self.split.select.labels
         quality = judge(outputs, self.original, labels, self.metric)
         expected = expected_drop(outputs, self.original, labels, self.metric, quality)
@@ -270,5 +283,5 @@ def _time(point: Point) -> float:
 
 
 def weights_of(choice: Choice) -> dict[str, tuple[Any, Any]]:
-    """What a `TrialNetwork` takes to compute what the choice computes."""
+    """What `Segments.run` takes to compute what the choice computes."""
     return {name: (candidate.weight, candidate.bias) for name, candidate in choice.items()}

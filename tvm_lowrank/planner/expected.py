@@ -13,6 +13,8 @@ from tvm_lowrank.metrics import Metric, Quality, log_probabilities
 # that is enough where there are many.
 _NEIGHBOURS = 32
 _SHARE = 16
+# Samples that are moved at random, however often each.
+_MOVED = 4096
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,11 @@ def expected_drop(
     quality : Quality
         Of the same outputs.
     """
-    if not metric.of_classes or (metric.name == "top1" and labels is None):
+    right = _right(original, labels, metric)
+    if right is None:
         return Expected(quality.drop, quality.standard_error)
-    flat, reference = (np.asarray(y, np.float64).reshape(len(y), -1) for y in (outputs, original))
-    right = reference.argmax(1) if metric.name == "disagreement" else np.asarray(labels)
-    before = _margins(reference, right)
-    change = _margins(flat, right) - before
+    before = _margins(original, right)
+    change = _margins(outputs, right) - before
     # Of equal margins in an order that has nothing to do with how the samples changed.
     shuffled = np.random.default_rng(0).permutation(len(before))
     order = shuffled[np.argsort(before[shuffled], kind="stable")]
@@ -78,9 +79,60 @@ def expected_drop(
     )
 
 
+def drop_of(
+    divergence: float, original: np.ndarray, labels: np.ndarray | None, metric: Metric, seed: int
+) -> float:
+    """The drop that so large a divergence of class probabilities lets expect, before any is seen.
+
+    All scores are taken to move at random, independently and alike, with a variance v of which the
+    divergence is about ``v (1 - sum p^2) / 2`` on average; the drop is that of many such moves.
+
+    Parameters
+    ----------
+    divergence : float
+        See `tvm_lowrank.metrics.divergence`.
+    original : np.ndarray
+        Class scores (samples, ...) of the original network.
+    labels : np.ndarray or None
+        See `expected_drop`.
+    metric : Metric
+        Of classes; ValueError otherwise (see `counts_classes`).
+    seed : int
+        Of the moves; they are the same for every divergence.
+    """
+    right = _right(original, labels, metric)
+    if right is None:
+        raise ValueError(f"metric {metric.name}: one that counts classes was expected")
+    scores = log_probabilities(np.asarray(original, np.float64).reshape(len(original), -1))
+    doubt = float((1.0 - (np.exp(scores) ** 2).sum(1)).mean())
+    deviation = math.sqrt(2.0 * max(divergence, 0.0) / max(doubt, 1e-12))
+    rng, moves = np.random.default_rng(seed), max(1, _MOVED // len(scores))
+    before, kept = (scores.argmax(1) == right).mean(), 0.0
+    for _ in range(moves):
+        moved = scores + deviation * rng.standard_normal(scores.shape)
+        kept += float((moved.argmax(1) == right).mean()) / moves
+    return 100.0 * (float(before) - kept)
+
+
+def counts_classes(metric: Metric, labels: np.ndarray | None) -> bool:
+    """Whether a drop is a share of samples whose class is right."""
+    return metric.of_classes and (metric.name != "top1" or labels is not None)
+
+
+def _right(original: np.ndarray, labels: np.ndarray | None, metric: Metric) -> np.ndarray | None:
+    """The right class of each sample; None where the metric counts no classes."""
+    if not counts_classes(metric, labels):
+        return None
+    if metric.name == "disagreement":
+        found: np.ndarray = original.reshape(len(original), -1).argmax(1)
+        return found
+    return np.asarray(labels)
+
+
 def _margins(outputs: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Of each sample, how far the right class is ahead of the best other, in logarithms."""
-    scores, rows = np.array(log_probabilities(outputs)), np.arange(len(outputs))
+    flat = np.asarray(outputs, np.float64).reshape(len(outputs), -1)
+    scores, rows = np.array(log_probabilities(flat)), np.arange(len(flat))
     own = scores[rows, right].copy()
     scores[rows, right] = -np.inf
     return np.asarray(own - scores.max(1))

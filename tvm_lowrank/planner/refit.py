@@ -137,21 +137,19 @@ class Refitter:
         draw, sums = _Draw(layer, self._positions(layer), self.seed), _Sums(layer)
         done = 0
         for part in self._parts(layer, state):
-            patches, other = draw(*self._read(index, part))
+            patches, other = self._drawn(draw, index, part)
             sums.add(patches, target[done : done + len(patches)] - other)
             done += len(patches)
         return sums.refit(candidate)
 
-    def _read(self, index: int, state: State) -> tuple[np.ndarray, np.ndarray | None]:
-        """A layer's inputs (n, C, H, W), and what is added to its outputs (n, F, OH, OW) if any."""
-        piece, g = self.segments.piece(index), self.segments.layers[index].geometry
-        assert g is not None and piece.source is not None
-        given = self.segments.values(state, piece.source)
-        given = given.reshape(-1, g.in_channels, g.height, g.width)
-        if piece.shortcut is None:
-            return given, None
-        other = self.segments.values(state, piece.shortcut)
-        return given, other.reshape(-1, g.out_channels, g.out_height, g.out_width)
+    def _drawn(self, draw: _Draw, index: int, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """Patches of a layer's inputs and what is added to its outputs, as `_Draw` gives them."""
+        drawn = [
+            draw(self.segments.read(index, values), self.segments.shortcut(index, values))
+            for values in state
+        ]
+        patches, others = ([pair[i] for pair in drawn] for i in (0, 1))
+        return np.concatenate(patches), np.concatenate(others)
 
     def _find_targets(self) -> None:
         """What each layer gives in the original network, with what is added to that if anything."""
@@ -162,7 +160,7 @@ class Refitter:
                 weight = layer.weight.reshape(len(layer.weight), -1)
                 found = []
                 for part in self._parts(layer, state):
-                    patches, other = draw(*self._read(index, part))
+                    patches, other = self._drawn(draw, index, part)
                     found.append(patches @ weight.T + layer.bias.astype(np.float32) + other)
                 self._targets[index] = np.concatenate(found)
             if index + 1 < len(self.segments.layers):
@@ -245,10 +243,10 @@ class _Draw:
     def __call__(
         self, inputs: np.ndarray, other: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Patches (rows, C X Y) of inputs (n, C, H, W), and (rows, F) of ``other``, else 0."""
+        """Patches (rows, C X Y) of inputs, and (rows, F) of ``other``, else (rows, 1) of 0."""
         patches = self._patches.sample(inputs)
         if other is None:
-            return patches, np.zeros((1, 1), np.float32)
+            return patches, np.zeros((len(patches), 1), np.float32)
         return patches, self._outputs.sample(other)
 
 

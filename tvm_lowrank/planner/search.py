@@ -37,7 +37,6 @@ from tvm_lowrank.planner.options import Options
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.sensitivity import remembered, sensitivities
 from tvm_lowrank.planner.survey import Report, Survey
-from tvm_lowrank.planner.trial import TrialNetwork
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.target import (
@@ -140,22 +139,20 @@ def _search(
 
     make_curve = None
     if eligible := survey.eligible():
-        observer = TrialNetwork(normalised, layers, trial_timer, expose=True)
+        segments = Segments(normalised, layers, trial_timer)
         # Noise says nothing of what layers will read, and wide layers read too much to keep.
         known = [x for x in eligible if not parts.synthetic and x.weight[0].size <= WIDEST]
         moments = input_moments(
-            observer,
+            segments,
             known,
             parts.fit.inputs,
             options.seed,
             lambda done: report("calibrating", done, len(parts.fit)),
         )
-        del observer
         if candidates := survey.candidates(eligible, moments):
             sensitivity_path = None if records_path is None else records_path.parent / SENSITIVITY
 
             def make_curve() -> Curve:
-                segments = Segments(normalised, layers, trial_timer)
                 sensitivity = remembered(
                     sensitivity_path,
                     normalised,
@@ -171,7 +168,6 @@ def _search(
                     ),
                 )
                 return Curve(
-                    TrialNetwork(normalised, layers, trial_timer),
                     segments,
                     candidates,
                     {layer.name: survey.dense[layer.name] for layer in eligible},

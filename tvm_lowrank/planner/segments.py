@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.deploy import Network
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.metrics import joined
+from tvm_lowrank.passes.blocked_rewriter import waits_in_blocks
 from tvm_lowrank.passes.cut_at_convolutions import Piece, cut_at_convolutions
+from tvm_lowrank.passes.graph import static_shape
 from tvm_lowrank.passes.kernel_calls import WeightParameter
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions
 
@@ -35,10 +37,12 @@ class _Compiled:
 
 
 class Segments:
-    """The dense network cut before each layer; weights are inputs, as in `TrialNetwork`.
+    """The dense network cut before each layer, its packed weights and biases being inputs.
 
-    To refit layer after layer, or to ask what one layer's error does to the output, only what
-    follows a layer has to run again.
+    A factored layer computes what the dense layer with the reconstructed weight computes (up to
+    rounding), so every plan can be tried without compiling anything. To refit layer after layer, or
+    to ask what one layer's error does to the output, only what follows a layer has to run again.
+    Between pieces, maps wait in the blocks that kernels read.
 
     Parameters
     ----------
@@ -58,9 +62,16 @@ class Segments:
         self._compiled = [self._compile(piece, timer) for piece in cut_at_convolutions(mod)]
 
     def _compile(self, piece: Piece, timer: KernelTimer) -> _Compiled:
-        if piece.source is None and piece.takes == piece.gives:
+        first = piece.source is None
+        if first and piece.takes == piece.gives and not _has_maps(piece):
             return _Compiled(piece, None, [], [])
-        lower = LowerConvolutions(timer.isa, timer.choose, weights_as_parameters=True)
+        lower = LowerConvolutions(
+            timer.isa,
+            timer.choose,
+            weights_as_parameters=True,
+            blocked_inputs=not first,
+            blocked_outputs=bool(piece.gives),
+        )
         lowered = lower(piece.mod)
         alike = self._networks.setdefault(structural_hash(lowered), [])
         network = next((n for mod, n in alike if structural_equal(mod, lowered)), None)
@@ -91,19 +102,7 @@ class Segments:
 
     def step(self, index: int, state: State, weight: Weight | None = None) -> State:
         """Run convolution ``index`` and what follows it up to the next; the old state stays."""
-        compiled, layer = self._compiled[index + 1], self.layers[index]
-        arrays = (layer.weight, layer.bias) if weight is None else weight
-        packed = compiled.original
-        if weight is not None or not packed:
-            packed = [
-                tvm.runtime.tensor(
-                    parameter.pack(np.asarray(arrays[parameter.kind != "weight"], np.float32))
-                )
-                for parameter in compiled.parameters
-            ]
-            if weight is None:
-                compiled.original.extend(packed)
-        return self._advance(compiled, state, packed)
+        return self._advance(self._compiled[index + 1], state, self._pack(index, weight))
 
     def finish(self, index: int, state: State, weight: Weight | None = None) -> np.ndarray:
         """The network's outputs (samples, ...), from the state before convolution ``index`` on."""
@@ -112,9 +111,61 @@ class Segments:
             state = self.step(later, state)
         return np.concatenate([values["output"] for values in state])
 
-    def values(self, state: State, name: str) -> np.ndarray:
-        """One of the values that are alive, of all samples."""
-        return np.concatenate([np.from_dlpack(values[name]) for values in state])
+    def run(self, inputs: np.ndarray, weights: Mapping[str, Weight] | None = None) -> np.ndarray:
+        """Outputs (samples, ...) for inputs (samples, ...), with some layers' weights replaced.
+
+        Several outputs are put in a row (see `tvm_lowrank.metrics.joined`).
+        """
+        given = weights or {}
+        packed = [self._pack(i, given.get(layer.name)) for i, layer in enumerate(self.layers)]
+        found = []
+        for rows, state in self._batches(inputs):
+            for compiled, arrays in zip(self._compiled[1:], packed, strict=True):
+                state = self._advance(compiled, state, arrays)
+            found.append(state[0]["output"][:rows])
+        return np.concatenate(found)
+
+    def inputs_of(
+        self,
+        names: Sequence[str],
+        inputs: np.ndarray,
+        weights: Mapping[str, Weight] | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """What the named layers read, a batch of n samples each, plain or in blocks (see `read`).
+
+        Rows that only fill up the last batch are left out. See `run` for ``weights``.
+        """
+        given = weights or {}
+        last = max(index for index, layer in enumerate(self.layers) if layer.name in names)
+        packed = [self._pack(i, given.get(layer.name)) for i, layer in enumerate(self.layers)]
+        for rows, state in self._batches(inputs):
+            found = {}
+            for index, layer in enumerate(self.layers[: last + 1]):
+                if layer.name in names:
+                    found[layer.name] = self.read(index, state[0])[:rows]
+                if index < last:
+                    state = self._advance(self._compiled[index + 1], state, packed[index])
+            yield found
+
+    def read(self, index: int, values: Mapping[str, Any]) -> np.ndarray:
+        """What convolution ``index`` reads in one call's state.
+
+        A map (n, C, H, W), or its blocks (n, C / lanes, H, W, lanes), as `PatchSampler` takes both.
+        """
+        source, g = self.piece(index).source, self.layers[index].geometry
+        assert source is not None and g is not None
+        found = np.from_dlpack(values[source])
+        return found if found.ndim == 5 else found.reshape(-1, g.in_channels, g.height, g.width)
+
+    def shortcut(self, index: int, values: Mapping[str, Any]) -> np.ndarray | None:
+        """What is added to what convolution ``index`` gives, as `read`; None if nothing is."""
+        shortcut, g = self.piece(index).shortcut, self.layers[index].geometry
+        if shortcut is None or g is None:
+            return None
+        found = np.from_dlpack(values[shortcut])
+        if found.ndim == 5:
+            return found
+        return found.reshape(-1, g.out_channels, g.out_height, g.out_width)
 
     def bytes_alive(self, samples: int) -> int:
         """The most memory that a state of so many samples takes."""
@@ -126,6 +177,28 @@ class Segments:
             ]
             most = max(most, int(sum(sizes)))
         return 4 * most * samples // self.batch
+
+    def _batches(self, inputs: np.ndarray) -> Iterator[tuple[int, State]]:
+        """The state before the first convolution of each batch, and how many samples it holds."""
+        for begin in range(0, len(inputs), self.batch):
+            part = inputs[begin : begin + self.batch]
+            yield len(part), self.start(part)
+
+    def _pack(self, index: int, weight: Weight | None) -> list[Any]:
+        """Packed weight and bias of convolution ``index``; the original ones are kept."""
+        compiled, layer = self._compiled[index + 1], self.layers[index]
+        if weight is None and compiled.original:
+            return compiled.original
+        arrays = (layer.weight, layer.bias) if weight is None else weight
+        packed = [
+            tvm.runtime.tensor(
+                parameter.pack(np.asarray(arrays[parameter.kind != "weight"], np.float32))
+            )
+            for parameter in compiled.parameters
+        ]
+        if weight is None:
+            compiled.original.extend(packed)
+        return packed
 
     def _advance(self, compiled: _Compiled, state: State, packed: Sequence[Any]) -> State:
         piece, network = compiled.piece, compiled.network
@@ -139,3 +212,8 @@ class Segments:
                 several = [outputs] if hasattr(outputs, "numpy") else list(outputs)
                 found.append({"output": joined([y.numpy() for y in several])})
         return found
+
+
+def _has_maps(piece: Piece) -> bool:
+    """Whether any of what a piece takes waits in blocks for the next."""
+    return any(waits_in_blocks(static_shape(var)) for var in piece.mod["main"].params)

@@ -19,7 +19,7 @@ from tvm_lowrank.layer import collect_layers
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner.calibrate import input_moments
-from tvm_lowrank.planner.trial import TrialNetwork
+from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.report import render
 from tvm_lowrank.report.curve import draw_curve
@@ -91,8 +91,8 @@ def _draw(options: argparse.Namespace) -> None:
     if options.data:
         inputs = read_npz(options.data).inputs[: options.samples]
         timer = KernelTimer(host_target(), TuningRecords(None, "report", 1), trials=1)
-        observer = TrialNetwork(mod, layers, timer, expose=True)
-        moments = input_moments(observer, chosen, inputs, 0)
+        segments = Segments(mod, layers, timer)
+        moments = input_moments(segments, chosen, inputs, 0)
     for layer in chosen:
         assert layer.geometry is not None
         weight = layer.weight.astype(np.float64)
