@@ -51,6 +51,14 @@ class Metric:
         """Whether outputs are class scores, so that their divergence is one of probabilities."""
         return self.name in ("top1", "disagreement")
 
+    @property
+    def cancels(self) -> bool:
+        """Whether samples that are won make up for others that are lost.
+
+        So it is for ``pitch`` only with labels; without, every change counts.
+        """
+        return self.name not in ("disagreement", "output_error", "psnr")
+
 
 def metric_of(given: str | Scorer | None, labelled: bool, synthetic: bool) -> Metric:
     """The metric of a search.

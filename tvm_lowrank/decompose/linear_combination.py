@@ -63,10 +63,7 @@ class _Fitter(Fitter):
         flat = self._weight.reshape(len(weight), -1)
         self._limit = min(flat.shape)
         given = usable(moments, flat.shape[1])
-        outputs = flat @ flat.T
-        if given is not None:
-            outputs = flat @ given.covariance @ flat.T + given.damping * outputs
-        self._vectors = np.linalg.eigh(outputs)[1][:, ::-1]
+        self._vectors = _leading(flat, given)
 
     def fit(self, rank: Rank) -> list[Array]:
         kept = self._vectors[:, : single(rank, self._limit, LinearCombination.name)]
@@ -88,6 +85,24 @@ def linear_combination(
     """
     filters, sums = LinearCombination().fitter(weight, geometry_of(weight), moments).fit(rank)
     return filters, sums
+
+
+def _leading(flat: Array, moments: InputMoments | None) -> Array:
+    """Eigenvectors of ``W S W'`` of a weight (F, D) with eigenvalues that may differ from 0.
+
+    Of the larger ones first; where outputs outnumber inputs, from those of a (D, D) matrix.
+    """
+    outputs, inputs = flat.shape
+    if outputs <= inputs:
+        seen = flat @ flat.T
+        if moments is not None:
+            seen = flat @ moments.covariance @ flat.T + moments.damping * seen
+        return np.asarray(np.linalg.eigh(seen)[1][:, ::-1])
+    if moments is not None:
+        flat = flat @ np.linalg.cholesky(moments.covariance + moments.damping * np.eye(inputs))
+    turned = flat @ np.linalg.eigh(flat.T @ flat)[1][:, ::-1]
+    # Orthogonal already, but for rounding where they are short.
+    return np.asarray(np.linalg.qr(turned)[0])
 
 
 def _limit(geometry: ConvGeometry) -> int:

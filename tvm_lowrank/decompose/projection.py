@@ -17,6 +17,7 @@ from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 
 from tvm_lowrank.decompose.descent import minimise
 from tvm_lowrank.decompose.moments import Array, InputMoments
@@ -216,10 +217,19 @@ class SharedBasis:
 def solve_gram(gram: Array, cross: Array) -> Array:
     """``cross @ inv(gram)``; the pseudo-inverse where the Gram matrix is singular."""
     try:
-        solved = np.linalg.solve(gram, cross.T)
+        factor = scipy.linalg.cho_factor(gram, check_finite=False)
+        solved = scipy.linalg.cho_solve(factor, cross.T, check_finite=False)
     except np.linalg.LinAlgError:
-        solved = np.linalg.lstsq(gram, cross.T, rcond=None)[0]
+        solved = _solve_singular(gram, cross.T)
     return np.ascontiguousarray(solved.T)
+
+
+def _solve_singular(gram: Array, cross: Array) -> Array:
+    """``inv(gram) @ cross`` of a matrix that rounding leaves without a Cholesky factor."""
+    try:
+        return np.asarray(np.linalg.solve(gram, cross))
+    except np.linalg.LinAlgError:
+        return np.asarray(np.linalg.lstsq(gram, cross, rcond=None)[0])
 
 
 def seen_through(moments: InputMoments, basis: Array, taps: int) -> InputMoments:

@@ -150,19 +150,19 @@ class Curve:
         """A time within a bracket at which the limit should be reached.
 
         At first where the sensitivities let expect it, if the metric counts classes. Then the drop
-        is taken to grow with the harm that a choice is expected to do: along a line between the
-        nearest points on either side, from the dense network on.
+        is taken to grow with what the choice is expected to change (`_change`): along a line
+        between the nearest points on either side, from the dense network on.
         """
         begin, end = self._bracket(limit)
         drops = {p.microseconds: p.expected.cautious for p in self.points if not p.recovered}
-        foreseen, wanted = self._harm, limit
+        foreseen, wanted = self._change, limit
         if drops:
-            harmless, kept = self._harm(end), max(drops.get(end, 0.0), 0.0)
+            unchanged, kept = self._change(end), max(drops.get(end, 0.0), 0.0)
             if begin in drops:
                 share = (limit - kept) / (drops[begin] - kept)
-                wanted = harmless + share * (self._harm(begin) - harmless)
+                wanted = unchanged + share * (self._change(begin) - unchanged)
             else:
-                wanted = harmless * min(limit / max(kept, 1e-9), _EXTRAPOLATED)
+                wanted = unchanged * min(limit / max(kept, 1e-9), _EXTRAPOLATED)
         elif counts_classes(self.metric, self.split.select.labels):
             foreseen = self._drop
         else:
@@ -174,17 +174,25 @@ class Curve:
             fast, slow = (middle, slow) if foreseen(middle) > wanted else (fast, middle)
         return slow
 
-    def _harm(self, microseconds: float) -> float:
-        """What the choice for a time is expected to harm, as `allocate` counts it."""
+    def _divergence(self, microseconds: float) -> float:
+        """How far the choice for a time is expected to move the outputs, by the sensitivities."""
         if microseconds >= self.slowest:
             return 0.0
         choice = self._choice(microseconds)
-        return sum(allocate.harm(c, self.sensitivity.get(n, 0.0)) for n, c in choice.items())
+        return sum(c.error * self.sensitivity.get(n, 0.0) for n, c in choice.items())
+
+    def _change(self, microseconds: float) -> float:
+        """What the drop of the choice for a time should be proportional to.
+
+        Samples that are lost less those that are won grow with the divergence; an error, or the
+        share of samples that change at all, with its root.
+        """
+        moved = self._divergence(microseconds)
+        return moved if self.metric.cancels else math.sqrt(moved)
 
     def _drop(self, microseconds: float) -> float:
         """What the choice for a time is expected to lose by the sensitivities; see `drop_of`."""
-        choice = self._choice(microseconds)
-        moved = sum(c.error * self.sensitivity.get(n, 0.0) for n, c in choice.items())
+        moved = self._divergence(microseconds)
         return drop_of(moved, self.original, self.split.select.labels, self.metric, self.seed)
 
     def _recover(self, train: Trainer) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tvm_lowrank.decompose import FORMS, InputMoments, PatchSampler
 from tvm_lowrank.decompose.moments import SCARCE
+from tvm_lowrank.decompose.projection import solve_gram
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer
 from tvm_lowrank.planner.allocate import Choice
@@ -311,5 +312,4 @@ class _Sums:
         variance = max(float(covariance.diagonal().mean()), 1e-12)
         pull = float(np.clip(size / self._rows, *_PULL)) * variance
         damped = covariance + pull * np.eye(size)
-        best = np.linalg.solve(damped, cross + pull * self.weight.T)
-        return np.ascontiguousarray(best.T)
+        return solve_gram(damped, cross.T + pull * self.weight)
