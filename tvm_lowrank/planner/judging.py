@@ -96,9 +96,10 @@ class Judge:
                     )
                     point = curve.step_back(point)
                     continue
-                slow, dense, fast = self._race(original_path, dense_path, built)
                 smaller = any(FORMS[layer.form].keeps_memory for layer in plan.rewritten)
-                if fast.median_ms > (1.0 if smaller else _WORTHWHILE) * dense.median_ms:
+                most = 1.0 if smaller else _WORTHWHILE
+                slow, dense, fast = self._contest(original_path, dense_path, built, most)
+                if fast.median_ms > most * dense.median_ms:
                     reason = (
                         f"the transformed network takes {fast.median_ms:.3f} ms, with no form "
                         f"changed it takes {dense.median_ms:.3f} ms"
@@ -135,6 +136,22 @@ class Judge:
 
     def _race(self, *paths: Path) -> list[verify.Latency]:
         return self.bench.race([(self.plans[path], path) for path in paths])
+
+    def _contest(
+        self, original: Path, dense: Path, built: Path, most: float
+    ) -> list[verify.Latency]:
+        """A race, and another one if the last takes over ``most`` of the time of the one before it.
+
+        Its kernels were measured faster, and what disturbs a race only makes it slower: the lesser
+        median of each counts.
+        """
+        raced = self._race(original, dense, built)
+        if self.bench.predicted or raced[2].median_ms <= most * raced[1].median_ms:
+            return raced
+        again = self._race(original, dense, built)
+        return [
+            min(pair, key=lambda found: found.median_ms) for pair in zip(raced, again, strict=True)
+        ]
 
     def _finish(
         self,
