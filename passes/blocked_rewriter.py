@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import tvm
@@ -43,7 +43,7 @@ from tvm_lowrank.geometry import ConvGeometry
 PLAIN_CHANNELS = 4
 
 
-def waits_in_blocks(shape: Sequence[int] | None) -> bool:
+def waits_in_blocks(shape: tuple[int, ...] | None) -> TypeGuard[tuple[int, ...]]:
     """Whether a tensor of this shape is kept in blocks between two parts of a network."""
     return shape is not None and len(shape) == 4 and shape[1] > PLAIN_CHANNELS
 
@@ -86,7 +86,7 @@ class BlockedRewriter(Rewriter):
         """Take the maps among the parameters in blocks."""
         for index, param in enumerate(self.func.params):
             shape = static_shape(param)
-            if shape is not None and waits_in_blocks(shape):
+            if waits_in_blocks(shape):
                 taken = relax.Var(param.name, self.calls.blocked_type(shape))
                 self._params[index] = taken
                 self.values[param] = of_map(shape, blocked=taken)
@@ -98,7 +98,7 @@ class BlockedRewriter(Rewriter):
     def at_border(self, expr: relax.Expr) -> relax.Expr:
         """A value as another part of the network takes it: maps in blocks."""
         shape = static_shape(expr)
-        if shape is None or not waits_in_blocks(shape):
+        if not waits_in_blocks(shape):
             return self.substitute(expr)
         tensor = self.tensor(expr)
         if tensor.view != NCHW:

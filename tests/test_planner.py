@@ -170,9 +170,8 @@ def test_inputs_of_layers_are_what_they_read(bench):
     last = next(iter(bench.segments.inputs_of(["matmul0"], x[:1])))["matmul0"]
     layer = bench.layers[-1]
     assert plain(last, 48).shape == (1, 48, 1, 1)  # of the dense layer, as a map
-    given = (
-        plain(last, 48).reshape(1, -1) @ layer.weight.reshape(len(layer.weight), -1).T + layer.bias
-    )
+    weight = layer.weight.reshape(len(layer.weight), -1)
+    given = plain(last, 48).reshape(1, -1) @ weight.T + layer.bias
     assert relative(given, reference(bench.model, x[:1])) < 1e-5
     zero = {"conv0": (np.zeros_like(bench.layers[0].weight), np.zeros_like(bench.layers[0].bias))}
     changed = next(iter(bench.segments.inputs_of(["conv1"], x, zero)))["conv1"]

@@ -116,9 +116,7 @@ class Segments:
 
         Several outputs are put in a row (see `tvm_lowrank.metrics.joined`).
         """
-        given = weights or {}
-        packed = [self._pack(i, given.get(layer.name)) for i, layer in enumerate(self.layers)]
-        found = []
+        packed, found = self._packed(self.layers, weights), []
         for rows, state in self._batches(inputs):
             for compiled, arrays in zip(self._compiled[1:], packed, strict=True):
                 state = self._advance(compiled, state, arrays)
@@ -135,9 +133,8 @@ class Segments:
 
         Rows that only fill up the last batch are left out. See `run` for ``weights``.
         """
-        given = weights or {}
         last = max(index for index, layer in enumerate(self.layers) if layer.name in names)
-        packed = [self._pack(i, given.get(layer.name)) for i, layer in enumerate(self.layers)]
+        packed = self._packed(self.layers[:last], weights)
         for rows, state in self._batches(inputs):
             found = {}
             for index, layer in enumerate(self.layers[: last + 1]):
@@ -154,18 +151,14 @@ class Segments:
         """
         source, g = self.piece(index).source, self.layers[index].geometry
         assert source is not None and g is not None
-        found = np.from_dlpack(values[source])
-        return found if found.ndim == 5 else found.reshape(-1, g.in_channels, g.height, g.width)
+        return _map(values[source], g.in_channels, g.height, g.width)
 
     def shortcut(self, index: int, values: Mapping[str, Any]) -> np.ndarray | None:
         """What is added to what convolution ``index`` gives, as `read`; None if nothing is."""
         shortcut, g = self.piece(index).shortcut, self.layers[index].geometry
         if shortcut is None or g is None:
             return None
-        found = np.from_dlpack(values[shortcut])
-        if found.ndim == 5:
-            return found
-        return found.reshape(-1, g.out_channels, g.out_height, g.out_width)
+        return _map(values[shortcut], g.out_channels, g.out_height, g.out_width)
 
     def bytes_alive(self, samples: int) -> int:
         """The most memory that a state of so many samples takes."""
@@ -183,6 +176,13 @@ class Segments:
         for begin in range(0, len(inputs), self.batch):
             part = inputs[begin : begin + self.batch]
             yield len(part), self.start(part)
+
+    def _packed(
+        self, layers: Sequence[ConvLayer], weights: Mapping[str, Weight] | None
+    ) -> list[list[Any]]:
+        """`_pack` of the first layers, some with other weights than their own."""
+        given = weights or {}
+        return [self._pack(i, given.get(layer.name)) for i, layer in enumerate(layers)]
 
     def _pack(self, index: int, weight: Weight | None) -> list[Any]:
         """Packed weight and bias of convolution ``index``; the original ones are kept."""
@@ -212,6 +212,12 @@ class Segments:
                 several = [outputs] if hasattr(outputs, "numpy") else list(outputs)
                 found.append({"output": joined([y.numpy() for y in several])})
         return found
+
+
+def _map(value: Any, channels: int, height: int, width: int) -> np.ndarray:
+    """A tensor as blocks, if it is in blocks, else as a map (n, C, H, W)."""
+    found = np.from_dlpack(value)
+    return found if found.ndim == 5 else found.reshape(-1, channels, height, width)
 
 
 def _has_maps(piece: Piece) -> bool:
