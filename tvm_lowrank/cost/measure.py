@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import tvm
 
 from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.alike import other_batches, other_epilogues
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.guide import MARGIN, Guide
@@ -38,9 +38,6 @@ from tvm_lowrank.schedules.kernels import (
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
-
-# Batches whose records serve another that has none.
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class KernelTimer:
@@ -229,7 +226,7 @@ class KernelTimer:
 
     def time_of(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
         """Microseconds of a schedule here if they are on record, whatever the epilogue."""
-        times = [self.records.time(w.key(), schedule.to_json()) for w in _same(workload)]
+        times = [self.records.time(w.key(), schedule.to_json()) for w in other_epilogues(workload)]
         return next((time for time in times if time is not None), None)
 
     def recorded(self, stages: Sequence[ConvGeometry]) -> float | None:
@@ -247,7 +244,7 @@ class KernelTimer:
         What was measured here wins over what is only known from elsewhere, unless the best from
         there is of a family that was never measured here.
         """
-        same = _same(workload)
+        same = other_epilogues(workload)
         elsewhere = next((found for other in same for found in self._elsewhere(other)), None)
         measured = [schedule for _, schedule in self.measured_schedules(workload)]
         if measured and (elsewhere is None or elsewhere.kernel in {s.kernel for s in measured}):
@@ -257,7 +254,7 @@ class KernelTimer:
     def measured_schedules(self, workload: ConvWorkload) -> list[tuple[float, Schedule]]:
         """Microseconds here and schedule of all that ran, whatever the epilogue, fastest first."""
         found: dict[Schedule, float] = {}
-        for other in _same(workload):
+        for other in other_epilogues(workload):
             for data, microseconds in self.records.measured(other.key()):
                 schedule = self._read(other, data)
                 if schedule is not None:
@@ -302,7 +299,7 @@ class KernelTimer:
             if schedule is not None:
                 return [schedule]
         # How a GPU's blocks are best cut depends on how many there are.
-        others = () if isinstance(self.isa, CudaArch) else _other_batches(workload)
+        others = () if isinstance(self.isa, CudaArch) else other_batches(workload)
         for other in others:
             here = [found for found, _ in self.records.measured(other.key())]
             for found in [*here, *self.records.elsewhere(other.key())]:
@@ -382,22 +379,3 @@ class KernelTimer:
             "workload": workload.to_json(),
             "schedule": schedule.to_json(),
         }
-
-
-def _same(workload: ConvWorkload) -> list[ConvWorkload]:
-    """The workload and what differs from it in no more than the epilogue, its own first."""
-    epilogues = dict.fromkeys((workload.epilogue, ("bias", "relu"), ()))
-    return [ConvWorkload(workload.geometry, workload.in_block, epilogue) for epilogue in epilogues]
-
-
-def _other_batches(workload: ConvWorkload) -> list[ConvWorkload]:
-    """The workload at other batches, the nearest first.
-
-    A schedule says how one image is computed, and tasks of several images run in parallel as those
-    of one do: what is best for a batch is good for another.
-    """
-    own = workload.geometry.batch
-    batches = sorted({*_BATCHES} - {own}, key=lambda n: abs(math.log2(n / own)))
-    return [
-        replace(workload, geometry=replace(workload.geometry, batch=batch)) for batch in batches
-    ]
