@@ -12,12 +12,7 @@ from tvm_lowrank.metrics import Metric, Quality, judge
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.candidates import Candidate
-from tvm_lowrank.planner.expected import (
-    Expected,
-    counts_classes,
-    drop_of,
-    expected_drop,
-)
+from tvm_lowrank.planner.expected import Expected, counts_classes, drop_of, expected_drop
 from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Report

@@ -103,7 +103,7 @@ def drop_of(
     right = _right(original, labels, metric)
     if right is None:
         raise ValueError(f"metric {metric.name}: one that counts classes was expected")
-    scores = log_probabilities(np.asarray(original, np.float64).reshape(len(original), -1))
+    scores = _logarithms(original)
     doubt = float((1.0 - (np.exp(scores) ** 2).sum(1)).mean())
     deviation = math.sqrt(2.0 * max(divergence, 0.0) / max(doubt, 1e-12))
     rng, moves = np.random.default_rng(seed), max(1, _MOVED // len(scores))
@@ -131,8 +131,13 @@ def _right(original: np.ndarray, labels: np.ndarray | None, metric: Metric) -> n
 
 def _margins(outputs: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Of each sample, how far the right class is ahead of the best other, in logarithms."""
-    flat = np.asarray(outputs, np.float64).reshape(len(outputs), -1)
-    scores, rows = np.array(log_probabilities(flat)), np.arange(len(flat))
+    scores, rows = _logarithms(outputs), np.arange(len(outputs))
     own = scores[rows, right].copy()
     scores[rows, right] = -np.inf
     return np.asarray(own - scores.max(1))
+
+
+def _logarithms(outputs: np.ndarray) -> np.ndarray:
+    """Of class probabilities (samples, classes), in an array of its own."""
+    flat = np.asarray(outputs, np.float64).reshape(len(outputs), -1)
+    return np.array(log_probabilities(flat))
