@@ -1,0 +1,146 @@
+"""docs/results.md, of the rows in results.json: one for each network, budget and machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gpu_page
+from networks import NETWORKS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+ROWS = Path(__file__).with_name("results.json")
+PEERS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO f32", "torch": "PyTorch f32"}
+# Inputs on which the lossless library is compared with ONNX Runtime.
+CHECKED = 100
+
+Row = dict[str, Any]
+
+
+def keep(row: Row) -> None:
+    """Put a row in the place of the one of its network, training and machine; write the page."""
+    rows: list[Row] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else []
+    places = [index for index, other in enumerate(rows) if _key(other) == _key(row)]
+    if places:
+        rows[places[0]] = row
+    else:
+        rows.append(row)
+    ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    DOCS.write_text(page(rows), encoding="utf-8")
+
+
+def _key(row: Row) -> tuple[str, str, bool]:
+    return row["machine"], row["name"], row["recover"] > 0
+
+
+def page(rows: list[Row]) -> str:
+    lines = [
+        "# Results",
+        "",
+        "Written by `make results` (`benchmarks/results.py`). Latencies are the least of all runs",
+        "(in brackets the better median of two races) in milliseconds, batch 1, float32, each",
+        "runtime in a process of its own, the processes taking turns; ours keeps its caller apart",
+        "from TVM's threads ([deployment](deployment.md)). *Lossless* is the same",
+        "network with no form changed, in the fastest kernels found; speed-ups are over the",
+        "fastest of the other runtimes. Accuracy is of the built",
+        "library on samples that neither fitted factors nor chose among plans (they may reject a",
+        "plan: see [architecture](architecture.md)): top-1, for crepe-tiny raw pitch accuracy",
+        "within 50 cents on synthetic tones. Drops are of that, in points; for resnet50-imagenet",
+        "the share of photos whose class is not the original's. *Trained* rows add label-free",
+        "recovery (`--recover`).",
+        "",
+        "*Choices tried* are microseconds of all convolutions that a form can change, with the",
+        "drop on the selection samples; the first is with no form changed.",
+    ]
+    for machine in dict.fromkeys(row["machine"] for row in rows):
+        lines += ["", f"## {machine}", ""]
+        lines += _machine([row for row in rows if row["machine"] == machine])
+    lines += ["", "## On a GPU", "", *gpu_page.goals(*gpu_page.read(), gpu_page.layers())]
+    lines += ["", "Layers and networks: [on a GPU](gpu.md)."]
+    return "\n".join(lines) + "\n"
+
+
+def _machine(rows: list[Row]) -> list[str]:
+    """The table of one machine, its curves, and what was chosen."""
+    lines = [
+        "| network | transformed | speed-up | lossless | speed-up | "
+        + " | ".join(PEERS.values())
+        + " | accuracy | drop (95 % interval) | agreement | samples |",
+        "|" + "---|" * (10 + len(PEERS) - 1),
+        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
+    ]
+    measured = {row["name"] for row in rows}
+    absent = [network.name for network in NETWORKS if network.name not in measured]
+    if absent:
+        lines += ["", f"Not measured: {', '.join(absent)}."]
+    lines += ["", "Choices tried:", ""]
+    lines += [f"- {_name(row)}: {_curve(row['curve'])}" for row in rows]
+    return [*lines, "", "What was chosen:", "", *map(_chosen, rows)]
+
+
+def _chosen(row: Row) -> str:
+    forms, algorithms = (
+        ", ".join(f"{count} {name}" for name, count in row[key].items())
+        for key in ("forms", "algorithms")
+    )
+    reason = "" if row["transformed"] else f" ({row['reason']})"
+    before, after = (row["result"][f"weight_bytes_{when}"] / 1e6 for when in ("before", "after"))
+    return (
+        f"- {_name(row)}: {forms}{reason}; stages by {algorithms}; weights "
+        f"{before:.2f} -> {after:.2f} MB; budget {row['max_drop']:.3g}; "
+        f"{row['trials']} schedules tried a kernel; planning after calibration "
+        f"{row['planning_seconds']:.0f} s{_stages(row)}; lossless differs from ONNX Runtime by "
+        f"{row['error']:.0e} of the largest output at most, over {CHECKED} inputs"
+    )
+
+
+def _stages(row: Row) -> str:
+    """Where the time of planning went, in brackets."""
+    parts = [f"{stage} {seconds:.0f}" for stage, seconds in row.get("stages", {}).items()]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _name(row: Row) -> str:
+    if not row["recover"]:
+        return str(row["name"])
+    more = f" on {row['unlabelled']} more inputs" if row.get("unlabelled") else ""
+    return f"{row['name']}, trained {row['recover']:g} min{more}"
+
+
+def _cells(row: Row) -> list[str]:
+    result, latency = row["result"], row["latency"]
+    peers = [latency[peer] for peer in PEERS if isinstance(latency[peer], float)]
+    gains = [
+        f"{min(peers) / latency[name]:.2f}x" if peers else ""
+        for name in ("transformed", "lossless")
+    ]
+    before, after = result["accuracy_before"], result["accuracy_after"]
+    low, high = result["drop_interval"] or (float("nan"),) * 2
+    return [
+        _name(row),
+        _both(row, "transformed"),
+        f"**{gains[0]}**" if row["transformed"] else "original kept",
+        _both(row, "lossless"),
+        gains[1],
+        *(_both(row, peer) for peer in PEERS),
+        f"{before:.2f} -> {after:.2f} %",
+        f"{result['drop']:.2f} ({low:.2f} to {high:.2f})",
+        f"{result['agreement']:.1f} %",
+        str(result["samples"]),
+    ]
+
+
+def _curve(points: list[Row]) -> str:
+    if not points:
+        return "none"
+    found = [f"{points[0]['dense_us']:.0f}"]
+    for point in points:
+        word = " trained" if point["recovered"] else ""
+        found.append(f"{point['microseconds']:.0f} ({point['drop']:+.2f}{word})")
+    return ", ".join(found)
+
+
+def _both(row: Row, name: str) -> str:
+    least, median = row["latency"][name], row["median"][name]
+    return f"{least:.3f} ({median:.3f})" if isinstance(least, float) else str(least)
