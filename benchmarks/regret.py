@@ -2,8 +2,9 @@
 
 Networks are those of the shipped records at batch 1. A layer counts where records of one place
 (processor and threads) hold every algorithm, and every size of tile, that its kernels can compute
-it by. The model is trained without every layer of the network it is judged on. `tune --survey`
-makes such records.
+it by. The model is trained without every layer of the network it is judged on, on the records of
+all machines, and, if there are several, also without those of the machine it is judged on.
+`tune --survey` makes such records.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ _READ_GPU = """
 Networks at batch 1, kernels in float32. The best time is the best on record.
 
 """
+# The model of all records, and that of records of other machines.
+LEARNED = "learned"
+ELSEWHERE = "learned elsewhere"
 # Kernels of a layer that a search measures at most.
 TRIALS = 4
 ISAS = {isa.name: isa for isa in MACHINES}
@@ -99,6 +103,9 @@ def main() -> int:
     )
     parser.add_argument("records", nargs="*", type=Path, help="default: the shipped surveys")
     parser.add_argument("--isa", choices=sorted(ISAS), default="avx512")
+    parser.add_argument(
+        "--machine", default="", metavar="TEXT", help="in its name; default: of most records"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--svg", type=Path, metavar="FILE", help="predicted against measured")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table, also printed")
@@ -106,9 +113,13 @@ def main() -> int:
     isa, shipped = ISAS[args.isa], shipped_records(args.isa)
     surveys = args.records or survey_records(args.isa)
     records = TuningRecords(None, isa.name, 1, shipped=[*shipped, *surveys])
-    place = _place(TuningRecords(None, isa.name, 1, shipped=surveys))
+    place = _place(TuningRecords(None, isa.name, 1, shipped=surveys), args.machine)
     if place is None:
-        print("error: no records; run python -m tvm_lowrank.tune --survey first", file=sys.stderr)
+        print(
+            f"error: no records of a machine named {args.machine!r} for {isa.name}; "
+            "run python -m tvm_lowrank.tune --survey first",
+            file=sys.stderr,
+        )
         return 2
     networks: dict[str, set[ConvGeometry]] = {}
     for geometry, names in recorded_layers(shipped).items():
@@ -119,6 +130,7 @@ def main() -> int:
     print(text)
     if args.markdown:
         command = f"python benchmarks/regret.py --isa {isa.name} --markdown {args.markdown}"
+        command += f" --machine '{args.machine}'" if args.machine else ""
         command += f" --svg {args.svg}" if args.svg else ""
         read = _READ_GPU if isinstance(isa, CudaArch) else _READ
         title = f"# Regret of the cost model, {isa.name}\n\nWritten by `{command}`.\n{read}"
@@ -129,11 +141,12 @@ def main() -> int:
     return 0
 
 
-def _place(records: TuningRecords) -> Place | None:
-    """The place with most records."""
+def _place(records: TuningRecords, name: str) -> Place | None:
+    """The place with most records, among those whose machine has this in its name."""
     counts: dict[Place, int] = {}
     for _, place, *_ in records.rows():
-        counts[place] = counts.get(place, 0) + 1
+        if name in place[0]:
+            counts[place] = counts.get(place, 0) + 1
     return max(counts, key=lambda place: counts[place], default=None)
 
 
@@ -163,8 +176,8 @@ class Judged:
     """A network: its layers, and for each model the scores of each layer's schedules.
 
     ``choices`` are the layers with a choice of algorithm, ``candidates`` all schedules of all
-    layers, ``guided`` what a search that the model guides measures: how many kernels, and the time
-    of the best of them over the best of all, less one.
+    layers, ``guided`` what a search that a trained model guides measures: how many kernels, and the
+    time of the best of them over the best of all, less one.
     """
 
     name: str
@@ -172,7 +185,7 @@ class Judged:
     scores: dict[str, list[np.ndarray]]
     choices: list[int]
     candidates: int = 0
-    guided: tuple[int, float] = (0, 0.0)
+    guided: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def network_error(self, model: str) -> float:
         """Predicted over measured time of the network in the kernels that the model picks, less 1.
@@ -203,15 +216,22 @@ def _judge(
             continue
         held = {layer.workload.geometry for layer in layers} | geometries
 
-        def keep(key: str, held: set[ConvGeometry] = held) -> bool:
+        def keep(key: str, _place: Place, held: set[ConvGeometry] = held) -> bool:
             if not key.startswith('{"epilogue"'):
                 return False
             return ConvGeometry.from_json(json.loads(key)["geometry"]) not in held
 
-        trees = train(records, isa, seed, keep=keep)
-        models: dict[str, Score] = {"analytic": analytic.predict}
-        if trees is not None:
-            models = {"learned": LearnedModel(trees, analytic, place).predict, **models}
+        def keep_others(key: str, other: Place, keep: Callable[[str, Place], bool] = keep) -> bool:
+            return other[0] != place[0] and keep(key, other)
+
+        trained = {LEARNED: train(records, isa, seed, keep=keep)}
+        if len({other[0] for other in records.places()}) > 1:
+            trained[ELSEWHERE] = train(records, isa, seed, keep=keep_others)
+        trees = {model: found for model, found in trained.items() if found is not None}
+        models: dict[str, Score] = {
+            model: LearnedModel(found, analytic, place).predict for model, found in trees.items()
+        }
+        models["analytic"] = analytic.predict
         models["fewest operations"] = _operations(isa)
         models["the paper's formula"] = _paper
         models["always direct"] = _direct
@@ -219,7 +239,9 @@ def _judge(
             model: [score(layer.workload, layer.schedules) for layer in layers]
             for model, score in models.items()
         }
-        guided = _guided(layers, trees, records, isa, place) if trees else (0, 0.0)
+        guided = {
+            model: _guided(layers, found, records, isa, place) for model, found in trees.items()
+        }
         candidates = sum(layer.candidates(isa) for layer in layers)
         judged.append(Judged(name, layers, scores, choices, candidates, guided))
     return judged
@@ -326,13 +348,15 @@ def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
     lines += ["", *_budgets(judged)]
     lines += [
         "",
-        "| network | layers | with a choice | learned: time predicted over measured | analytic |",
-        "|---|---|---|---|---|",
+        "Time predicted over measured, of each network in the kernels that the model picks:",
+        "",
+        f"| network | layers | with a choice | learned | {ELSEWHERE} | analytic |",
+        "|---|---|---|---|---|---|",
     ]
     for network in judged:
         errors = [
             f"{network.network_error(model):+.1%}" if model in network.scores else "-"
-            for model in ("learned", "analytic")
+            for model in (LEARNED, ELSEWHERE, "analytic")
         ]
         choice = len(network.choices)
         lines.append(
@@ -350,11 +374,11 @@ def _budgets(judged: Sequence[Judged]) -> list[str]:
         "",
         "| network | candidates | on record | "
         + " | ".join(f"{count} a layer" for count in BUDGETS)
-        + f" | a search with {TRIALS} trials |",
-        "|---|---|---|" + "---|" * (len(BUDGETS) + 1),
+        + f" | a search with {TRIALS} trials | {ELSEWHERE} |",
+        "|---|---|---|" + "---|" * (len(BUDGETS) + 2),
     ]
     for network in judged:
-        if "learned" not in network.scores:
+        if LEARNED not in network.scores:
             continue
         sizes = [len(layer.schedules) for layer in network.layers]
         best = sum(layer.microseconds.min() for layer in network.layers)
@@ -362,12 +386,13 @@ def _budgets(judged: Sequence[Judged]) -> list[str]:
         for count in BUDGETS:
             taken = sum(
                 layer.microseconds[np.argsort(scores)[:count]].min()
-                for layer, scores in zip(network.layers, network.scores["learned"], strict=True)
+                for layer, scores in zip(network.layers, network.scores[LEARNED], strict=True)
             )
             share = sum(min(size, count) for size in sizes) / network.candidates
             cells.append(f"{taken / best - 1:.1%} ({share:.1%})")
-        count, loss = network.guided
-        cells.append(f"{loss:.1%} ({count / network.candidates:.1%})")
+        for model in (LEARNED, ELSEWHERE):
+            count, loss = network.guided.get(model, (0, 0.0))
+            cells.append(f"{loss:.1%} ({count / network.candidates:.1%})" if count else "-")
         known = f"{sum(sizes) / network.candidates:.0%}"
         lines.append(f"| {network.name} | {network.candidates} | {known} | {' | '.join(cells)} |")
     return lines
@@ -376,7 +401,7 @@ def _budgets(judged: Sequence[Judged]) -> list[str]:
 def _plot(judged: Sequence[Judged]) -> str:
     """Predicted against measured microseconds of every kernel, a panel for each model."""
     size, left, top, parts = 380.0, 60.0, 30.0, list[str]()
-    for panel, model in enumerate(("learned", "analytic")):
+    for panel, model in enumerate((LEARNED, "analytic")):
         points = [
             (us, score)
             for network in judged

@@ -58,9 +58,11 @@ def test_the_error_of_a_network_is_that_of_its_picks():
 
 def test_what_a_budget_of_measurements_loses():
     scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
-    table = regret._budgets([regret.Judged("net", [layer()], scores, [0], 8, (3, 0.1))])
+    table = regret._budgets(
+        [regret.Judged("net", [layer()], scores, [0], 8, {"learned": (3, 0.1)})]
+    )
     assert table[-1] == (
-        "| net | 8 | 50% | 50.0% (12.5%) | 20.0% (25.0%) | 0.0% (50.0%) | 10.0% (37.5%) |"
+        "| net | 8 | 50% | 50.0% (12.5%) | 20.0% (25.0%) | 0.0% (50.0%) | 10.0% (37.5%) | - |"
     )
 
 

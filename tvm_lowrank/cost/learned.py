@@ -96,7 +96,7 @@ def train(
     isa: Machine,
     seed: int = 0,
     before: Trees | None = None,
-    keep: Callable[[str], bool] = lambda _: True,
+    keep: Callable[[str, Place], bool] = lambda _key, _place: True,
 ) -> Trees | None:
     """Trees trained on all records of an instruction set, whatever machine measured them.
 
@@ -110,7 +110,7 @@ def train(
         Returned as they are if there is not enough that they have not seen; else they grow, or are
         trained from scratch if records have doubled.
     keep : callable
-        Which workloads, by their key, to train on.
+        Which records to train on, by the key of their workload and their place.
 
     Returns
     -------
@@ -193,13 +193,15 @@ def renew(
 
 
 def _rows(
-    records: TuningRecords, isa: Machine, keep: Callable[[str], bool]
+    records: TuningRecords, isa: Machine, keep: Callable[[str, Place], bool]
 ) -> list[tuple[str, ConvWorkload, Place, dict[str, Any], float]]:
     """Records of single convolutions in this version's kernels."""
     known, rows = signature(isa), []
     parsed: dict[str, ConvWorkload | None] = {}
     for key, place, schedule, us in records.rows():
-        if known.get(schedule.get("kernel", "")) != sorted(schedule) or not keep(key):
+        if known.get(schedule.get("kernel", "")) != sorted(schedule):
+            continue
+        if not keep(key, place):
             continue
         if key not in parsed:
             try:

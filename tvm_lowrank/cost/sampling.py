@@ -213,7 +213,8 @@ class Survey:
     ----------
     timer : KernelTimer
     layers : list of ConvGeometry, optional
-        Known layers, of networks; by default those of the shipped records.
+        Known layers, of networks; by default those of the shipped records, but for what takes too
+        long, such as fully connected layers of large batches.
     shapes : int
         Workloads in all: the layers first, then as many stages of their forms as random shapes.
     each : int
@@ -233,7 +234,8 @@ class Survey:
             raise LowRankError(f"shapes is {self.shapes}; give 1 or more")
         isa, given = self.timer.isa, self.layers
         if given is None:
-            given = list(recorded_layers(shipped_records(isa.name)))
+            recorded = recorded_layers(shipped_records(isa.name))
+            given = [layer for layer in recorded if layer.multiplications <= _MOST]
         layers = list(dict.fromkeys(given))
         random.Random(self.seed).shuffle(layers)
         # Convolutions with a choice of algorithm teach most.
