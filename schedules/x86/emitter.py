@@ -11,6 +11,7 @@ from tvm.s_tir.stmt import SBlock, SBlockRealize
 from tvm.tirx import ForKind
 
 from .isa import VectorISA
+from .tir_pipeline import FLAT
 
 Index: TypeAlias = "int | ir.Expr"
 LoopKind: TypeAlias = Literal["serial", "parallel", "unroll"]
@@ -206,7 +207,7 @@ class Emitter:
         root = SBlock([], [], [], "root", _seq(self._scopes[0]))
         realize = SBlockRealize([], True, root)
         func = tirx.PrimFunc(self._arguments, realize)
-        return func.with_attr({"tirx.noalias": True, "s_tir": True})
+        return func.with_attr({"tirx.noalias": True, "s_tir": True, FLAT: True})
 
     def _emit(self, stmt: tirx.Stmt) -> None:
         self._scopes[-1].append(stmt)

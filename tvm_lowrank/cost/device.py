@@ -196,7 +196,7 @@ def _upload(func: Any, target: tvm.target.Target) -> Any:
         # A new name each time: a library that is loaded there must not be written over.
         name = f"kernel{next(_Device.numbers)}"
         path = Path(folder) / (name + (".so" if own else ".tar"))
-        tvm.compile(module, target=target).export_library(str(path))
+        compile_module(module, target).export_library(str(path))
         _Device.session.upload(str(path))
     function = _Device.session.load_module(path.name).time_evaluator
     _Device.session.remove(path.name)

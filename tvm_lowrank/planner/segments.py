@@ -76,7 +76,7 @@ class Segments:
         alike = self._networks.setdefault(structural_hash(lowered), [])
         network = next((n for mod, n in alike if structural_equal(mod, lowered)), None)
         if network is None:
-            network = network_of(compile_module(lowered, timer.target))
+            network = network_of(compile_module(lowered, timer.target, checks=False))
             alike.append((lowered, network))
         return _Compiled(piece, network, lower.parameters_, [])
 
