@@ -8,7 +8,8 @@ reduced-rank regression (Izenman 1975). What is left is to search over A alone (
 projection, Golub and Pereyra 1973), whose gradient needs no derivative of B.
 
 Linear algebra is NumPy's only: SciPy's wheels bring a second OpenBLAS, and calls that alternate
-between the two leave one's threads spinning against the other's (100 times slower on two cores).
+between the two leave one's threads spinning against the other's (2 to 100 times slower on two
+cores, which more than makes up for a Cholesky factor's half of the work).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 
 from tvm_lowrank.decompose.descent import minimise
 from tvm_lowrank.decompose.moments import Array, InputMoments
@@ -217,19 +217,10 @@ class SharedBasis:
 def solve_gram(gram: Array, cross: Array) -> Array:
     """``cross @ inv(gram)``; the pseudo-inverse where the Gram matrix is singular."""
     try:
-        factor = scipy.linalg.cho_factor(gram, check_finite=False)
-        solved = scipy.linalg.cho_solve(factor, cross.T, check_finite=False)
+        solved = np.linalg.solve(gram, cross.T)
     except np.linalg.LinAlgError:
-        solved = _solve_singular(gram, cross.T)
+        solved = np.linalg.lstsq(gram, cross.T, rcond=None)[0]
     return np.ascontiguousarray(solved.T)
-
-
-def _solve_singular(gram: Array, cross: Array) -> Array:
-    """``inv(gram) @ cross`` of a matrix that rounding leaves without a Cholesky factor."""
-    try:
-        return np.asarray(np.linalg.solve(gram, cross))
-    except np.linalg.LinAlgError:
-        return np.asarray(np.linalg.lstsq(gram, cross, rcond=None)[0])
 
 
 def seen_through(moments: InputMoments, basis: Array, taps: int) -> InputMoments:
