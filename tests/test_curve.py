@@ -10,6 +10,7 @@ import pytest
 from tvm_lowrank.data import DataSplit, Samples
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.metrics import Metric
+from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner import curve as module
 from tvm_lowrank.planner.candidates import Candidate
 from tvm_lowrank.planner.curve import Curve
@@ -37,8 +38,14 @@ class Trial:
 def made(monkeypatch):
     """A curve of eight layers, each as it is or, faster, with 1 % of the samples wrong."""
 
-    as_it_is = SimpleNamespace(refit=lambda choice, report: choice)
-    monkeypatch.setattr(module, "Refitter", lambda *_: as_it_is)
+    fits = SimpleNamespace(refit=lambda choice, report: choice, calls=0)
+
+    def refit(choice, report):
+        fits.calls += 1
+        return fits.refit(choice, report)
+
+    counted = SimpleNamespace(refit=refit)
+    monkeypatch.setattr(module, "Refitter", lambda *_: counted)
     # "dense" keeps the candidate's weight as it is: no form has to reconstruct it.
     samples = Samples(np.zeros((SAMPLES, 1)), np.zeros(SAMPLES, int))
     options = {
@@ -53,6 +60,7 @@ def made(monkeypatch):
             Metric("top1"), max_drop, 0, lambda *step: None, train,
         )  # fmt: skip
 
+    make.fits = fits
     return make
 
 
@@ -61,12 +69,32 @@ def test_the_fastest_choice_within_the_budget_is_found(made):
     found = curve.search()
     # Three layers lose 3 points; a fourth would be over, half a standard error included.
     assert found.quality.drop == pytest.approx(3.0, abs=0.05)
-    faster = [p for p in curve.points if p.microseconds < found.microseconds]
-    assert faster and not any(curve.keeps(point) for point in faster)
     assert len(curve.points) <= 7
+    just = found.microseconds - 1.0
+    faster = curve.judge(allocate.for_time(curve.candidates, curve.sensitivity, just), just)
+    assert not curve.keeps(faster)
     times = [point["microseconds"] for point in curve.to_json()]
     assert times == sorted(times, reverse=True)
     assert {point["keeps"] for point in curve.to_json()} == {True, False}
+
+
+def test_refits_that_do_not_help_are_left_out(made):
+    """The first choice is judged with and without, the others without; here a refit does harm."""
+    made.fits.refit = lambda choice, report: worse(choice)
+    curve = made(3.3)
+    found = curve.search()
+    assert made.fits.calls == 1 and len(curve.points) > 1
+    assert found.quality.drop == pytest.approx(3.0, abs=0.05)
+    assert not any(point["refitted"] for point in curve.to_json())
+
+
+def test_refits_that_help_are_kept(made):
+    made.fits.refit = lambda choice, report: halved(choice, 1.0)
+    curve = made(2.2)
+    found = curve.search()
+    assert made.fits.calls == len(curve.points)
+    # Four layers lose 4 points as they are, 2 refitted.
+    assert found.refitted and found.quality.drop == pytest.approx(2.0, abs=0.05)
 
 
 def test_nothing_within_the_budget_is_none(made):
@@ -83,12 +111,20 @@ def test_a_step_back_takes_what_was_tried(made):
         assert slower.microseconds == min(us for us in kept if us > found.microseconds)
 
 
-def halved(choice, share):
-    """Training that takes away half of what is wrong."""
+def scaled(choice, factor):
     return {
-        name: candidate("dense", c.measured_us, 0.5 * float(c.factors[0].sum()))
+        name: candidate("dense", c.measured_us, factor * float(c.factors[0].sum()))
         for name, c in choice.items()
     }
+
+
+def halved(choice, share):
+    """Training that takes away half of what is wrong."""
+    return scaled(choice, 0.5)
+
+
+def worse(choice):
+    return scaled(choice, 1.2)
 
 
 def test_trained_choices_are_points_that_have_to_keep_the_budget(made):

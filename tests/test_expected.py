@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tvm_lowrank.metrics import Metric, divergence, judge
-from tvm_lowrank.planner.expected import drop_of, expected_drop
+from tvm_lowrank.planner.expected import drop_of, expected_drop, margins
 
 TOP1 = Metric("top1")
 
@@ -30,6 +30,24 @@ def test_it_is_true_on_average():
     truth = judge(*changed(rng, 400_000, shift=0.3), TOP1).drop
     drawn = [expected(*changed(rng, 256, shift=0.3)).drop for _ in range(200)]
     assert np.mean(drawn) == pytest.approx(truth, rel=0.1)
+
+
+def test_margins_of_further_samples_make_it_steadier():
+    """Of few samples the share near the border is a matter of luck; others of them tell it too."""
+    rng, found = np.random.default_rng(0), {False: [], True: []}
+    truth = judge(*changed(rng, 400_000, shift=0.3), TOP1).drop
+    for _ in range(200):
+        outputs, original, labels = changed(rng, 128, shift=0.3)
+        quality = judge(outputs, original, labels, TOP1)
+        _, other, theirs = changed(rng, 1024)
+        for more in found:
+            further = margins(other, theirs, TOP1) if more else None
+            found[more].append(expected_drop(outputs, original, labels, TOP1, quality, further))
+    drops = {more: [each.drop for each in each_drawn] for more, each_drawn in found.items()}
+    assert np.mean(drops[True]) == pytest.approx(truth, rel=0.1)
+    assert np.std(drops[True]) < 0.75 * np.std(drops[False])
+    errors = {more: np.mean([each.standard_error for each in found[more]]) for more in found}
+    assert errors[True] < errors[False]
 
 
 def test_choices_of_like_error_differ_less_than_what_is_seen_of_them():

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm_lowrank.data import DataSplit
-from tvm_lowrank.metrics import Metric, Quality, judge
+from tvm_lowrank.metrics import Metric, Quality, divergence, judge
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.candidates import Candidate
-from tvm_lowrank.planner.expected import Expected, counts_classes, drop_of, expected_drop
+from tvm_lowrank.planner.expected import (
+    Expected,
+    counts_classes,
+    drop_of,
+    expected_drop,
+    margins,
+)
 from tvm_lowrank.planner.refit import Refitter
 from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.survey import Report
@@ -29,8 +35,10 @@ _HOPEFUL, _MOST_HOPEFUL = 3.0, 6.0
 _POINTS, _POINTS_TO_TRAIN = 7, 2
 _SAME, _USED = 1.02, 0.9
 # A guess goes so many times as far as what is known at most, and stays off the ends of its bracket
-# by this share; steps by which it is found.
-_EXTRAPOLATED, _MARGIN, _HALVINGS = 4.0, 0.2, 12
+# by this share, the first by this factor; steps by which it is found.
+_EXTRAPOLATED, _MARGIN, _NEAR, _HALVINGS = 4.0, 0.2, 1.01, 12
+# What refitting must leave of how far the outputs move at most to be worth its time.
+_WORTH = 0.9
 # What a step back from a choice that misses the budget on other samples adds to its time, and how
 # much longer each further step is.
 _STEP, _LONGER = 0.06, 2.0
@@ -40,13 +48,16 @@ _STEP, _LONGER = 0.06, 2.0
 class Point:
     """A choice, the measured time of its kernels, and its quality on the selection samples.
 
-    ``expected`` is what that quality lets expect on others.
+    ``expected`` is what that quality lets expect on others, ``divergence`` how far the outputs
+    moved on average.
     """
 
     choice: Choice
     microseconds: float
     quality: Quality
     expected: Expected
+    divergence: float
+    refitted: bool = False
     recovered: bool = False
 
 
@@ -95,7 +106,13 @@ class Curve:
         self.refitter = Refitter(segments, options, split.fit.inputs, seed)
         self.points: list[Point] = []
         self._step = _STEP
+        # Whether refitting helps on these samples; None until it was tried.
+        self._refits: bool | None = None
         self.original = segments.run(split.select.inputs)
+        known, labels = counts_classes(metric, split.select.labels), split.fit.labels
+        self._further = None
+        if known and (labels is not None or metric.name == "disagreement"):
+            self._further = margins(segments.run(split.fit.inputs), labels, metric)
         self.fastest = sum(options[0].cost_us for options in candidates.values())
         self.slowest = sum(options[-1].cost_us for options in candidates.values())
 
@@ -162,7 +179,8 @@ class Curve:
             foreseen = self._drop
         else:
             return math.sqrt(low * high)
-        inner = (high / low) ** _MARGIN
+        # Off the ends of the bracket; the dense network, one of the first, may be near.
+        inner = (high / low) ** _MARGIN if drops else _NEAR
         fast, slow = low * inner, high / inner
         for _ in range(_HALVINGS):
             middle = math.sqrt(fast * slow)
@@ -241,13 +259,21 @@ class Curve:
 
     def judge(self, choice: Choice, microseconds: float, recovered: bool = False) -> Point:
         """A choice with its quality on the selection samples, kept as a point of the curve."""
+        point = self._judged(choice, microseconds, recovered=recovered)
+        self.points.append(point)
+        return point
+
+    def _judged(
+        self, choice: Choice, microseconds: float, refitted: bool = False, recovered: bool = False
+    ) -> Point:
         outputs = self.segments.run(self.split.select.inputs, weights_of(choice))
         labels = self.split.select.labels
         quality = judge(outputs, self.original, labels, self.metric)
-        expected = expected_drop(outputs, self.original, labels, self.metric, quality)
-        point = Point(choice, microseconds, quality, expected, recovered)
-        self.points.append(point)
-        return point
+        expected = expected_drop(
+            outputs, self.original, labels, self.metric, quality, self._further
+        )
+        moved = divergence(outputs, self.original, self.metric.of_classes)
+        return Point(choice, microseconds, quality, expected, moved, refitted, recovered)
 
     def to_json(self) -> tuple[dict[str, Any], ...]:
         """Every point, slowest first, as a plan keeps them."""
@@ -262,6 +288,7 @@ class Curve:
                 "samples": point.quality.samples,
                 "rewritten": sum(c.form != "dense" for c in point.choice.values()),
                 "keeps": self.keeps(point),
+                "refitted": point.refitted,
                 "recovered": point.recovered,
             }
             for point in sorted(self.points, key=lambda point: -point.microseconds)
@@ -274,11 +301,30 @@ class Curve:
         return allocate.for_time(self.candidates, self.sensitivity, microseconds)
 
     def _try(self, choice: Choice) -> Point:
+        """A point for a choice, refitted if that helps.
+
+        Where samples are few, fits in sequence follow their accidents, and what one layer makes up
+        for costs the next as much. The first choice is judged both ways, and tells for all.
+        """
+        microseconds, plain = allocate.microseconds(choice), None
+        if not self._refits:
+            plain = self._judged(choice, microseconds)
+        if self._refits is not False:
+            point = self._refitted(choice, microseconds)
+            if plain is not None:
+                self._refits = point.divergence < _WORTH * plain.divergence
+        if not self._refits:
+            assert plain is not None
+            point = plain
+        self.points.append(point)
+        return point
+
+    def _refitted(self, choice: Choice, microseconds: float) -> Point:
         stage = f"refitting, point {len(self.points) + 1}"
         fitted = self.refitter.refit(
             {**self.dense, **choice}, lambda done, total: self.report(stage, done, total)
         )
-        return self.judge(fitted, allocate.microseconds(choice))
+        return self._judged(fitted, microseconds, refitted=True)
 
 
 def _time(point: Point) -> float:

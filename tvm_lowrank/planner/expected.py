@@ -40,6 +40,7 @@ def expected_drop(
     labels: np.ndarray | None,
     metric: Metric,
     quality: Quality,
+    further: np.ndarray | None = None,
 ) -> Expected:
     """The drop that a network's outputs let expect, with less luck in it than in the drop seen.
 
@@ -48,6 +49,9 @@ def expected_drop(
     the right class's probability over the best other's) move. Each sample is given, in turn, the
     changes of those of the nearest margins in place of its own, and the drop is the mean over all
     of these. It is that of the samples seen if changes do not depend on the sample.
+
+    How many samples are near the border, which decides most, other samples of the original network
+    tell too: they are given the changes of those seen.
 
     Parameters
     ----------
@@ -59,24 +63,42 @@ def expected_drop(
         Other metrics than of classes keep the drop that was seen.
     quality : Quality
         Of the same outputs.
+    further : np.ndarray, optional
+        `margins` of the original network on more samples, on which the changed one was not run.
     """
-    right = _right(original, labels, metric)
-    if right is None:
+    before = margins(original, labels, metric)
+    if before is None:
         return Expected(quality.drop, quality.standard_error)
-    before = _margins(original, right)
+    right = _right(original, labels, metric)
+    assert right is not None
     change = _margins(outputs, right) - before
     # Of equal margins in an order that has nothing to do with how the samples changed.
-    shuffled = np.random.default_rng(0).permutation(len(before))
+    rng = np.random.default_rng(0)
+    shuffled = rng.permutation(len(before))
     order = shuffled[np.argsort(before[shuffled], kind="stable")]
     before, change = before[order], change[order]
     count = len(before)
     size = min(count, max(_NEIGHBOURS, count // _SHARE))
-    first = np.clip(np.arange(count) - size // 2, 0, count - size)
+    places = np.arange(count)
+    if further is not None:
+        low, high = (np.searchsorted(before, further, side) for side in ("left", "right"))
+        places = np.concatenate([places, rng.integers(low, high + 1)])
+        before = np.concatenate([before, further])
+    first = np.clip(places - size // 2, 0, count - size)
     others = change[first[:, None] + np.arange(size)]
     lost = (before > 0) - (before[:, None] + others > 0).mean(1)
     return Expected(
-        100.0 * float(lost.mean()), 100.0 * float(lost.std()) / math.sqrt(max(count, 1))
+        100.0 * float(lost.mean()), 100.0 * float(lost.std()) / math.sqrt(max(len(lost), 1))
     )
+
+
+def margins(original: np.ndarray, labels: np.ndarray | None, metric: Metric) -> np.ndarray | None:
+    """By how much each sample's right class is ahead in the original network, in logarithms.
+
+    None where the metric counts no classes; parameters as of `expected_drop`.
+    """
+    right = _right(original, labels, metric)
+    return None if right is None else _margins(original, right)
 
 
 def drop_of(
