@@ -151,7 +151,7 @@ def test_layers_that_differ_in_their_weights_alone_run_in_one_library(monkeypatc
     mod = normalise(load_model(helper.make_model(graph)))
     made, original = [], module.compile_module
     monkeypatch.setattr(
-        module, "compile_module", lambda *args: made.append(args) or original(*args)
+        module, "compile_module", lambda *args, **how: made.append(args) or original(*args, **how)
     )
     timer = KernelTimer(host_target(), TuningRecords(None, "t", 1), trials=1)
     pieces = Segments(mod, collect_layers(mod), timer)
