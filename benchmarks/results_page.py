@@ -51,7 +51,8 @@ def page(rows: list[Row]) -> str:
         "recovery (`--recover`).",
         "",
         "*Choices tried* are microseconds of all convolutions that a form can change, with the",
-        "drop on the selection samples; the first is with no form changed.",
+        "drop on the selection samples; the first is with no form changed. A choice keeps the",
+        "budget if the drop to be expected on other samples, with half its standard error, is within.",
     ]
     for machine in dict.fromkeys(row["machine"] for row in rows):
         lines += ["", f"## {machine}", ""]
@@ -76,7 +77,33 @@ def _machine(rows: list[Row]) -> list[str]:
         lines += ["", f"Not measured: {', '.join(absent)}."]
     lines += ["", "Choices tried:", ""]
     lines += [f"- {_name(row)}: {_curve(row['curve'])}" for row in rows]
+    lines += ["", "What limits the speed-up:", "", *map(_limit, rows)]
     return [*lines, "", "What was chosen:", "", *map(_chosen, rows)]
+
+
+def _limit(row: Row) -> str:
+    """How much forms can change at all, and between which times the budget ended."""
+    latency, curve = row["latency"], row["curve"]
+    if not curve:
+        return f"- {_name(row)}: no form is faster in any layer"
+    lossless, changed = 1e3 * latency["lossless"], curve[0]["dense_us"]
+    share = f"{changed:.0f} of the lossless network's {lossless:.0f} us"
+    if changed > lossless:  # kernels alone, at another time
+        share = f"nearly all of the lossless network's {lossless:.0f} us"
+    text = f"- {_name(row)}: {share} are layers that a form can make faster"
+    kept = min((point["microseconds"] for point in curve if point["keeps"]), default=changed)
+    missed = [
+        (point["microseconds"], point["expected_drop"])
+        for point in curve
+        if not point["keeps"] and point["microseconds"] < kept
+    ]
+    if not missed:
+        return f"{text}; no choice that was tried and faster than {kept:.0f} us missed the budget"
+    slowest, drop = max(missed)
+    return (
+        f"{text}; the budget ended between {kept:.0f} us and {slowest:.0f} us, where a drop of "
+        f"{drop:.2f} is to be expected"
+    )
 
 
 def _chosen(row: Row) -> str:
