@@ -52,7 +52,8 @@ def page(rows: list[Row]) -> str:
         "",
         "*Choices tried* are microseconds of all convolutions that a form can change, with the",
         "drop on the selection samples; the first is with no form changed. A choice keeps the",
-        "budget if the drop to be expected on other samples, with half its standard error, is within.",
+        "budget if that holds the drop to be expected on other samples, with half its standard",
+        "error.",
     ]
     for machine in dict.fromkeys(row["machine"] for row in rows):
         lines += ["", f"## {machine}", ""]
