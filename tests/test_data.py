@@ -1,8 +1,7 @@
-"""Splitting data, judging outputs, choosing candidates: the plain parts of the planner."""
+"""Splitting data and judging outputs: the plain parts of the planner."""
 
 from __future__ import annotations
 
-import itertools
 import re
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from tvm_lowrank.data import Samples, split
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
-from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.metrics import (
     check_resolution,
     divergence,
@@ -23,10 +21,6 @@ from tvm_lowrank.metrics import (
     wilson_interval,
 )
 from tvm_lowrank.planner import Options, search
-from tvm_lowrank.planner.allocate import choose, for_time, harm, microseconds
-from tvm_lowrank.planner.candidates import Candidate
-
-GEOMETRY = ConvGeometry(1, 1, 1, 1, (1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -153,51 +147,3 @@ def test_divergence_of_logits_is_that_of_their_probabilities():
     assert divergence(q, p, True) == pytest.approx(expected)
     assert divergence(a, a, True) == pytest.approx(0)
     assert divergence(2 * a, a, False) == pytest.approx(1.0)
-
-
-def candidate(us, error):
-    zero = np.zeros((1, 1, 1, 1), np.float32)
-    form = "dense" if error == 0 else "separable"
-    return Candidate(form, 0, (GEOMETRY,), (zero,), np.zeros(1), error, us, us)
-
-
-options = st.lists(
-    st.lists(
-        st.tuples(st.floats(1, 50), st.floats(0.001, 0.5)).map(lambda p: candidate(*p)),
-        min_size=1,
-        max_size=4,
-    ).map(lambda lossy: [*lossy, candidate(60.0, 0.0)]),
-    min_size=1,
-    max_size=4,
-)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(layers=options, share=st.floats(0, 1))
-def test_allocation_keeps_the_time_and_is_optimal_at_its_price(layers, share):
-    named = {f"conv{i}": c for i, c in enumerate(layers)}
-    sensitivity = {name: 1.0 + i for i, name in enumerate(named)}
-    fastest = sum(min(c.measured_us for c in candidates) for candidates in named.values())
-    budget = fastest + share * (60.0 * len(named) - fastest)
-    choice = for_time(named, sensitivity, budget)
-    assert microseconds(choice) <= budget + 1e-6 or microseconds(choice) == pytest.approx(fastest)
-    # No other choice is both as fast and less harmful by more than the relaxation's gap: the
-    # chosen one lies on the lower convex hull, so it is best among all for some price.
-    hull = [choose(named, sensitivity, price) for price in np.logspace(-9, 3, 200)]
-    total = sum(harm(c, sensitivity[n]) for n, c in choice.items())
-    for other in hull:
-        if microseconds(other) <= microseconds(choice):
-            assert total <= sum(harm(c, sensitivity[n]) for n, c in other.items()) + 1e-9
-
-
-def test_unlimited_time_leaves_everything_dense():
-    named = {"a": [candidate(1, 0.1), candidate(60, 0)], "b": [candidate(2, 0.2), candidate(60, 0)]}
-    choice = for_time(named, {"a": 1.0, "b": 1.0}, 1e9)
-    assert all(c.form == "dense" for c in choice.values())
-
-
-def test_every_price_is_between_the_extremes():
-    named = {"a": [candidate(1, 0.4), candidate(30, 0.01), candidate(60, 0)]}
-    times = [microseconds(choose(named, {"a": 1.0}, price)) for price in (0, 1e-3, 1e3)]
-    assert all(a >= b for a, b in itertools.pairwise(times))
-    assert times[0] == 60 and times[-1] == 1
