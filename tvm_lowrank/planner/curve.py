@@ -307,10 +307,11 @@ class Curve:
         for costs the next as much. The first choice is judged both ways, and tells for all.
         """
         microseconds, plain = allocate.microseconds(choice), None
+        whole = {**self.dense, **choice}
         if not self._refits:
-            plain = self._judged(choice, microseconds)
+            plain = self._judged(whole, microseconds)
         if self._refits is not False:
-            point = self._refitted(choice, microseconds)
+            point = self._refitted(whole, microseconds)
             if plain is not None:
                 self._refits = point.divergence < _WORTH * plain.divergence
         if not self._refits:
@@ -321,9 +322,7 @@ class Curve:
 
     def _refitted(self, choice: Choice, microseconds: float) -> Point:
         stage = f"refitting, point {len(self.points) + 1}"
-        fitted = self.refitter.refit(
-            {**self.dense, **choice}, lambda done, total: self.report(stage, done, total)
-        )
+        fitted = self.refitter.refit(choice, lambda done, total: self.report(stage, done, total))
         return self._judged(fitted, microseconds, refitted=True)
 
 
