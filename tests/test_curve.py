@@ -111,6 +111,24 @@ def test_a_step_back_takes_what_was_tried(made):
         assert slower.microseconds == min(us for us in kept if us > found.microseconds)
 
 
+def test_a_step_back_goes_no_further_than_what_was_tried(made):
+    """Where no choice is near enough, one that kept the budget comes before half of the gain."""
+    curve = made(3.3)
+    # A layer that takes nearly all of the time: nothing lies between the choices but one.
+    curve.candidates = {
+        "conv0": [
+            candidate("dense", 40.0, 0.02),
+            candidate("dense", 60.0, 0.01),
+            candidate("dense", 100.0, 0.0),
+        ]
+    }
+    curve.slowest = 100.0
+    fast, kept = ({"conv0": each} for each in curve.candidates["conv0"][:2])
+    tried = [curve.judge(choice, us) for choice, us in ((fast, 40.0), (kept, 60.0))]
+    assert curve.step_back(tried[0]) is tried[1]
+    assert len(curve.points) == 2
+
+
 def scaled(choice, factor):
     return {
         name: candidate("dense", c.measured_us, factor * float(c.factors[0].sum()))

@@ -240,13 +240,13 @@ class Curve:
         nearest = min(slower, key=_time, default=None)
         limit = min((1 + self._step) * point.microseconds, (point.microseconds + self.slowest) / 2)
         self._step *= _LONGER
-        if nearest is not None and nearest.microseconds <= limit:
-            return nearest
         # Where layers are few, no choice may be so near: then one with less of the gain.
         halves = [
             self.slowest - share * (self.slowest - point.microseconds) for share in (0.5, 0.25)
         ]
         for microseconds in (limit, *halves):
+            if nearest is not None and nearest.microseconds <= microseconds:
+                return nearest
             choice = self._choice(microseconds)
             if point.microseconds < allocate.microseconds(choice) < self.slowest:
                 found = self._try(choice)
