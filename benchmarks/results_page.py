@@ -30,6 +30,11 @@ def keep(row: Row) -> None:
     DOCS.write_text(page(rows), encoding="utf-8")
 
 
+def _order(row: Row) -> tuple[bool, int]:
+    names = [network.name for network in NETWORKS]
+    return row["recover"] > 0, names.index(row["name"]) if row["name"] in names else len(names)
+
+
 def _key(row: Row) -> tuple[str, str, bool]:
     return row["machine"], row["name"], row["recover"] > 0
 
@@ -57,7 +62,7 @@ def page(rows: list[Row]) -> str:
     ]
     for machine in dict.fromkeys(row["machine"] for row in rows):
         lines += ["", f"## {machine}", ""]
-        lines += _machine([row for row in rows if row["machine"] == machine])
+        lines += _machine(sorted((row for row in rows if row["machine"] == machine), key=_order))
     lines += ["", "## On a GPU", "", *gpu_page.goals(*gpu_page.read(), gpu_page.layers())]
     lines += ["", "Layers and networks: [on a GPU](gpu.md)."]
     return "\n".join(lines) + "\n"
