@@ -75,7 +75,8 @@ class Curve:
     sensitivity : mapping
         See `tvm_lowrank.planner.sensitivity`.
     split : DataSplit
-        Factors are refitted on its ``fit`` samples, choices tried on its ``select`` samples.
+        Factors are refitted on its ``fit`` samples, where that helps; choices are tried on its
+        ``select`` samples.
     metric, max_drop
         The budget.
     train : callable, optional
@@ -127,7 +128,7 @@ class Curve:
         return min(self._kept(), key=_time, default=None)
 
     def _seek(self, limit: float, most: int) -> None:
-        """Try choices, each refitted, until the fastest that promises to keep ``limit`` is found.
+        """Try choices until the fastest that promises to keep ``limit`` is found.
 
         A bracket of the time that the convolutions may take is narrowed to 2 %, or until hardly
         anything of the limit is left.
