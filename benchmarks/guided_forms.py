@@ -41,7 +41,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
-from tvm_lowrank.planner.allocate import Choice, around, for_time, harm, microseconds
+from tvm_lowrank.planner.allocate import Choice, around, microseconds, total_harm
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm
 from tvm_lowrank.planner.options import Options
@@ -152,9 +152,11 @@ class Compared:
 
     def at(self, share: float) -> tuple[Choice, Choice]:
         """The best choice within a share of the dense network's time, and the guided one for it."""
-        best = for_time(self.best, dict.fromkeys(self.best, 1.0), share * self.dense_us)
+        even, limit = dict.fromkeys(self.best, 1.0), share * self.dense_us
+        # By relaxation alone, as `within` finds the other.
+        best = around(self.best, even, lambda choice: microseconds(choice) <= limit)[1]
         layerwise = {name: no_worse(self.guided[name], one) for name, one in best.items()}
-        return best, min(layerwise, within(self.guided, total_harm(best)), key=microseconds)
+        return best, min(layerwise, within(self.guided, total_harm(best, even)), key=microseconds)
 
     def section(self) -> str:
         """The network's part of the page."""
@@ -360,15 +362,10 @@ def no_worse(front: Sequence[Candidate], one: Candidate) -> Candidate:
     return min(allowed, key=lambda candidate: candidate.measured_us)
 
 
-def total_harm(choice: Choice) -> float:
-    """Expected harm of a choice where all layers matter alike."""
-    return sum(harm(candidate, 1.0) for candidate in choice.values())
-
-
 def within(options: Mapping[str, Sequence[Candidate]], limit: float) -> Choice:
     """The fastest choice of no larger total harm, by bisection of the price of time."""
     even = dict.fromkeys(options, 1.0)
-    return around(options, even, lambda choice: total_harm(choice) > limit)[0]
+    return around(options, even, lambda choice: total_harm(choice, even) > limit)[0]
 
 
 def best(candidate: Candidate, truth: KernelTimer) -> float:

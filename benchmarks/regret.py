@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rules_of_thumb
+from rules_of_thumb import Score
 from train_cost_model import MACHINES
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.family import Machine
@@ -31,13 +32,10 @@ from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.cost.sampling import algorithm_class, recorded_layers
 from tvm_lowrank.cost.trees import Trees, signature
-from tvm_lowrank.cost.work import work_of
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.records import Place, TuningRecords, shipped_records, survey_records
 from tvm_lowrank.report import svg
 
-# Given a workload and its schedules, a score of each; the least is picked.
-Score = Callable[[ConvWorkload, Sequence[Mapping[str, Any]]], np.ndarray]
 BUDGETS = (1, 2, 4)
 _READ = """
 Read the table with this in mind: what took 15 % longer on these layers than the trained trees
@@ -232,9 +230,7 @@ def _judge(
             model: LearnedModel(found, analytic, place).predict for model, found in trees.items()
         }
         models["analytic"] = analytic.predict
-        models["fewest operations"] = _operations(isa)
-        models["the paper's formula"] = _paper
-        models["always direct"] = _direct
+        models |= rules_of_thumb.scores(isa)
         scores = {
             model: [score(layer.workload, layer.schedules) for layer in layers]
             for model, score in models.items()
@@ -281,47 +277,6 @@ def _guided(
     return count, taken / best - 1
 
 
-def _operations(isa: Machine) -> Score:
-    def score(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        works = [work_of(workload, schedule, isa) for schedule in schedules]
-        return np.array([work.operations for work in works])
-
-    return score
-
-
-def _paper(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The costs of section 4.1, tiles M~ along both axes.
-
-    ``F M N / Delta^2`` of the spatial convolution against
-    ``N / (M~ - M) (M~ log M~ + F M~ / Delta^2 log (M~ / Delta^2))``.
-    The transform of the weights is left out: it is done beforehand. The paper knows no Winograd.
-    """
-    g = workload.geometry
-    decimation = g.stride[0] * g.stride[1]
-    scores = []
-    for schedule in schedules:
-        if schedule["kernel"] == "winograd":
-            scores.append(math.inf)
-        elif schedule["kernel"] == "fft":
-            chunks, size = 1.0, schedule["tile"][0] * schedule["tile"][1]
-            for tile, taps, extent in zip(
-                schedule["tile"], g.kernel, (g.height, g.width), strict=True
-            ):
-                chunks *= extent / max(tile - taps, 1) if tile > 1 else extent
-            kept = max(size / decimation, 2.0)
-            scores.append(
-                chunks * (size * math.log2(size) + g.out_channels * kept * math.log2(kept))
-            )
-        else:
-            taps = g.kernel[0] * g.kernel[1]
-            scores.append(g.out_channels * taps * g.height * g.width / decimation)
-    return np.array(scores)
-
-
-def _direct(workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.array([schedule["kernel"] in ("winograd", "fft") for schedule in schedules], float)
-
-
 def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
     layers = sum(len(network.choices) for network in judged)
     lines = [
@@ -341,7 +296,7 @@ def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
                 schedule.append(network.layers[index].schedule_regret(scores))
         cells = [np.median(algorithm), np.percentile(algorithm, 95), max(algorithm)]
         cells += [np.median(schedule), np.percentile(schedule, 95)]
-        if model in ("fewest operations", "the paper's formula", "always direct"):
+        if model in rules_of_thumb.NAMES:
             cells[3:] = []
         row = [f"{cell:.1%}" for cell in cells] + ["-"] * (5 - len(cells))
         lines.append(f"| {model} | {' | '.join(row)} |")

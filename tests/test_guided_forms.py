@@ -48,7 +48,7 @@ def test_the_guided_choice_loses_no_more_than_the_best():
 def test_harm_may_be_spread_otherwise_over_the_layers():
     dense, small, large = (candidate(e, us) for e, us in ((0.0, 90.0), (0.1, 60.0), (0.3, 20.0)))
     options = {"a": [large, small, dense], "b": [small, dense]}
-    limit = guided_forms.total_harm({"a": large, "b": small})
+    limit = guided_forms.total_harm({"a": large, "b": small}, {"a": 1.0, "b": 1.0})
     assert guided_forms.within(options, limit) == {"a": large, "b": small}
     assert guided_forms.within(options, 0.99 * limit) == {"a": small, "b": small}
 

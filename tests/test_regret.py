@@ -17,6 +17,7 @@ from tvm_lowrank.report import svg
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import regret
+import rules_of_thumb
 
 DIRECT = {"kernel": "direct", "tile": 7, "vectors": 2}
 
@@ -79,9 +80,9 @@ def test_only_layers_measured_in_every_algorithm_are_judged():
 
 def test_the_papers_formula_knows_no_winograd_and_turns_to_fourier_for_large_kernels():
     schedules = [DIRECT, winograd(4), fourier(8), fourier(32)]
-    picks = [int(np.argmin(regret._paper(workload(k), schedules))) for k in (3, 11)]
+    picks = [int(np.argmin(rules_of_thumb.paper(workload(k), schedules))) for k in (3, 11)]
     assert picks[0] != 1 and picks[1] == 3
-    assert np.isinf(regret._paper(workload(), schedules)[1])
+    assert np.isinf(rules_of_thumb.paper(workload(), schedules)[1])
 
 
 def test_a_scatter_places_points_on_its_diagonal():

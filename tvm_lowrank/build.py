@@ -29,7 +29,7 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = 
     target : tvm.target.Target
     checks : bool
         Whether kernels check the shapes, types and strides of their arguments; on processors, what
-        only this process runs goes without: LLVM takes a third less time.
+        only this process runs goes without: then LLVM has much less to compile.
 
     Raises
     ------

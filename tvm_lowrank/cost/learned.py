@@ -199,9 +199,8 @@ def _rows(
     known, rows = signature(isa), []
     parsed: dict[str, ConvWorkload | None] = {}
     for key, place, schedule, us in records.rows():
-        if known.get(schedule.get("kernel", "")) != sorted(schedule):
-            continue
-        if not keep(key, place):
+        current = known.get(schedule.get("kernel", "")) == sorted(schedule)
+        if not current or not keep(key, place):
             continue
         if key not in parsed:
             try:

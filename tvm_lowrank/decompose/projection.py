@@ -8,8 +8,8 @@ reduced-rank regression (Izenman 1975). What is left is to search over A alone (
 projection, Golub and Pereyra 1973), whose gradient needs no derivative of B.
 
 Linear algebra is NumPy's only: SciPy's wheels bring a second OpenBLAS, and calls that alternate
-between the two leave one's threads spinning against the other's (2 to 100 times slower on two
-cores, which more than makes up for a Cholesky factor's half of the work).
+between the two leave one's threads spinning against the other's (several times slower on two cores,
+which is more than a Cholesky factor saves).
 """
 
 from __future__ import annotations

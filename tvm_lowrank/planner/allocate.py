@@ -59,10 +59,10 @@ def for_time(
     when none is within the budget.
     """
     relaxed = around(options, sensitivity, lambda choice: microseconds(choice) <= budget_us)[1]
-    filled = _filled(options, sensitivity, budget_us)
-    if filled is None or microseconds(relaxed) > budget_us:
+    if microseconds(relaxed) > budget_us:
         return relaxed
-    return min((relaxed, filled), key=lambda choice: total_harm(choice, sensitivity))
+    filled = _filled(options, sensitivity, budget_us)
+    return min((relaxed, filled or relaxed), key=lambda choice: total_harm(choice, sensitivity))
 
 
 def total_harm(choice: Choice, sensitivity: Mapping[str, float]) -> float:
@@ -75,9 +75,7 @@ def _filled(
     sensitivity: Mapping[str, float],
     budget_us: float,
 ) -> Choice | None:
-    """The multiple-choice knapsack over times in whole steps; None if nothing fits."""
-    if budget_us <= 0.0:
-        return None
+    """The multiple-choice knapsack over times in whole steps; None if rounded times do not fit."""
     # Of the layers so far, the least harm within each time, and which candidates that takes.
     best, picks = np.zeros(_STEPS + 1), []
     steps = {

@@ -66,11 +66,10 @@ def expected_drop(
     further : np.ndarray, optional
         `margins` of the original network on more samples, on which the changed one was not run.
     """
-    before = margins(original, labels, metric)
-    if before is None:
-        return Expected(quality.drop, quality.standard_error)
     right = _right(original, labels, metric)
-    assert right is not None
+    if right is None:
+        return Expected(quality.drop, quality.standard_error)
+    before = _margins(original, right)
     change = _margins(outputs, right) - before
     # Of equal margins in an order that has nothing to do with how the samples changed.
     rng = np.random.default_rng(0)
