@@ -14,13 +14,15 @@ from tvm import relax
 from tvm_lowrank import cuda
 from tvm_lowrank.deploy import Network
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.passes.merge_calls import MergeCalls
 from tvm_lowrank.schedules.x86 import tir_pipeline
 
 
 def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = True) -> Any:
     """Compile with TVM's own default pipeline of the target, but for our kernels on processors.
 
-    These take a shorter way (`tir_pipeline`). For CUDA the default pipeline gives DLight's
+    These take a shorter way (`tir_pipeline`), and the network calls those that follow each other by
+    one call (`passes.merge_calls`). For CUDA the default pipeline gives DLight's
     schedules to what has none, and captures the network as a CUDA graph.
 
     Parameters
@@ -39,7 +41,8 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = 
     if target.kind.name != "cuda":
         unchecked = tvm.transform.PassContext(config={"tirx.disable_assert": True})
         with nullcontext() if checks else unchecked:
-            return tvm.compile(mod, target=target, tir_pipeline=tir_pipeline.NAME)
+            merged = MergeCalls()(mod)
+            return tvm.compile(merged, target=target, tir_pipeline=tir_pipeline.NAME)
     cuda.prepare_compiler(target)
     with target, tvm.transform.PassContext(config=cuda.compile_options()):
         return tvm.compile(mod, target=target)

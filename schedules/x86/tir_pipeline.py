@@ -11,13 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import tvm
-from tvm import s_tir, tirx
+from tvm import ir, s_tir, tirx
 from tvm.tirx.compilation_pipeline import register_tir_pipeline
 
 # The pipeline's name for ``tvm.compile(..., tir_pipeline=NAME)``, and the attribute of functions
 # that are flat already: vectors on one-dimensional buffers, no blocks but the outermost.
 NAME = "lowrank"
 FLAT = "lowrank.flat"
+# The attribute of those among them that only other functions of the module call.
+SUBROUTINE = "lowrank.subroutine"
+
+_ZERO = tirx.IntImm("int32", 0)
+_CPU = 1  # DLPack's number for processors
 
 
 def lowrank_tir_pipeline() -> tuple[tvm.transform.Pass, Any, Any]:
@@ -55,8 +60,44 @@ def _flat_passes(alone: bool) -> tvm.transform.Pass:
     ]
     if alone:
         passes.append(tirx.transform.AnnotateEntryFunc())
-    passes += [tirx.transform.SplitHostDevice(), tirx.transform.MakePackedAPI()]
+    passes += [_Subroutines(), tirx.transform.SplitHostDevice(), tirx.transform.MakePackedAPI()]
     return tvm.ir.transform.Sequential(passes)
+
+
+@tvm.transform.module_pass(opt_level=0, name="Subroutines")
+class _Subroutines:
+    """Makes functions with the attribute `SUBROUTINE` private ones, of pointers to their buffers.
+
+    They return 0, or another number where something has failed. Their code is in a function of its
+    own, as MakePackedAPI makes one: LLVM is told that its pointers do not alias, and keeps it apart
+    from what calls it.
+    """
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        """Rewrite the module."""
+        functions = {
+            name: _with_pointers(name.name_hint, func) if SUBROUTINE in func.attrs else func
+            for name, func in mod.functions_items()
+        }
+        return tvm.IRModule(functions, attrs=mod.attrs)
+
+
+def _with_pointers(name: str, func: tirx.PrimFunc) -> tirx.PrimFunc:
+    pointers = [tirx.Var(f"{p.name}_data", tirx.buffer_data(p).ty) for p in func.params]
+    buffers = zip(func.params, pointers, strict=True)
+    views = [tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in buffers]
+    symbol = ir.StringImm(f"{name}_compute_")
+    body: tirx.Stmt = tirx.AttrStmt(
+        _ZERO, "compute_scope", symbol, tirx.SeqStmt([*views, func.body])
+    )
+    # Where workspaces are allocated; a packed function finds it in its tensors.
+    body = tirx.AttrStmt("default", "device_type", tirx.IntImm("int32", _CPU), body)
+    body = tirx.AttrStmt("default", "device_id", _ZERO, body)
+    body = tirx.SeqStmt([body, tirx.Return(_ZERO)])
+    subroutine = tirx.PrimFunc(pointers, body, ir.PrimType("int32"), func.attrs)
+    subroutine = subroutine.without_attr("global_symbol")
+    target = func.attrs["target"]
+    return subroutine.with_attr("target", target.host or target)
 
 
 register_tir_pipeline(NAME, lowrank_tir_pipeline)
