@@ -1,7 +1,7 @@
-"""Calls of kernels that follow each other become one call of a function that makes them.
+"""Calls of kernels that follow each other become one call of a function that runs them all.
 
 A call costs the virtual machine about a microsecond: it allocates the output, passes tensors
-and lets them go. Of
+and lets them go; and the kernel starts its threads anew. Of
 
     lv = call_tir(conv2d, (x, w0), T0)
     lv1 = call_tir(conv2d1, (lv, w1), T1)
@@ -12,13 +12,15 @@ this pass makes
     several = call_tir(calls, (x, weights), (T2, Workspace))
     gv = several[0]
 
-where ``calls`` passes pointers. ``weights`` are the constants, one after the other; ``lv`` and
-``lv1`` lie in the workspace, each for as long as it is read. Kernels stay functions of their own,
-so one that is called often is compiled once.
+where ``calls`` starts the threads once and passes pointers to the stages of the kernels.
+``weights`` are the constants, one after the other; ``lv`` and ``lv1`` lie in the workspace, each
+for as long as it is read, and so does what the stages of a kernel share. A stage is a function of
+its own, so a kernel that is called often is compiled once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -30,7 +32,8 @@ import tvm
 from tvm import relax, tirx
 from tvm_lowrank.passes.graph import Rewriter, constant, is_constant, op_name, static_shape
 from tvm_lowrank.schedules.x86.emitter import ALIGNMENT
-from tvm_lowrank.schedules.x86.subroutines import KernelCall, Place, as_subroutine, emit_calls
+from tvm_lowrank.schedules.x86.stages import Stages, stages_of
+from tvm_lowrank.schedules.x86.subroutines import Place, StageCall, emit_calls
 from tvm_lowrank.schedules.x86.tir_pipeline import FLAT
 from tvm_lowrank.schedules.x86.workspace import Lifetime, plan_offsets
 
@@ -41,6 +44,8 @@ _BYTES = 4
 @tvm.transform.module_pass(opt_level=0, name="MergeCalls")
 class MergeCalls:
     """Merges two and more neighbouring calls of the plugin's x86 kernels in ``main``.
+
+    A kernel whose stages compute values for each other outside of memory keeps a call of its own.
 
     Reshapes between them are free and join; any other operator stays where it is, between two
     merged calls. What comes out builds with the TIR pipeline ``"lowrank"`` only, since TVM's own
@@ -141,10 +146,11 @@ class _Merger(Rewriter):
 
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
+        self._taken_apart: dict[tvm.ir.GlobalVar, Stages | None] = {}
         self.runs = [run for run in self._find() if len(run.calls) > 1]
         self._ends = {run.bindings[-1].var: run for run in self.runs}
         self._inside = {binding.var for run in self.runs for binding in run.bindings}
-        self._subroutines: dict[tvm.ir.GlobalVar, tvm.ir.GlobalVar] = {}
+        self._functions: dict[tvm.ir.GlobalVar, list[tvm.ir.GlobalVar]] = {}
         self._readers = self._readers_of_constants()
 
     def rewrite(self, var: relax.Var, value: relax.Expr) -> Any:
@@ -163,7 +169,14 @@ class _Merger(Rewriter):
         return runs
 
     def _is_kernel(self, gvar: tvm.ir.GlobalVar) -> bool:
-        return FLAT in (self.mod[gvar].attrs or {})
+        return self._stages(gvar) is not None
+
+    def _stages(self, kernel: tvm.ir.GlobalVar) -> Stages | None:
+        if kernel not in self._taken_apart:
+            func = self.mod[kernel]
+            flat = FLAT in (func.attrs or {})
+            self._taken_apart[kernel] = stages_of(func) if flat else None
+        return self._taken_apart[kernel]
 
     def _write(self, run: _Run) -> None:
         run.find_escapes(self.users)
@@ -171,6 +184,9 @@ class _Merger(Rewriter):
         made = [memory for memory in run.memories if memory.outside is None]
         results = [memory for memory in made if memory.escapes]
         local = [memory for memory in made if not memory.escapes]
+        memories = [self._memories(kernel, i) for i, (kernel, _) in enumerate(run.calls)]
+        failed = _Memory((1,), 0, len(run.calls))
+        local += [*itertools.chain(*memories), failed]
         lifetimes = [Lifetime(_BYTES * math.prod(m.shape), m.first, m.last) for m in local]
         offsets, total = plan_offsets(lifetimes, ALIGNMENT)
 
@@ -179,7 +195,7 @@ class _Merger(Rewriter):
         joined, starts = _join([memory.outside for memory in weights])
         args = [self.substitute(memory.outside) for memory in others] + joined
         written = [static_shape(memory.escapes[0]) for memory in results]
-        written += [(total // _BYTES,)] if total else []
+        written.append((total // _BYTES,))
 
         places = {memory: Place(i) for i, memory in enumerate(others)}
         places |= {m: Place(len(others), start) for m, start in zip(weights, starts, strict=True)}
@@ -192,15 +208,16 @@ class _Merger(Rewriter):
             for i, shape in enumerate([*map(static_shape, args), *written])
         ]
         calls = [
-            KernelCall(self._subroutine(kernel), tuple(places[memory] for memory in operands))
-            for kernel, operands in run.calls
+            call
+            for (kernel, operands), shared in zip(run.calls, memories, strict=True)
+            for call in self._calls(kernel, [places[memory] for memory in (*operands, *shared)])
         ]
-        gvar = self.builder.add_func(emit_calls(parameters, calls), "lowrank_calls")
+        func = emit_calls(parameters, calls, places[failed])
+        gvar = self.builder.add_func(func, "lowrank_calls")
         types = [relax.TensorType(shape, "float32") for shape in written]
-        value = self.emit(relax.call_tir(gvar, args, types[0] if len(types) == 1 else types))
+        value = self.emit(relax.call_tir(gvar, args, types))
         for index, memory in enumerate(results):
-            tensor = value if len(types) == 1 else self.emit(relax.TupleGetItem(value, index))
-            self._give(memory, tensor)
+            self._give(memory, self.emit(relax.TupleGetItem(value, index)))
         for memory, tensor in zip(others, args, strict=False):
             self._give(memory, tensor)
 
@@ -230,12 +247,24 @@ class _Merger(Rewriter):
         expr = memory.outside
         return is_constant(expr) and len(self._readers[expr]) == 1 and not memory.escapes
 
-    def _subroutine(self, kernel: tvm.ir.GlobalVar) -> tvm.ir.GlobalVar:
-        """A copy of a kernel: a call that stays alone may still need the kernel itself."""
-        if kernel not in self._subroutines:
-            func = as_subroutine(self.mod[kernel])
-            self._subroutines[kernel] = self.builder.add_func(func, f"{kernel.name_hint}_inner")
-        return self._subroutines[kernel]
+    def _memories(self, kernel: tvm.ir.GlobalVar, number: int) -> list[_Memory]:
+        """What the stages of a kernel share during the call of a number."""
+        stages = self._stages(kernel)
+        assert stages is not None
+        return [_Memory((size,), number, number) for size in stages.shared]
+
+    def _calls(self, kernel: tvm.ir.GlobalVar, places: Sequence[Place]) -> list[StageCall]:
+        """A call of a kernel as calls of its stages, which are added to the module once."""
+        found = self._stages(kernel)
+        assert found is not None
+        if kernel not in self._functions:
+            name = f"{kernel.name_hint}_stage"
+            functions = [self.builder.add_func(stage.func, name) for stage in found.stages]
+            self._functions[kernel] = functions
+        return [
+            StageCall(function, stage.extent, tuple(places[i] for i in stage.arguments))
+            for function, stage in zip(self._functions[kernel], found.stages, strict=True)
+        ]
 
 
 def _join(constants: Sequence[relax.Expr]) -> tuple[list[relax.Expr], list[int]]:

@@ -20,7 +20,8 @@ from tvm_lowrank.schedules.kernels import default_schedule
 from tvm_lowrank.schedules.x86.elementwise import emit_elementwise
 from tvm_lowrank.schedules.x86.emitter import ALIGNMENT, Emitter
 from tvm_lowrank.schedules.x86.isa import isa_of
-from tvm_lowrank.schedules.x86.subroutines import KernelCall, Place, as_subroutine, emit_calls
+from tvm_lowrank.schedules.x86.stages import stages_of
+from tvm_lowrank.schedules.x86.subroutines import Place, StageCall, emit_calls
 from tvm_lowrank.schedules.x86.tir_pipeline import NAME
 from tvm_lowrank.schedules.x86.workspace import Lifetime, plan_offsets
 
@@ -103,6 +104,15 @@ def planned_bytes(mod: tvm.IRModule) -> int:
     return total
 
 
+def taken_apart(mod: tvm.IRModule):
+    return [stages_of(func) for _, func in mod.functions_items() if isinstance(func, tirx.PrimFunc)]
+
+
+def shared_bytes(mod: tvm.IRModule) -> int:
+    """Bytes that stages of kernels share, which one call holds, and of the note of a failure."""
+    return ALIGNMENT + sum(4 * size for found in taken_apart(mod) for size in found.shared)
+
+
 def lowered(graph: Graph, *outs: str) -> tvm.IRModule:
     model = graph.model(outs[0])
     for out in outs[1:]:
@@ -128,9 +138,10 @@ def test_a_residual_network_is_one_call(batch):
     merged = same(mod, noise(batch, 3, 12, 12))
     assert operators(mod)["lowrank_conv2d"] == 6
     assert operators(merged) == {"lowrank_calls": 1}
-    assert planned_bytes(merged) <= planned_bytes(mod)
-    # A kernel that is called several times is there once.
-    assert len(merged.get_global_vars()) == len(mod.get_global_vars()) + 1
+    assert planned_bytes(merged) <= planned_bytes(mod) + shared_bytes(mod)
+    # The stages of a kernel that is called several times are there once.
+    stages = sum(len(found.stages) for found in taken_apart(mod))
+    assert len(merged.get_global_vars()) == stages + len(["main", "lowrank_calls"])
 
 
 def test_branches_that_are_written_in_place():
@@ -141,7 +152,7 @@ def test_branches_that_are_written_in_place():
     assert "R.call_tir_inplace" in mod["main"].script()
     merged = same(mod, noise(1, 3, 9, 9))
     assert operators(merged) == {"lowrank_calls": 1}
-    assert planned_bytes(merged) <= planned_bytes(mod)
+    assert planned_bytes(merged) <= planned_bytes(mod) + shared_bytes(mod)
 
 
 def test_outputs_in_the_middle_and_the_input_itself():
@@ -197,7 +208,7 @@ def graphs(draw):
 def test_any_graph(graph):
     mod = elementwise(*graph)
     merged = same(mod, noise(*SHAPE), noise(*SHAPE)[:, ::-1])
-    assert planned_bytes(merged) <= planned_bytes(mod)
+    assert planned_bytes(merged) <= planned_bytes(mod) + shared_bytes(mod)
 
 
 def test_one_call_stays_as_it_is():
@@ -271,49 +282,126 @@ def test_virtual_machines_of_one_library_run_side_by_side(small):
     assert not wrong
 
 
-def copy(fails: bool = False) -> tirx.PrimFunc:
-    """A kernel that copies one vector, or fails before it does."""
+def kernel(make) -> tirx.PrimFunc:
+    """A kernel from one buffer of four vectors to another, of what ``make`` emits."""
     em = Emitter(ISA)
-    x, y = em.argument("x", (ISA.lanes,)), em.argument("y", (ISA.lanes,))
-    if fails:
-        message = [tvm.ir.StringImm("not today")]
-        condition = tirx.LT(tirx.BufferLoad(x, [0]), tirx.const(0.0, "float32"))
-        em._emit(tirx.AssertStmt(condition, tvm.ir.StringImm("ValueError"), message))
-    em.store(y, em.load(x))
+    x, y = em.argument("x", (4 * ISA.lanes,)), em.argument("y", (4 * ISA.lanes,))
+    make(em, x, y)
     return em.finish()
 
 
-def called(*kernels: tirx.PrimFunc) -> tvm.runtime.Module:
+def turned(em, x, y):
+    """The vectors in reverse: what a thread writes, another reads in the next kernel."""
+    with em.loop(4, "parallel") as i:
+        em.store(y, em.load(x, i * ISA.lanes) + em.constant(1), (3 - i) * ISA.lanes)
+
+
+def counted(em, x, y):
+    """One is added to what is already in ``y``, which must happen once."""
+    with em.loop(1, "parallel"):
+        em.store(y, em.load(y) + em.constant(1))
+
+
+def mixed(em, x, y):
+    """A thread alone, then both, then one again; they share a memory."""
+    shared = em.workspace(4 * ISA.lanes)
+    with em.loop(4) as i:
+        em.store(shared, em.load(x, i * ISA.lanes) * 2, i * ISA.lanes)
+    turned(em, shared, y)
+    em.store(y, em.load(y) + em.constant(1))
+
+
+def handed(em, x, y):
+    """A value in a register, for all threads."""
+    value = em.load(x)
+    with em.loop(4, "parallel") as i:
+        em.store(y, value, i * ISA.lanes)
+
+
+def failing(em, x, y):
+    condition = tirx.LT(tirx.BufferLoad(x, [0]), tirx.const(0.0, "float32"))
+    message = [tvm.ir.StringImm("not today")]
+    with em.loop(2, "parallel"):
+        em._emit(tirx.AssertStmt(condition, tvm.ir.StringImm("ValueError"), message))
+
+
+def called(*kernels: tirx.PrimFunc):
     """A function that gives each kernel what the one before has written."""
-    size = (ISA.lanes,)
+    lanes, functions, calls = 4 * ISA.lanes, {}, []
     buffers = [
-        tirx.decl_buffer(size, "float32", name=f"t{i}", data_alignment=ALIGNMENT)
-        for i in range(len(kernels) + 1)
+        tirx.decl_buffer((lanes,), "float32", name=f"t{i}", data_alignment=ALIGNMENT)
+        for i in range(len(kernels) + 2)
     ]
-    functions = {tvm.ir.GlobalVar(f"k{i}"): as_subroutine(k) for i, k in enumerate(kernels)}
-    calls = [KernelCall(gvar, (Place(i), Place(i + 1))) for i, gvar in enumerate(functions)]
-    main = emit_calls(buffers, calls).with_attr("global_symbol", "main")
+    for number, each in enumerate(kernels):
+        found = stages_of(each)
+        places = [Place(number), Place(number + 1), Place(len(kernels) + 1, ISA.lanes)]
+        for index, stage in enumerate(found.stages):
+            gvar = tvm.ir.GlobalVar(f"k{number}_{index}")
+            functions[gvar] = stage.func
+            calls.append(StageCall(gvar, stage.extent, tuple(places[i] for i in stage.arguments)))
+    main = emit_calls(buffers, calls, Place(len(kernels) + 1)).with_attr("global_symbol", "main")
     functions[tvm.ir.GlobalVar("main")] = main
-    return tvm.tirx.build(tvm.IRModule(functions), host_target(), NAME)
+    run = tvm.tirx.build(tvm.IRModule(functions), host_target(), NAME)["main"]
 
-
-def test_the_first_kernel_that_fails_ends_the_call():
-    run = called(copy(), copy(fails=True), copy())["main"]
-    size = ISA.lanes
-    tensors = [tvm.runtime.tensor(np.full(size, value, np.float32)) for value in (3, 0, 0, 0)]
-    with pytest.raises(ValueError, match="not today"):
+    def result(first: np.ndarray) -> list[np.ndarray]:
+        tensors = [tvm.runtime.tensor(first)]
+        tensors += [tvm.runtime.tensor(np.zeros(lanes, np.float32)) for _ in buffers[1:]]
         run(*tensors)
-    assert [float(tensor.numpy()[0]) for tensor in tensors] == [3, 3, 0, 0]
-    tensors[0] = tvm.runtime.tensor(np.full(size, -1, np.float32))
-    run(*tensors)
-    assert [float(tensor.numpy()[0]) for tensor in tensors] == [-1, -1, -1, -1]
+        return [tensor.numpy() for tensor in tensors]
+
+    return result
+
+
+def test_a_stage_begins_when_all_threads_are_through_with_the_one_before():
+    run = called(*[kernel(turned)] * 41)
+    x = np.arange(4 * ISA.lanes, dtype=np.float32)
+    expected = x.reshape(4, -1)[::-1].ravel() + 41
+    for _ in range(200):
+        np.testing.assert_array_equal(run(x)[41], expected)
+
+
+def test_what_is_done_once_is_not_done_by_every_thread():
+    run = called(*[kernel(counted)] * 20)
+    for _ in range(100):
+        for tensor in run(np.zeros(4 * ISA.lanes, np.float32))[1:21]:
+            assert tensor[: ISA.lanes].tolist() == [1] * ISA.lanes
+
+
+def test_stages_share_memory():
+    stages = stages_of(kernel(mixed))
+    assert [stage.extent for stage in stages.stages] == [1, 4, 1]
+    assert [stage.arguments for stage in stages.stages] == [(0, 2), (1, 2), (1,)]
+    assert stages.shared == (max(4 * ISA.lanes, 256),)
+
+
+def test_a_stage_that_needs_a_register_of_another_is_not_taken_apart():
+    assert stages_of(kernel(handed)) is None
+    builder = relax.BlockBuilder()
+    kind = relax.TensorType((4 * ISA.lanes,), "float32")
+    x = relax.Var("x", kind)
+    names = [builder.add_func(kernel(make), "lowrank_test") for make in (turned, handed)]
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit(relax.call_tir(names[0], [x], kind))
+            y = builder.emit(relax.call_tir(names[0], [y], kind))
+            out = builder.emit_output(relax.call_tir(names[1], [y], kind))
+        builder.emit_func_output(out)
+    found = operators(same(builder.get(), noise(4 * ISA.lanes)))
+    assert found == {"lowrank_calls": 1, "lowrank_test": 1}
+
+
+def test_a_kernel_that_fails_fails_the_call():
+    run = called(kernel(turned), kernel(failing), kernel(turned))
+    with pytest.raises(RuntimeError, match="could not allocate its workspace"):
+        run(np.zeros(4 * ISA.lanes, np.float32))
+    x = np.full(4 * ISA.lanes, -5, np.float32)
+    assert run(x)[1].tolist() == (x + 1).tolist()
 
 
 def test_arguments_are_checked_as_those_of_a_kernel():
-    run = called(copy(), copy())["main"]
-    size = ISA.lanes
-    good = [tvm.runtime.tensor(np.zeros(size, np.float32)) for _ in range(3)]
+    run = called(kernel(turned), kernel(turned))
+    size = 4 * ISA.lanes
     for shape, dtype in (((size + 1,), "float32"), ((1, size), "float32"), ((size,), "float64")):
         with pytest.raises(Exception, match=r"Mismatched|Invalid"):
-            run(tvm.runtime.tensor(np.zeros(shape, dtype)), *good[1:])
-    run(*good)
+            run(np.zeros(shape, dtype))
+    run(np.zeros(size, np.float32))

@@ -68,9 +68,9 @@ def _flat_passes(alone: bool) -> tvm.transform.Pass:
 class _Subroutines:
     """Makes functions with the attribute `SUBROUTINE` private ones, of pointers to their buffers.
 
-    They return 0, or another number where something has failed. Their code is in a function of its
-    own, as MakePackedAPI makes one: LLVM is told that its pointers do not alias, and keeps it apart
-    from what calls it.
+    Numbers come behind the pointers. They return 0, or another number where something has failed.
+    Their code is in a function of its own, as MakePackedAPI makes one: LLVM is told that its
+    pointers do not alias, and keeps it apart from what calls it.
     """
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
@@ -83,9 +83,11 @@ class _Subroutines:
 
 
 def _with_pointers(name: str, func: tirx.PrimFunc) -> tirx.PrimFunc:
-    pointers = [tirx.Var(f"{p.name}_data", tirx.buffer_data(p).ty) for p in func.params]
-    buffers = zip(func.params, pointers, strict=True)
-    views = [tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in buffers]
+    numbers = [p for p in func.params if isinstance(p.ty, ir.PrimType)]
+    buffers = [p for p in func.params if p not in numbers]
+    pointers = [tirx.Var(f"{b.name}_data", tirx.buffer_data(b).ty) for b in buffers]
+    pairs = zip(buffers, pointers, strict=True)
+    views = [tirx.DeclBuffer(buffer, data=pointer) for buffer, pointer in pairs]
     symbol = ir.StringImm(f"{name}_compute_")
     body: tirx.Stmt = tirx.AttrStmt(
         _ZERO, "compute_scope", symbol, tirx.SeqStmt([*views, func.body])
@@ -94,7 +96,7 @@ def _with_pointers(name: str, func: tirx.PrimFunc) -> tirx.PrimFunc:
     body = tirx.AttrStmt("default", "device_type", tirx.IntImm("int32", _CPU), body)
     body = tirx.AttrStmt("default", "device_id", _ZERO, body)
     body = tirx.SeqStmt([body, tirx.Return(_ZERO)])
-    subroutine = tirx.PrimFunc(pointers, body, ir.PrimType("int32"), func.attrs)
+    subroutine = tirx.PrimFunc([*pointers, *numbers], body, ir.PrimType("int32"), func.attrs)
     subroutine = subroutine.without_attr("global_symbol")
     target = func.attrs["target"]
     return subroutine.with_attr("target", target.host or target)
