@@ -45,11 +45,10 @@ _BYTES = 4
 class MergeCalls:
     """Merges two and more neighbouring calls of the plugin's x86 kernels in ``main``.
 
-    A kernel whose stages compute values for each other outside of memory keeps a call of its own.
-
     Reshapes between them are free and join; any other operator stays where it is, between two
-    merged calls. What comes out builds with the TIR pipeline ``"lowrank"`` only, since TVM's own
-    gives every function the interface for tensors.
+    merged calls, and so does a kernel whose stages hand each other values outside of memory. What
+    comes out builds with the TIR pipeline ``"lowrank"`` only, since TVM's own gives every function
+    the interface for tensors.
     """
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
@@ -172,6 +171,7 @@ class _Merger(Rewriter):
         return self._stages(gvar) is not None
 
     def _stages(self, kernel: tvm.ir.GlobalVar) -> Stages | None:
+        """The stages of a flat kernel, None for any other function."""
         if kernel not in self._taken_apart:
             func = self.mod[kernel]
             flat = FLAT in (func.attrs or {})

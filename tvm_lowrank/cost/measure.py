@@ -39,10 +39,6 @@ from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-# What took this much longer than the fastest of a workload may still be it, and so many are
-# measured a second time.
-_NEARLY, _SECOND_LOOKS = 1.2, 3
-
 
 class KernelTimer:
     """Measures convolution kernels, remembers every time in the records, and picks schedules.
@@ -204,26 +200,11 @@ class KernelTimer:
                 self._watch.look()
 
     def look_again(self, workloads: Iterable[ConvWorkload]) -> None:
-        """Measure what comes near the fastest schedule of a workload, and that, a second time.
+        """Measure what comes near the fastest schedule of each workload, and that, a second time.
 
-        A machine is slower than at other times for seconds or minutes, and what was measured then
-        should not lose by it. Times of a GPU are steadier, and its kernels take long to compile.
+        See `Watch.look_again`.
         """
-        if isinstance(self.isa, CudaArch):
-            return
-        pairs = []
-        for workload in {(w.geometry, w.in_block): w for w in workloads}.values():
-            found = self.measured_schedules(workload)
-            near = [s for us, s in found if us <= _NEARLY * found[0][0]][:_SECOND_LOOKS]
-            for schedule in near if len(near) > 1 else []:
-                known = [
-                    (other, looks)
-                    for other in other_epilogues(workload)
-                    if (looks := self.records.looks(other.key(), schedule.to_json()))
-                ]
-                if sum(looks for _, looks in known) == 1:
-                    pairs.append((known[0][0], schedule))
-        self.again(pairs)
+        self._watch.look_again(workloads)
 
     @property
     def guide(self) -> Guide | None:
