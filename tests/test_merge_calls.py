@@ -25,6 +25,7 @@ from tvm_lowrank.schedules.x86.subroutines import Place, StageCall, emit_calls
 from tvm_lowrank.schedules.x86.tir_pipeline import NAME
 from tvm_lowrank.schedules.x86.workspace import Lifetime, plan_offsets
 
+import tvm_lowrank
 from tvm_lowrank.build import compile_module, network_of
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.target import host_target
@@ -259,6 +260,19 @@ def test_a_constant_of_two_runs_is_there_once():
 def test_plans_show_every_call(small):
     mod = factored_plan(small).apply(load_model(small))
     assert operators(mod)["lowrank_conv2d"] > 5 and not operators(mod)["lowrank_calls"]
+
+
+def test_compile_builds_as_tune_does(small, tmp_path):
+    mod = factored_plan(small).apply(load_model(small))
+    path = tmp_path / "model.so"
+    tvm_lowrank.compile(mod).export_library(str(path))
+    x = noise(1, 3, 18, 18)
+    stock = outputs(tvm.compile(mod, host_target()), x)[0]
+    np.testing.assert_array_equal(tvm_lowrank.load(path)(x), stock)
+    symbols = path.read_bytes()
+    assert b"lowrank_calls" in symbols and b"lowrank_conv2d_stage" in symbols
+    with pytest.raises(tvm_lowrank.LowRankError, match="no kernels here"):
+        tvm_lowrank.compile(mod, "c")
 
 
 def test_virtual_machines_of_one_library_run_side_by_side(small):

@@ -14,7 +14,7 @@ _root = Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
     __path__.append(str(_root))
 
-from tvm_lowrank.api import plan, transform  # noqa: E402
+from tvm_lowrank.api import compile, plan, transform  # noqa: E402
 from tvm_lowrank.deploy import Network, load  # noqa: E402
 from tvm_lowrank.errors import LowRankError  # noqa: E402
 from tvm_lowrank.pipeline import LowRank  # noqa: E402
@@ -27,6 +27,7 @@ __all__ = [
     "LowRankError",
     "Network",
     "Plan",
+    "compile",
     "host_target",
     "load",
     "plan",

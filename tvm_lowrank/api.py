@@ -1,4 +1,4 @@
-"""What users call: ``plan`` and ``transform``."""
+"""What users call: ``plan``, ``transform`` and ``compile``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tvm_lowrank.build import compile_module
 from tvm_lowrank.data import Samples
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.metrics import Scorer
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import ALGORITHMS, Options, search
+from tvm_lowrank.target import parse_target
 
 
 def plan(
@@ -157,7 +159,35 @@ def transform(mod: Any, **options: Any) -> tvm.IRModule:
     Returns
     -------
     tvm.IRModule
-        Relax and TIR for ``tvm.compile(mod, target)``; it needs nothing of this package any more.
+        Relax and TIR for `compile`, or for ``tvm.compile(mod, target)``: it needs nothing of this
+        package any more.
     """
     loaded = load_model(mod, options.get("batch", 1))
     return plan(loaded, **options).apply(loaded)
+
+
+def compile(mod: tvm.IRModule, target: Any = None) -> tvm.runtime.Executable:
+    """Compile what `transform` or `Plan.apply` gave, as ``tune`` does.
+
+    ``tvm.compile`` takes the same module, but then TVM's virtual machine calls every kernel by
+    itself; here the kernels of a processor run in one function where they follow each other, which
+    small networks gain by.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+    target : optional
+        What the module was planned for (`tvm_lowrank.target.parse_target`); this machine's
+        processor by default.
+
+    Returns
+    -------
+    tvm.runtime.Executable
+        For ``relax.VirtualMachine``, or to be written by ``export_library``.
+
+    Raises
+    ------
+    LowRankError
+        The target is not known, or something that compiles CUDA is missing.
+    """
+    return compile_module(mod, parse_target(target))
