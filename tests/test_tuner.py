@@ -100,38 +100,6 @@ def test_a_third_time_that_settled_a_dispute_is_told():
     assert disputed.complaint() == f"{told}, of one 40%"
 
 
-class SlowAtFirst:
-    """The first schedule that is asked for is the best, and takes longer that once."""
-
-    def __init__(self):
-        self.asked = []
-
-    def ask(self, request):
-        self.asked.append(schedule_from_json(request["schedule"]))
-        rank = list(dict.fromkeys(self.asked)).index(self.asked[-1])
-        slow = 1.15 if len(self.asked) == 1 else 1.0
-        return {"us": slow * (10.0, 10.5)[rank] if rank < 2 else 20.0 + rank, "spread": 0.0}
-
-
-def test_what_was_measured_in_a_slow_moment_is_measured_again(tmp_path):
-    path = tmp_path / "records.jsonl"
-    measuring = timer(TuningRecords(path, "avx512", 2), worker=SlowAtFirst(), trials=8)
-    measuring.microseconds(workload())
-    asked = measuring._worker.asked
-    first, count = asked[:2], len(asked)
-    assert count > 4 and measuring.known(workload()) == first[1]
-    # Kernels that differ in what they add at the end count as one.
-    measuring.look_again([workload(), workload(), workload(epilogue=("bias",))])
-    assert set(asked[count:]) == set(first) and len(asked) == count + 2
-    assert measuring.known(workload()) == first[0]
-    measuring.look_again([workload()])
-    assert len(asked) == count + 2
-    # Nor is anything measured by a search that goes on from these records.
-    later = timer(TuningRecords(path, "avx512", 2), trials=8)
-    later.look_again([workload()])
-    assert later.measured == 0 and later.known(workload()) == first[0]
-
-
 @pytest.mark.parametrize(
     ("minima", "us", "spread", "apart"),
     [((4.0, 5.0, 4.1), 4.0, 0.025, 0.25), ((4.0, 4.2), 4.0, 0.05, 0.05)],

@@ -199,13 +199,6 @@ class KernelTimer:
                 self._keep(*pair, self.ask(*pair))
                 self._watch.look()
 
-    def look_again(self, workloads: Iterable[ConvWorkload]) -> None:
-        """Measure what comes near the fastest schedule of each workload, and that, a second time.
-
-        See `Watch.look_again`.
-        """
-        self._watch.look_again(workloads)
-
     @property
     def guide(self) -> Guide | None:
         """What picks the kernels that are measured, if anything does."""

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from tvm_lowrank.cost import machine
-from tvm_lowrank.cost.alike import other_epilogues
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.records import AGREEMENT
-from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.kernels import schedule_from_json
-from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 if TYPE_CHECKING:
     from tvm_lowrank.cost.measure import KernelTimer
 
 # Measurements between two of the reference kernel.
 _EVERY = 64
-# What took so many times as long as the fastest of a workload may still be it, and so many are
-# measured a second time.
-_NEARLY, _SECOND_LOOKS = 1.2, 3
 
 
 class Watch:
@@ -130,28 +123,6 @@ class Watch:
         now = None if known is None else self._witness()
         if known is not None and now is not None:
             self._slowest = max(self._slowest, now / known[1])
-
-    def look_again(self, workloads: Iterable[ConvWorkload]) -> None:
-        """Measure what comes near the fastest schedule of each workload, and that, a second time.
-
-        A machine is slower than at other times for seconds or minutes, and what was measured then
-        should not lose by it. Times of a GPU are steadier, and its kernels take long to compile.
-        """
-        if isinstance(self.timer.isa, CudaArch):
-            return
-        pairs = []
-        for workload in {(w.geometry, w.in_block): w for w in workloads}.values():
-            found = self.timer.measured_schedules(workload)
-            near = [s for us, s in found if us <= _NEARLY * found[0][0]][:_SECOND_LOOKS]
-            for schedule in near if len(near) > 1 else []:
-                known = [
-                    (other, looks)
-                    for other in other_epilogues(workload)
-                    if (looks := self.timer.records.looks(other.key(), schedule.to_json()))
-                ]
-                if sum(looks for _, looks in known) == 1:
-                    pairs.append((known[0][0], schedule))
-        self.timer.again(pairs)
 
     def complaints(self) -> list[str]:
         """What went wrong with the timer's measurements."""

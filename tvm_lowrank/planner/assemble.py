@@ -137,16 +137,11 @@ class Assembler:
         )
 
     def _schedules(self, factored: tvm.IRModule, plan: Plan, timer: KernelTimer) -> Schedules:
-        """Best schedule of every workload of the lowered network, measured where none is known.
-
-        What will be built is chosen with care: see `KernelTimer.look_again`.
-        """
+        """Best schedule of every workload of the lowered network, measured where none is known."""
         workloads = survey(factored, timer.isa, plan.scheduler())
         for workload in workloads:
             if timer.known(workload) is None:
                 timer.microseconds(workload)
-        if timer is self.survey.timer:
-            timer.look_again(workloads)
         chosen = {workload: timer.choose(workload) for workload in workloads}
         limit = self.survey.options.max_weight_bytes
         if limit is not None and timer is self.survey.timer:
