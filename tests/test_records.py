@@ -88,6 +88,28 @@ def test_condensed_records_keep_the_best_few(tmp_path):
         condense(small, path)
 
 
+def test_times_in_turns_choose_and_nothing_else(tmp_path):
+    path, other = tmp_path / "records.jsonl", tmp_path / "other.jsonl"
+    here = TuningRecords(path, "avx512", 2, machine="one")
+    for tile, us, turns in ((1, 11.0, 10.0), (2, 10.0, 10.4), (3, 13.0, 9.0), (4, 10.5, 10.2)):
+        here.add("work", {"kernel": "direct", "tile": tile}, us)
+        here.add_in_turns("work", {"kernel": "direct", "tile": tile}, turns)
+    assert [s["tile"] for s, _ in here.measured("work")] == [2, 4, 1, 3]
+    assert here.best("work") == ({"kernel": "direct", "tile": 2}, 10.0)
+    assert here.time("work", {"kernel": "direct", "tile": 3}) == 13.0
+    assert here.in_turns("work", {"kernel": "direct", "tile": 3}) == 9.0
+    assert here.disagreements() == [] and len(here) == 4
+    # Elsewhere too, also of what was condensed: three are near, the fourth is not.
+    assert condense(path, other) == 6
+    for copy, tiles in ((path, [1, 4, 2, 3]), (other, [1, 4, 2])):
+        there = TuningRecords(None, "avx512", 2, machine="another", shipped=[copy])
+        assert [s["tile"] for s in there.elsewhere("work")] == tiles
+    # One that did not run in turns leaves the order to their own times.
+    here.add("work", {"kernel": "direct", "tile": 5}, 9.5)
+    there = TuningRecords(None, "avx512", 2, machine="another", shipped=[path])
+    assert [s["tile"] for s in there.elsewhere("work")] == [5, 2, 4, 1, 3]
+
+
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "records.jsonl"
     records = TuningRecords(path, "t", 1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.threads import processor
@@ -17,6 +17,12 @@ from tvm_lowrank.threads import processor
 FORMAT = 3
 # Two measurements of one candidate that differ by more than this share disagree.
 AGREEMENT = 0.1
+
+# What took so many times as long as the fastest of a workload may still be it, and so many are run
+# in turns to tell.
+_NEAR, _MOST = 1.2, 3
+
+T = TypeVar("T")
 
 # Processor, threads, and whether the record was shipped: times of one place can be compared with
 # each other, and with no others.
@@ -28,13 +34,15 @@ class TuningRecords:
     """Measured times of kernels for one instruction set, kept in text files.
 
     Each line holds ``{"format", "isa", "threads", "machine", "mcpu", "workload", "schedule",
-    "us"}``, ``"spread"`` if it is known, and ``"device"`` if another machine measured. It is
-    flushed to the disk as it is written, so a run that is killed loses at most the kernel it was
-    at. A last line that was cut off by that is dropped on reading; any other damage is an error,
-    and the file is then left as it is.
+    "us"}``, ``"spread"`` if it is known, ``"device"`` if another machine measured, and
+    ``"in_turns"`` if others of its workload ran in turns with it. It is flushed to the disk as it
+    is written, so a run that is killed loses at most the kernel it was at. A last line that was cut
+    off by that is dropped on reading; any other damage is an error, and the file is then left as it
+    is.
 
     Of two measurements of one candidate the lesser time counts; `disagreements` knows those that
-    differ by more than 10 %.
+    differ by more than 10 %. Times in turns are compared with each other only, to choose
+    (`in_order`): the last one counts, and `time`, `measured` and `best` know nothing of them.
 
     Records of another machine or thread count, and all that are shipped, tell which schedules are
     good (`elsewhere`), never how long they take: `time` and `measured` know only what was measured
@@ -71,6 +79,8 @@ class TuningRecords:
     _times: dict[str, dict[Place, dict[str, float]]] = field(default_factory=dict)
     # The same of candidates that were measured twice with times that disagree: their ratio.
     _ratios: dict[tuple[str, Place, str], float] = field(default_factory=dict)
+    # As the times, of candidates that ran in turns.
+    _turns: dict[tuple[str, Place, str], float] = field(default_factory=dict)
     # How often a candidate was measured, where that is more than once.
     _looks: dict[tuple[str, Place, str], int] = field(default_factory=dict)
 
@@ -108,7 +118,11 @@ class TuningRecords:
         place = (str(record["machine"]), int(record["threads"]), shipped)
         workload, schedule = str(record["workload"]), _text(dict(record["schedule"]))
         microseconds = math.inf if record["us"] is None else float(record["us"])
-        if record["isa"] == self.isa:
+        if record["isa"] != self.isa:
+            return
+        if record.get("in_turns"):
+            self._turns[(workload, place, schedule)] = microseconds
+        else:
             self._keep(workload, place, schedule, microseconds)
 
     def _keep(self, workload: str, place: Place, schedule: str, microseconds: float) -> None:
@@ -142,6 +156,22 @@ class TuningRecords:
         """
         microseconds = round(microseconds, 3)  # as it will be read again
         self._keep(workload, self.here, _text(schedule), microseconds)
+        more: dict[str, Any] = {}
+        if spread is not None:
+            more["spread"] = round(spread, 3)
+        if device is not None:
+            more["device"] = device
+        self._append(workload, schedule, microseconds, more)
+
+    def add_in_turns(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:
+        """Append the time of a candidate that ran in turns with others of its workload."""
+        microseconds = round(microseconds, 3)
+        self._turns[(workload, self.here, _text(schedule))] = microseconds
+        self._append(workload, schedule, microseconds, {"in_turns": True})
+
+    def _append(
+        self, workload: str, schedule: dict[str, Any], microseconds: float, more: dict[str, Any]
+    ) -> None:
         if self.path is None:
             return
         record: dict[str, Any] = {
@@ -153,11 +183,8 @@ class TuningRecords:
             "workload": workload,
             "schedule": schedule,
             "us": microseconds if math.isfinite(microseconds) else None,
+            **more,
         }
-        if spread is not None:
-            record["spread"] = round(spread, 3)
-        if device is not None:
-            record["device"] = device
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, sort_keys=True) + "\n")
@@ -176,6 +203,10 @@ class TuningRecords:
         """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""
         return self._times.get(workload, {}).get(self.here, {}).get(_text(schedule))
 
+    def in_turns(self, workload: str, schedule: dict[str, Any]) -> float | None:
+        """Microseconds of a schedule here when it ran in turns with others, None if it did not."""
+        return self._turns.get((workload, self.here, _text(schedule)))
+
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""
         known = self.time(workload, schedule) is not None
@@ -188,7 +219,7 @@ class TuningRecords:
     def elsewhere(self, workload: str) -> list[dict[str, Any]]:
         """Schedules that ran on other machines or thread counts, most trustworthy first.
 
-        Those of the same thread count come before those of the nearest, each fastest first.
+        Those of the same thread count come before those of the nearest, each `in_order`.
         Machines of one thread count take turns. What failed here is left out.
         """
         places = self._times.get(workload, {})
@@ -198,10 +229,16 @@ class TuningRecords:
                 far = abs(math.log2(place[1] / self.threads))
                 turns += [
                     (far, turn, place, schedule)
-                    for turn, (schedule, _) in enumerate(_ranked(times))
+                    for turn, schedule in enumerate(self._in_order(workload, place, times))
                 ]
         turns.sort(key=lambda item: item[:3])
         return [schedule for *_, schedule in turns if self.time(workload, schedule) != math.inf]
+
+    def _in_order(
+        self, workload: str, place: Place, times: dict[str, float]
+    ) -> list[dict[str, Any]]:
+        found = [(us, schedule) for schedule, us in _ranked(times)]
+        return in_order(found, lambda s: self._turns.get((workload, place, _text(s))))
 
     def best(
         self, workload: str, place: Place | None = None, families: Collection[str] = ()
@@ -238,6 +275,24 @@ class TuningRecords:
         return sum(len(times) for places in self._times.values() for times in places.values())
 
 
+def near_fastest(found: Sequence[tuple[float, T]]) -> list[T]:
+    """Of microseconds with what took them, fastest first, those that may be the fastest."""
+    return [each for us, each in found if us <= _NEAR * found[0][0]][:_MOST]
+
+
+def in_order(found: Sequence[tuple[float, T]], in_turns: Callable[[T], float | None]) -> list[T]:
+    """What `found` has, fastest first; those near the fastest as they came when run in turns.
+
+    If one of these was not run in turns, their own times decide.
+    """
+    near = near_fastest(found)
+    times = [us for each in near if (us := in_turns(each)) is not None]
+    if len(times) == len(near):
+        order = sorted(range(len(near)), key=times.__getitem__)
+        near = [near[index] for index in order]
+    return [*near, *(each for _, each in found[len(near) :])]
+
+
 def shipped_records(isa: str) -> list[Path]:
     """The files of records for an instruction set that are installed with the package."""
     folder = Path(str(files("tvm_lowrank.tuning_logs"))) / isa
@@ -262,6 +317,8 @@ def _ranked(times: dict[str, float]) -> list[tuple[dict[str, Any], float]]:
 def condense(source: Path, sink: Path, keep: int = 3) -> int:
     """Write the fastest ``keep`` records of each workload, place and family of kernels, sorted.
 
+    Times in turns stay with what is kept.
+
     Returns the number of records written.
 
     Raises
@@ -269,16 +326,23 @@ def condense(source: Path, sink: Path, keep: int = 3) -> int:
     LowRankError
         ``source`` does not hold records, or ``sink`` cannot be written.
     """
-    groups: dict[tuple[Any, ...], list[tuple[float, str]]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[float, str, str]]] = {}
+    turns: dict[tuple[Any, ...], str] = {}
     try:
         for line in source.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            if record["us"] is not None:
-                names = ("isa", "threads", "machine", "workload")
-                family = record["schedule"].get("kernel", "")
-                group = (*(record[name] for name in names), family)
-                groups.setdefault(group, []).append((record["us"], line))
-        best = [line for group in sorted(groups) for _, line in sorted(groups[group])[:keep]]
+            names = ("isa", "threads", "machine", "workload")
+            family, schedule = record["schedule"].get("kernel", ""), _text(record["schedule"])
+            group = (*(record[name] for name in names), family)
+            if record.get("in_turns"):
+                turns[(*group, schedule)] = line
+            elif record["us"] is not None:
+                groups.setdefault(group, []).append((record["us"], line, schedule))
+        best = []
+        for group in sorted(groups):
+            kept = sorted(groups[group])[:keep]
+            best += [line for _, line, _ in kept]
+            best += [turns[name] for *_, s in kept if (name := (*group, s)) in turns]
         sink.parent.mkdir(parents=True, exist_ok=True)
         sink.write_text("".join(f"{line}\n" for line in best), encoding="utf-8")
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tvm
 
-from tvm_lowrank.cost import machine
+from tvm_lowrank.cost import machine, rivals
 from tvm_lowrank.cost.alike import other_batches, other_epilogues
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.fleet import Fleet
@@ -199,6 +199,14 @@ class KernelTimer:
                 self._keep(*pair, self.ask(*pair))
                 self._watch.look()
 
+    def compare(self, workloads: Iterable[ConvWorkload]) -> None:
+        """Run what comes near the fastest schedule of each workload in turns with it.
+
+        See `rivals`. What servers or a GPU measure is left as it is.
+        """
+        if not isinstance(self._worker, Fleet) and not isinstance(self.isa, CudaArch):
+            rivals.compare(self, workloads)
+
     @property
     def guide(self) -> Guide | None:
         """What picks the kernels that are measured, if anything does."""
@@ -246,7 +254,7 @@ class KernelTimer:
         """
         same = other_epilogues(workload)
         elsewhere = next((found for other in same for found in self._elsewhere(other)), None)
-        measured = [schedule for _, schedule in self.measured_schedules(workload)]
+        measured = rivals.ranked(self, workload)
         if measured and (elsewhere is None or elsewhere.kernel in {s.kernel for s in measured}):
             return measured[0]
         return elsewhere
@@ -372,6 +380,16 @@ class KernelTimer:
         """The worker's answer for a schedule, put on no record; None if it does not run."""
         worker = self._worker or shared_worker(self.records.threads)
         return worker.ask(self._request(workload, schedule))
+
+    def ask_in_turns(
+        self, workload: ConvWorkload, schedules: Sequence[Schedule]
+    ) -> list[float] | None:
+        """Microseconds of schedules that run in turns, put on no record; None if they do not."""
+        request = self._request(workload, schedules[0])
+        request["rivals"] = [schedule.to_json() for schedule in schedules]
+        del request["schedule"]
+        answer = (self._worker or shared_worker(self.records.threads)).ask(request)
+        return None if answer is None else [float(us) for us in answer["us"]]
 
     def _request(self, workload: Any, schedule: Any) -> dict[str, Any]:
         return {

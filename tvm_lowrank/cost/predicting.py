@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,9 @@ class PredictingTimer(KernelTimer):
             for schedule in (*self._elsewhere(workload), *self._promising(workload)):
                 self.time(workload, schedule)
         return self._best(workload)[0]
+
+    def compare(self, workloads: Iterable[ConvWorkload]) -> None:
+        """There is nothing to run."""
 
     def _promising(self, workload: ConvWorkload) -> list[Schedule]:
         """The schedule of each family that is predicted fastest."""

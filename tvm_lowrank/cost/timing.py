@@ -32,6 +32,8 @@ _MOST_COPIES = 32
 # Seconds of one of the measurements that have to agree, and of what its minimum is taken over.
 _SECONDS = 0.02
 _BLOCK = 1e-4
+# Turns of schedules that are compared; each runs in all of them as long as if it ran alone.
+_TURNS = 8
 _AGREEMENT = 1 + AGREEMENT
 
 
@@ -45,14 +47,15 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     ----------
     request : dict
         ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain;
-        for a GPU also ``target`` and the bytes of a ``copy``.
+        for a GPU also ``target`` and the bytes of a ``copy``. With ``rivals``, a list, instead of
+        ``schedule``, these take turns.
 
     Returns
     -------
     dict
-        ``us``, the minimum of repeated runs in microseconds, and ``spread``: by which share of it
-        the second of at most three such minima is above, and ``apart``, the last. A third is taken
-        only where the first two differ by more than 10 %.
+        ``us``, the minimum of repeated runs in microseconds; of rivals a list of these, else also
+        ``spread``: by which share of it the second of at most three such minima is above, and
+        ``apart``, the last. A third is taken only where the first two differ by more than 10 %.
     """
     target = tvm.target.Target(request["target"])
     if target.kind.name == "cuda" and "copy" in request:
@@ -63,6 +66,14 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         schedule = schedule_from_json(request["schedule"])
         program = emit(workload, schedule, machine_of(target))
         return time_program(program, target, tvm.cuda())
+    if "rivals" in request:
+        rivals = [{**request, "schedule": schedule} for schedule in request["rivals"]]
+        return {"us": _in_turns([_runner(rival, target) for rival in rivals])}
+    return _least(_runner(request, target))
+
+
+def _runner(request: Mapping[str, Any], target: tvm.target.Target) -> Callable[[], None]:
+    """Runs the kernels of a request once, each time with other copies of their weights."""
     funcs = kernels_of(request, target)
     calls = [_compile(func, target) for func in funcs]
     turns = itertools.cycle(_arguments(funcs))
@@ -71,11 +82,14 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         for call, arguments in zip(calls, next(turns), strict=True):
             call(*arguments)
 
+    return run
+
+
+def _least(run: Callable[[], None]) -> dict[str, Any]:
+    """The least time of runs by several minima that have to agree; see `time_kernel`."""
     run()  # starts the pool
     with apart_from_pool():
-        first = min(_blocks(run, 1, 4))
-        number = max(1, round(_BLOCK / first))
-        count = max(3, round(_SECONDS / (first * number)))
+        number, count = _lengths(run)
         minima = sorted(min(_blocks(run, number, count)) for _ in range(2))
         if minima[1] > _AGREEMENT * minima[0]:
             minima = sorted([*minima, min(_blocks(run, number, count))])
@@ -84,6 +98,26 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         "spread": minima[1] / minima[0] - 1,
         "apart": minima[-1] / minima[0] - 1,
     }
+
+
+def _in_turns(runs: Sequence[Callable[[], None]]) -> list[float]:
+    """The least microseconds of each of several runs that take turns."""
+    runs[0]()  # starts the pool
+    found = [math.inf] * len(runs)
+    with apart_from_pool():
+        lengths = [_lengths(run) for run in runs]
+        for _ in range(_TURNS):
+            for index, (run, (number, count)) in enumerate(zip(runs, lengths, strict=True)):
+                blocks = _blocks(run, number, math.ceil(2 * count / _TURNS))
+                found[index] = min(found[index], *blocks)
+    return [1e6 * seconds for seconds in found]
+
+
+def _lengths(run: Callable[[], None]) -> tuple[int, int]:
+    """How many runs make a block, and how many blocks a measurement."""
+    first = min(_blocks(run, 1, 4))
+    number = max(1, round(_BLOCK / first))
+    return number, max(3, round(_SECONDS / (first * number)))
 
 
 def time_program(

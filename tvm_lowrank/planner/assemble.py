@@ -142,6 +142,7 @@ class Assembler:
         for workload in workloads:
             if timer.known(workload) is None:
                 timer.microseconds(workload)
+        timer.compare(workloads)
         chosen = {workload: timer.choose(workload) for workload in workloads}
         limit = self.survey.options.max_weight_bytes
         if limit is not None and timer is self.survey.timer:

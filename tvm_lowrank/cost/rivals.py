@@ -1,0 +1,50 @@
+"""Schedules of one convolution whose times come near each other, run in turns to tell them apart.
+
+A machine that others share is slower than at other times for seconds or minutes, so of two
+schedules that were measured one after the other the slower one may have won. Run in turns, both
+meet the same machine. These times choose only, they price nothing: a search that goes on from its
+records prices what the first one priced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from tvm_lowrank.cost.alike import other_epilogues
+from tvm_lowrank.records import in_order, near_fastest
+from tvm_lowrank.schedules.kernels import Schedule
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+
+if TYPE_CHECKING:
+    from tvm_lowrank.cost.measure import KernelTimer
+
+
+def ranked(timer: KernelTimer, workload: ConvWorkload) -> list[Schedule]:
+    """The schedules measured here, fastest first; those near the fastest as they came in turns."""
+    return in_order(timer.measured_schedules(workload), lambda s: _in_turns(timer, workload, s))
+
+
+def compare(timer: KernelTimer, workloads: Iterable[ConvWorkload]) -> None:
+    """Run the schedules near the fastest of each convolution in turns, unless they have been.
+
+    Convolutions that differ in their epilogue only count as one. What does not run so, as several
+    may take more memory than one, keeps the times that it has.
+    """
+    for workload in {(w.geometry, w.in_block): w for w in workloads}.values():
+        found = timer.measured_schedules(workload)
+        near = near_fastest(found)
+        if len(near) < 2 or all(_in_turns(timer, workload, s) is not None for s in near):
+            continue
+        # Their times are on record under an epilogue that may not be this one's.
+        measured = next(w for w in other_epilogues(workload) if timer.records.measured(w.key()))
+        times = timer.ask_in_turns(measured, near) or [us for us, _ in found]
+        for schedule, us in zip(near, times, strict=False):
+            timer.records.add_in_turns(measured.key(), schedule.to_json(), us)
+
+
+def _in_turns(timer: KernelTimer, workload: ConvWorkload, schedule: Schedule) -> float | None:
+    """Microseconds of a schedule when it ran in turns with others, whatever the epilogue."""
+    data = schedule.to_json()
+    times = (timer.records.in_turns(w.key(), data) for w in other_epilogues(workload))
+    return next((us for us in times if us is not None), None)
