@@ -188,19 +188,54 @@ def test_rivals_are_compiled_and_run():
 
 
 @pytest.mark.parametrize(
-    ("minima", "us", "spread", "apart"),
-    [((4.0, 5.0, 4.1), 4.0, 0.025, 0.25), ((4.0, 4.2), 4.0, 0.05, 0.05)],
+    ("minima", "paces", "us", "pace", "spread", "apart"),
+    [
+        ((4.0, 5.0, 4.1), (1.0, 1.0, 1.0, 1.0), 4.1, 1.0, 0.025, 0.25),
+        ((4.0, 4.2), (1.0, 1.0, 1.0), 4.1, 1.0, 0.05, 0.05),
+        # Where the machine slows down, the pacer does as well.
+        ((4.0, 6.3), (1.0, 1.5, 1.5), 4.1, 1.0, 0.05, 0.05),
+        ((6.0, 5.2), (1.5, 1.5, 1.3), 5.2, 1.3, 0.0, 0.0),
+    ],
 )
-def test_a_third_time_is_taken_where_two_disagree(monkeypatch, minima, us, spread, apart):
-    series = iter([1e-4, *(1e-6 * us for us in minima)])
-    monkeypatch.setattr(timing, "_blocks", lambda *_: [next(series)])
+def test_a_third_time_is_taken_where_two_disagree(
+    monkeypatch, minima, paces, us, pace, spread, apart
+):
+    minima, paces = iter([1e-4, *(1e-6 * us for us in minima)]), iter(paces)
+    monkeypatch.setattr(timing, "_blocks", lambda *_: [next(minima)])
     monkeypatch.setattr(timing, "_compile", lambda *_: lambda *_: None)
+    monkeypatch.setattr(timing, "_pacer", lambda _: lambda: 1e-6 * next(paces))
     (schedule, *_) = spaces(workload(), AVX512)["direct"]
     target = json.loads(str(parse_target("llvm:skylake-avx512")))
     request = {"workload": workload().to_json(), "schedule": schedule.to_json(), "target": target}
     found = timing.time_kernel(request)
-    wanted = {"us": us, "spread": spread, "apart": apart}
-    assert found == pytest.approx(wanted) and next(series, None) is None
+    assert next(minima, None) is None and next(paces, None) is None
+    wanted = {"us": us, "pace": pace, "spread": spread, "apart": apart}
+    assert found == pytest.approx(wanted)
+
+
+def test_times_allow_for_the_pace_of_the_machine(tmp_path):
+    class Paced:
+        """A machine that gets slower, until everything takes twice as long."""
+
+        slower = 1.0
+
+        def ask(self, request):
+            us = 10.0 + request["schedule"]["tile"]
+            return {"us": self.slower * us, "pace": 300.0 * self.slower, "spread": 0.0}
+
+    path, machine = tmp_path / "records.jsonl", Paced()
+    candidates = spaces(workload(), AVX512)["direct"][:12]
+    measuring = timer(TuningRecords(path, "avx512", 2), worker=machine)
+    for index, schedule in enumerate(candidates):
+        machine.slower = 1 + index / 11
+        assert measuring.time(workload(), schedule) == pytest.approx(10.0 + schedule.tile, abs=1e-3)
+    assert measuring.complaint().startswith("the machine was up to 100% slower than at first")
+    # A search that goes on keeps the pace that its records have.
+    again = timer(TuningRecords(path, "avx512", 2), worker=machine)
+    (schedule,) = spaces(workload(), AVX512)["direct"][12:13]
+    assert again.time(workload(), schedule) == pytest.approx(10.0 + schedule.tile, abs=1e-3)
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert last["slower"] == 2.0 and last["us"] == again.time(workload(), schedule)
 
 
 NETWORK = [workload(c, s, k) for c in (16, 32, 64) for s in (7, 14, 28) for k in (1, 3, 5)]

@@ -34,11 +34,11 @@ class TuningRecords:
     """Measured times of kernels for one instruction set, kept in text files.
 
     Each line holds ``{"format", "isa", "threads", "machine", "mcpu", "workload", "schedule",
-    "us"}``, ``"spread"`` if it is known, ``"device"`` if another machine measured, and
-    ``"in_turns"`` if others of its workload ran in turns with it. It is flushed to the disk as it
-    is written, so a run that is killed loses at most the kernel it was at. A last line that was cut
-    off by that is dropped on reading; any other damage is an error, and the file is then left as it
-    is.
+    "us"}``, ``"spread"`` and ``"slower"`` if they are known (see `add`), ``"device"`` if another
+    machine measured, and ``"in_turns"`` if others of its workload ran in turns with it. It is
+    flushed to the disk as it is written, so a run that is killed loses at most the kernel it was
+    at. A last line that was cut off by that is dropped on reading; any other damage is an error,
+    and the file is then left as it is.
 
     Of two measurements of one candidate the lesser time counts; `disagreements` knows those that
     differ by more than 10 %. Times in turns are compared with each other only, to choose
@@ -148,11 +148,13 @@ class TuningRecords:
         microseconds: float,
         spread: float | None = None,
         device: str | None = None,
+        slower: float | None = None,
     ) -> None:
         """Append one measurement; an infinite time says that the candidate failed.
 
         ``spread`` is the share by which repeated minima differed, ``device`` which of several
-        machines of this name measured.
+        machines of this name measured, ``slower`` how many times as slow as usual the machine was,
+        which the time allows for.
         """
         microseconds = round(microseconds, 3)  # as it will be read again
         self._keep(workload, self.here, _text(schedule), microseconds)
@@ -161,6 +163,8 @@ class TuningRecords:
             more["spread"] = round(spread, 3)
         if device is not None:
             more["device"] = device
+        if slower is not None:
+            more["slower"] = round(slower, 3)
         self._append(workload, schedule, microseconds, more)
 
     def add_in_turns(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:

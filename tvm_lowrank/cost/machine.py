@@ -21,6 +21,9 @@ _REFERENCE = ConvGeometry(64, 64, 56, 56, (3, 3), padding=(1, 1, 1, 1))
 # Also on record: a search that goes on from its records must predict what it predicted.
 COPY = "copy of 64 MiB"
 COPY_BYTES = 64 << 20
+# What the kernel took that runs beside each measurement, when it first ran: times on record are of
+# a machine that keeps this pace.
+PACE = "pace"
 # Machines whose figures differ by more than this factor do not price each other. Other work on the
 # machine at hand makes it look slower too, so the factor is generous; from the lower one on it is
 # said.

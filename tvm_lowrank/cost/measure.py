@@ -351,7 +351,7 @@ class KernelTimer:
     def _keep(self, workload: Any, schedule: Any, answer: Any) -> float:
         """Put an answer on record; returns its microseconds."""
         self.measured += 1
-        microseconds = math.inf if answer is None else float(answer["us"])
+        microseconds, slower = (math.inf, None) if answer is None else self._watch.paced(answer)
         spread = None if answer is None else float(answer["spread"])
         self.failed += answer is None
         self.unsteady += spread is not None and spread > AGREEMENT
@@ -360,7 +360,7 @@ class KernelTimer:
         self.disputed += apart > AGREEMENT
         self.apart = max(self.apart, apart)
         device = None if answer is None else answer.get("device")
-        self.records.add(workload.key(), schedule.to_json(), microseconds, spread, device)
+        self.records.add(workload.key(), schedule.to_json(), microseconds, spread, device, slower)
         return microseconds
 
     def copy_microseconds(self) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,11 +16,12 @@ import tvm
 
 from tvm_lowrank.build import compile_module
 from tvm_lowrank.cost import measure_batch
+from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.records import AGREEMENT
 from tvm_lowrank.schedules.cuda.arch import arch_of
 from tvm_lowrank.schedules.cuda.program import Program
 from tvm_lowrank.schedules.cuda.straight import copy_program
-from tvm_lowrank.schedules.kernels import emit, schedule_from_json
+from tvm_lowrank.schedules.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86 import fused
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
@@ -32,6 +36,9 @@ _MOST_COPIES = 32
 # Seconds of one of the measurements that have to agree, and of what its minimum is taken over.
 _SECONDS = 0.02
 _BLOCK = 1e-4
+# A layer whose kernel runs before and after each of them, and for how many seconds at least.
+_PACE = ConvGeometry(64, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1))
+_PACE_SECONDS = 0.003
 # Turns of schedules that are compared; each runs in all of them as long as if it ran alone.
 _TURNS = 8
 _AGREEMENT = 1 + AGREEMENT
@@ -53,9 +60,12 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``us``, the minimum of repeated runs in microseconds; of rivals a list of these, else also
-        ``spread``: by which share of it the second of at most three such minima is above, and
-        ``apart``, the last. A third is taken only where the first two differ by more than 10 %.
+        ``us``, the minimum of repeated runs in microseconds; of rivals a list of these. Else it is
+        the median of two or three such minima, each relative to what the same reference kernel
+        took right before and after, on a machine where that takes ``pace`` microseconds, its least
+        time here: others who share the machine slow both down. ``spread`` is by which share the
+        second of these minima is above the first, ``apart`` the last. A third is taken only where
+        the first two differ by more than 10 %.
     """
     target = tvm.target.Target(request["target"])
     if target.kind.name == "cuda" and "copy" in request:
@@ -69,7 +79,7 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     if "rivals" in request:
         rivals = [{**request, "schedule": schedule} for schedule in request["rivals"]]
         return {"us": _in_turns([_runner(rival, target) for rival in rivals])}
-    return _least(_runner(request, target))
+    return _least(_runner(request, target), _pacer(json.dumps(request["target"])))
 
 
 def _runner(request: Mapping[str, Any], target: tvm.target.Target) -> Callable[[], None]:
@@ -85,19 +95,43 @@ def _runner(request: Mapping[str, Any], target: tvm.target.Target) -> Callable[[
     return run
 
 
-def _least(run: Callable[[], None]) -> dict[str, Any]:
-    """The least time of runs by several minima that have to agree; see `time_kernel`."""
+def _least(run: Callable[[], None], pacer: Callable[[], float]) -> dict[str, Any]:
+    """The time of runs by several minima that have to agree; see `time_kernel`.
+
+    Each is taken relative to the pacer's times right before and after.
+    """
     run()  # starts the pool
     with apart_from_pool():
         number, count = _lengths(run)
-        minima = sorted(min(_blocks(run, number, count)) for _ in range(2))
-        if minima[1] > _AGREEMENT * minima[0]:
-            minima = sorted([*minima, min(_blocks(run, number, count))])
+        paces, minima = [pacer()], list[float]()
+
+        def relative() -> list[float]:
+            near = map(min, itertools.pairwise(paces))
+            return sorted(us / pace for us, pace in zip(minima, near, strict=True))
+
+        while len(minima) < 2 or (len(minima) < 3 and relative()[1] > _AGREEMENT * relative()[0]):
+            minima.append(min(_blocks(run, number, count)))
+            paces.append(pacer())
+    found, pace = relative(), min(paces)
     return {
-        "us": 1e6 * minima[0],
-        "spread": minima[1] / minima[0] - 1,
-        "apart": minima[-1] / minima[0] - 1,
+        "us": 1e6 * pace * statistics.median(found),
+        "pace": 1e6 * pace,
+        "spread": found[1] / found[0] - 1,
+        "apart": found[-1] / found[0] - 1,
     }
+
+
+@functools.lru_cache(maxsize=1)
+def _pacer(target: str) -> Callable[[], float]:
+    """Seconds now of a kernel that always is the same one."""
+    device = tvm.target.Target(json.loads(target))
+    workload = ConvWorkload(_PACE, isa_of(device).block)
+    schedule = spaces(workload, isa_of(device))["direct"][0]
+    request = {"workload": workload.to_json(), "schedule": schedule.to_json()}
+    run = _runner(request, device)
+    run()
+    count = max(3, round(_PACE_SECONDS / min(_blocks(run, 1, 4))))
+    return lambda: min(_blocks(run, 1, count))
 
 
 def _in_turns(runs: Sequence[Callable[[], None]]) -> list[float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Measurements between two of the reference kernel.
 _EVERY = 64
+# Times that allow for a machine so many times as slow as at first are worth a word.
+_SLOW = 1.5
 
 
 class Watch:
@@ -30,6 +33,7 @@ class Watch:
         self.timer = timer
         self._slowest = 1.0
         self._looked = 0
+        self._paced = False
         self._checked = False
         self._remarks: list[str] = []
 
@@ -112,9 +116,29 @@ class Watch:
         answer = None if best is None else self.timer.ask(workload, schedule_from_json(best[0]))
         return None if answer is None else float(answer["us"])
 
+    def paced(self, answer: Mapping[str, Any]) -> tuple[float, float | None]:
+        """Microseconds of an answer on the machine as it was at first, and how much slower it is.
+
+        A machine that others share is slower than at other times for seconds or minutes. The kernel
+        that ran beside the measured one says by how much, if the answer has its time.
+        """
+        us, pace = float(answer["us"]), answer.get("pace")
+        if pace is None:
+            return us, None
+        first = self.timer.records.time(machine.PACE, {})
+        if first is None:
+            self.timer.records.add(machine.PACE, {}, pace)
+            first = pace
+        self._paced, slower = True, pace / first
+        self._slowest = max(self._slowest, slower)
+        return us / slower, slower
+
     def look(self) -> None:
-        """Now and then, compare the reference kernel with what it took before."""
-        if self.timer.measured - self._looked < _EVERY:
+        """Now and then, compare the reference kernel with what it took before.
+
+        Where it runs beside each measured kernel anyway, there is no need.
+        """
+        if self._paced or self.timer.measured - self._looked < _EVERY:
             return
         self._looked = self.timer.measured
         key = machine.reference(self.timer.isa).key()
@@ -144,7 +168,12 @@ class Watch:
                 f"{len(ratios)} candidates were measured twice with times more than 10 % apart, "
                 f"one with {max(ratios) - 1:.0%}; the lesser counts"
             )
-        if self._slowest > 1 + AGREEMENT:
+        if self._paced and self._slowest > _SLOW:
+            parts.append(
+                f"the machine was up to {self._slowest - 1:.0%} slower than at first; times allow "
+                "for that, as far as a kernel that ran beside each one tells (is it busy?)"
+            )
+        elif not self._paced and self._slowest > 1 + AGREEMENT:
             parts.append(
                 f"the reference kernel, measured again in between, took up to "
                 f"{self._slowest - 1:.0%} longer than at first: some of these times are that much "
