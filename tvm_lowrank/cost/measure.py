@@ -376,6 +376,15 @@ class KernelTimer:
             return float(answer["us"])
         return machine.copy_microseconds()
 
+    def pace_microseconds(self, seconds: float) -> float | None:
+        """The least time, for some seconds, of the kernel that runs beside each one; see `timing`.
+
+        None if it does not run.
+        """
+        request = {"target": json.loads(str(self.target)), "pace": seconds}
+        answer = (self._worker or shared_worker(self.records.threads)).ask(request)
+        return None if answer is None else float(answer["us"])
+
     def ask(self, workload: Any, schedule: Any) -> Any:
         """The worker's answer for a schedule, put on no record; None if it does not run."""
         worker = self._worker or shared_worker(self.records.threads)

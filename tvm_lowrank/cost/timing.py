@@ -55,7 +55,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     request : dict
         ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain;
         for a GPU also ``target`` and the bytes of a ``copy``. With ``rivals``, a list, instead of
-        ``schedule``, these take turns.
+        ``schedule``, these take turns; ``target`` and ``pace`` ask for the least time of the
+        reference kernel within so many seconds.
 
     Returns
     -------
@@ -76,6 +77,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         schedule = schedule_from_json(request["schedule"])
         program = emit(workload, schedule, machine_of(target))
         return time_program(program, target, tvm.cuda())
+    if "pace" in request:
+        return _steady_pace(request["pace"], json.dumps(request["target"]))
     if "rivals" in request:
         rivals = [{**request, "schedule": schedule} for schedule in request["rivals"]]
         return {"us": _in_turns([_runner(rival, target) for rival in rivals])}
@@ -119,6 +122,15 @@ def _least(run: Callable[[], None], pacer: Callable[[], float]) -> dict[str, Any
         "spread": found[1] / found[0] - 1,
         "apart": found[-1] / found[0] - 1,
     }
+
+
+def _steady_pace(seconds: float, target: str) -> dict[str, Any]:
+    with apart_from_pool():
+        pacer, end = _pacer(target), time.perf_counter() + seconds
+        least = pacer()
+        while time.perf_counter() < end:
+            least = min(least, pacer())
+    return {"us": 1e6 * least}
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Measurements between two of the reference kernel.
 _EVERY = 64
+# Seconds of looking at a machine's pace when there is none on record.
+_FIRST_LOOK = 1.0
 # Times that allow for a machine so many times as slow as at first are worth a word.
 _SLOW = 1.5
 
@@ -127,8 +129,9 @@ class Watch:
             return us, None
         first = self.timer.records.time(machine.PACE, {})
         if first is None:
-            self.timer.records.add(machine.PACE, {}, pace)
-            first = pace
+            # What a process measures first may be slow, as its threads are new.
+            first = min(pace, self.timer.pace_microseconds(_FIRST_LOOK) or pace)
+            self.timer.records.add(machine.PACE, {}, first)
         self._paced, slower = True, pace / first
         self._slowest = max(self._slowest, slower)
         return us / slower, slower
