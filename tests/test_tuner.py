@@ -187,32 +187,6 @@ def test_rivals_are_compiled_and_run():
     assert len(times) == 2 and all(0 < us < math.inf for us in times)
 
 
-@pytest.mark.parametrize(
-    ("minima", "paces", "us", "pace", "spread", "apart"),
-    [
-        ((4.0, 5.0, 4.1), (1.0, 1.0, 1.0, 1.0), 4.1, 1.0, 0.025, 0.25),
-        ((4.0, 4.2), (1.0, 1.0, 1.0), 4.1, 1.0, 0.05, 0.05),
-        # Where the machine slows down, the pacer does as well.
-        ((4.0, 6.3), (1.0, 1.5, 1.5), 4.1, 1.0, 0.05, 0.05),
-        ((6.0, 5.2), (1.5, 1.5, 1.3), 5.2, 1.3, 0.0, 0.0),
-    ],
-)
-def test_a_third_time_is_taken_where_two_disagree(
-    monkeypatch, minima, paces, us, pace, spread, apart
-):
-    minima, paces = iter([1e-4, *(1e-6 * us for us in minima)]), iter(paces)
-    monkeypatch.setattr(timing, "_blocks", lambda *_: [next(minima)])
-    monkeypatch.setattr(timing, "_compile", lambda *_: lambda *_: None)
-    monkeypatch.setattr(timing, "_pacer", lambda _: lambda: 1e-6 * next(paces))
-    (schedule, *_) = spaces(workload(), AVX512)["direct"]
-    target = json.loads(str(parse_target("llvm:skylake-avx512")))
-    request = {"workload": workload().to_json(), "schedule": schedule.to_json(), "target": target}
-    found = timing.time_kernel(request)
-    assert next(minima, None) is None and next(paces, None) is None
-    wanted = {"us": us, "pace": pace, "spread": spread, "apart": apart}
-    assert found == pytest.approx(wanted)
-
-
 def test_times_allow_for_the_pace_of_the_machine(tmp_path):
     class Paced:
         """A machine that gets slower, until everything takes twice as long."""

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,8 +15,8 @@ import tvm
 
 from tvm_lowrank.build import compile_module
 from tvm_lowrank.cost import measure_batch
+from tvm_lowrank.cost.pace import Pacer, paced
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import AGREEMENT
 from tvm_lowrank.schedules.cuda.arch import arch_of
 from tvm_lowrank.schedules.cuda.program import Program
 from tvm_lowrank.schedules.cuda.straight import copy_program
@@ -36,12 +35,11 @@ _MOST_COPIES = 32
 # Seconds of one of the measurements that have to agree, and of what its minimum is taken over.
 _SECONDS = 0.015
 _BLOCK = 1e-4
-# A layer whose kernel runs before and after each of them, and for how many seconds at least.
+# The layer of the kernel that `pace` compares with, and for how many seconds that runs.
 _PACE = ConvGeometry(64, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1))
 _PACE_SECONDS = 0.003
 # Turns of schedules that are compared; each runs in all of them as long as if it ran alone.
 _TURNS = 8
-_AGREEMENT = 1 + AGREEMENT
 
 
 def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,12 +59,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``us``, the minimum of repeated runs in microseconds; of rivals a list of these. Else it is
-        the median of two or three such minima, each relative to what the same reference kernel
-        took right before and after, on a machine where that takes ``pace`` microseconds, its least
-        time here: others who share the machine slow both down. ``spread`` is by which share the
-        second of these minima is above the first, ``apart`` the last. A third is taken only where
-        the first two differ by more than 10 %.
+        ``us``, the minimum of repeated runs in microseconds, of rivals a list; else what `paced`
+        gives of such minima.
     """
     target = tvm.target.Target(request["target"])
     if target.kind.name == "cuda" and "copy" in request:
@@ -78,7 +72,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         program = emit(workload, schedule, machine_of(target))
         return time_program(program, target, tvm.cuda())
     if "pace" in request:
-        return _steady_pace(request["pace"], json.dumps(request["target"]))
+        with apart_from_pool():
+            return {"us": 1e6 * _pacer(json.dumps(request["target"])).least(request["pace"])}
     if "rivals" in request:
         rivals = [{**request, "schedule": schedule} for schedule in request["rivals"]]
         return {"us": _in_turns([_runner(rival, target) for rival in rivals])}
@@ -98,52 +93,25 @@ def _runner(request: Mapping[str, Any], target: tvm.target.Target) -> Callable[[
     return run
 
 
-def _least(run: Callable[[], None], pacer: Callable[[], float]) -> dict[str, Any]:
-    """The time of runs by several minima that have to agree; see `time_kernel`.
-
-    Each is taken relative to the pacer's times right before and after.
-    """
+def _least(run: Callable[[], None], pacer: Pacer) -> dict[str, Any]:
+    """The time of runs as `time_kernel` gives it."""
     run()  # starts the pool
     with apart_from_pool():
         number, count = _lengths(run)
-        paces, minima = [pacer()], list[float]()
-
-        def relative() -> list[float]:
-            near = map(min, itertools.pairwise(paces))
-            return sorted(us / pace for us, pace in zip(minima, near, strict=True))
-
-        while len(minima) < 2 or (len(minima) < 3 and relative()[1] > _AGREEMENT * relative()[0]):
-            minima.append(min(_blocks(run, number, count)))
-            paces.append(pacer())
-    found, pace = relative(), min(paces)
-    return {
-        "us": 1e6 * pace * statistics.median(found),
-        "pace": 1e6 * pace,
-        "spread": found[1] / found[0] - 1,
-        "apart": found[-1] / found[0] - 1,
-    }
-
-
-def _steady_pace(seconds: float, target: str) -> dict[str, Any]:
-    with apart_from_pool():
-        pacer, end = _pacer(target), time.perf_counter() + seconds
-        least = pacer()
-        while time.perf_counter() < end:
-            least = min(least, pacer())
-    return {"us": 1e6 * least}
+        return paced(lambda: min(_blocks(run, number, count)), pacer)
 
 
 @functools.lru_cache(maxsize=1)
-def _pacer(target: str) -> Callable[[], float]:
-    """Seconds now of a kernel that always is the same one."""
+def _pacer(target: str) -> Pacer:
     device = tvm.target.Target(json.loads(target))
     workload = ConvWorkload(_PACE, isa_of(device).block)
     schedule = spaces(workload, isa_of(device))["direct"][0]
     request = {"workload": workload.to_json(), "schedule": schedule.to_json()}
     run = _runner(request, device)
     run()
-    count = max(3, round(_PACE_SECONDS / min(_blocks(run, 1, 4))))
-    return lambda: min(_blocks(run, 1, count))
+    with apart_from_pool():
+        count = max(3, round(_PACE_SECONDS / min(_blocks(run, 1, 4))))
+        return Pacer(lambda: min(_blocks(run, 1, count)))
 
 
 def _in_turns(runs: Sequence[Callable[[], None]]) -> list[float]:
