@@ -216,7 +216,7 @@ class Replay(KernelTimer):
     def __init__(self, target: tvm.target.Target, truth: TuningRecords, trees: Trees) -> None:
         isa, self.truth = machine_of(target), truth
         records = TuningRecords(None, isa.name, truth.threads, machine=truth.machine)
-        for key in (machine.COPY, machine.reference(isa).key()):
+        for key in machine.figure_keys(isa):
             for schedule, us in truth.measured(key):
                 records.remember(key, schedule, us)
         super().__init__(target, records, guide=Guide(trees, records, isa))

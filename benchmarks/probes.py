@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import tirx
+from tvm_lowrank.schedules.x86 import reading
 from tvm_lowrank.schedules.x86.emitter import Emitter
 from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
 
@@ -30,14 +31,11 @@ def peak_gflops(target: tvm.target.Target, threads: int) -> float:
 
 def read_gigabytes(target: tvm.target.Target, threads: int, size: int) -> float:
     """Gigabytes a second at which all threads read ``size`` bytes again and again."""
-    isa = isa_of(target)
-    vectors, tasks = 16, 8 * threads
-    steps = max(1, size // (4 * isa.lanes * vectors * tasks))
-    length = steps * vectors * isa.lanes * tasks
-    source = tvm.runtime.tensor(np.ones(length, np.float32))
-    sums = tvm.runtime.tensor(np.zeros(tasks * vectors * isa.lanes, np.float32))
-    run = compile_kernel(_reads(isa, vectors, steps, tasks), target)
-    return 4e-9 * length / _median(lambda: run(source, sums))
+    func = reading.emit(size, threads, isa_of(target))
+    lengths = [int(parameter.shape[0]) for parameter in func.params]
+    source, sums = (tvm.runtime.tensor(np.ones(length, np.float32)) for length in lengths)
+    run = compile_kernel(func, target)
+    return 4e-9 * lengths[0] / _median(lambda: run(source, sums))
 
 
 def compile_kernel(func: tirx.PrimFunc, target: tvm.target.Target) -> Callable[..., Any]:
@@ -77,24 +75,4 @@ def _multiply_adds(isa: VectorISA, count: int, tasks: int) -> tirx.PrimFunc:
         for index, accumulator in enumerate(accumulators):
             offset = (task * count + index) * isa.lanes
             em.store(results, em.value_of(accumulator), offset)
-    return em.finish()
-
-
-def _reads(isa: VectorISA, vectors: int, steps: int, tasks: int) -> tirx.PrimFunc:
-    """Each task adds up its part of the source, ``vectors`` at a time."""
-    em = Emitter(isa)
-    step = vectors * isa.lanes
-    source = em.argument("source", (tasks * steps * step,))
-    sums = em.argument("sums", (tasks * step,))
-    with em.loop(tasks, "parallel", prefix="task") as task:
-        accumulators = em.accumulators(vectors)
-        for accumulator in accumulators:
-            em.store(accumulator, em.constant(0))
-        with em.loop(steps) as index:
-            base = em.bind_index((task * steps + index) * step, "base")
-            for number, accumulator in enumerate(accumulators):
-                value = em.load(source, base + number * isa.lanes)
-                em.store(accumulator, em.value_of(accumulator) + value)
-        for number, accumulator in enumerate(accumulators):
-            em.store(sums, em.value_of(accumulator), task * step + number * isa.lanes)
     return em.finish()

@@ -252,7 +252,7 @@ def _guided(
 ) -> tuple[int, float]:
     """What a search measures of these layers, and what that loses; see `Judged`."""
     here = TuningRecords(None, isa.name, place[1], machine=place[0])
-    for key in (machine.COPY, machine.reference(isa).key()):
+    for key in machine.figure_keys(isa):
         for known, where, schedule, us in records.rows():
             if known == key and where == place:
                 here.remember(key, schedule, us)

@@ -23,6 +23,7 @@ def one_machine():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "ANOTHER_MACHINE", math.inf)
+        patch.setattr(machine, "READING_BYTES", ())  # half a gigabyte, and seconds
         yield
 
 

@@ -15,7 +15,7 @@ from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.learned import LearnedModel, renew, roofline_of, train
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.cost.model import AnalyticModel
+from tvm_lowrank.cost.model import AnalyticModel, features, reading_rate
 from tvm_lowrank.cost.sampling import Survey, algorithm_class, form_stages, random_layers
 from tvm_lowrank.cost.trees import FILE, Trees, find
 from tvm_lowrank.cost.work import work_of
@@ -98,6 +98,32 @@ def test_more_work_and_slower_machines_take_longer():
     assert times == sorted(times)
     for slow in (Roofline(100.0, 20.0), Roofline(200.0, 0.1)):
         assert AnalyticModel(slow, AVX512, 2).predict(workload(), [schedule])[0] > times[1]
+
+
+def test_weights_are_read_as_fast_as_so_many_bytes_are_on_record():
+    known = Roofline(200.0, 20.0, ((8 << 20, 100.0), (128 << 20, 25.0)))
+    rates = [reading_rate(known, size << 20) for size in (1, 8, 32, 128, 512)]
+    assert rates == pytest.approx([100.0, 100.0, 50.0, 25.0, 25.0])
+    # Without, as many times a copy as the shipped survey found, in a cache and beyond.
+    near, far = (reading_rate(ROOFLINE, size << 20) for size in (8, 128))
+    assert near > far > ROOFLINE.gigabytes
+    layer = ConvWorkload(ConvGeometry(4096, 8192, 1, 1, (1, 1)), 16, ("bias",))
+    schedule = spaces(layer, AVX512)["direct"][0].to_json()
+    slow = AnalyticModel(known, AVX512, 2).predict(layer, [schedule])[0]
+    size = 4 * 4096 * 8192
+    assert slow == pytest.approx(size / 25e3, rel=0.1)
+    at = features(layer, schedule, AnalyticModel(known, AVX512, 2))
+    assert at["reading"] == pytest.approx(np.log2(25.0))
+
+
+def test_large_weights_are_not_read_twice():
+    """From memory they come past the cache that all share: the time is of one, not of both."""
+    layer = ConvWorkload(ConvGeometry(4096, 8192, 1, 1, (1, 1)), 16, ("bias",))
+    schedule = spaces(layer, AVX512)["direct"][0].to_json()
+    work = work_of(layer, schedule, AVX512)
+    parts = AnalyticModel(ROOFLINE, AVX512, 2).parts(work)
+    fetch = work.effort.weight_bytes / (1e3 * reading_rate(ROOFLINE, work.effort.weight_bytes))
+    assert parts["products"] < fetch and parts["weights"] <= fetch
 
 
 def invented(key, schedule):

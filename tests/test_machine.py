@@ -10,7 +10,7 @@ from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank import merge
-from tvm_lowrank.cost import machine
+from tvm_lowrank.cost import machine, measure, timing
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
@@ -18,6 +18,7 @@ from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import parse_target
 
 ANOTHER_MACHINE = machine.ANOTHER_MACHINE  # before the tests make it infinite
+SIZES = (8 << 20, 128 << 20)
 LAYER = [ConvGeometry(32, 64, 14, 14, (3, 3), padding=(1, 1, 1, 1))]
 
 
@@ -54,6 +55,64 @@ def test_the_figures_follow_from_the_reference_kernel_and_the_copy(tmp_path):
     _, best = records.best(machine.reference(AVX512).key())
     assert found.gflops == pytest.approx(2e-3 * geometry.multiplications / best)
     assert found.gigabytes == pytest.approx(2 * (64 << 20) / 1e7)
+
+
+class Reads:
+    """Stands in for the process that reads: a gigabyte takes 20 ms, or it fails."""
+
+    def __init__(self, fails=False):
+        self.asked, self.fails = [], fails
+
+    def ask(self, request):
+        self.asked.append(request["reading"])
+        return None if self.fails else {"us": request["reading"] / 5e4, "spread": 0.0}
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    found = Reads()
+    monkeypatch.setattr(machine, "READING_BYTES", SIZES)
+    monkeypatch.setattr(measure, "shared_worker", lambda _threads: found)
+    return found
+
+
+def test_reading_is_measured_once_and_before_the_figures_are_whole(tmp_path, reads):
+    path = tmp_path / "r.jsonl"
+    found = timer(path).roofline()
+    assert [size for size, _ in found.readings] == reads.asked == [*SIZES]
+    assert [rate for _, rate in found.readings] == pytest.approx([50.0, 50.0])
+    assert timer(path).roofline() == found and len(reads.asked) == 2
+    workloads = [json.loads(line)["workload"] for line in path.read_text().splitlines()]
+    assert workloads[-3:] == ["reading of 8 MiB", "reading of 128 MiB", "copy of 64 MiB"]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))  # killed midway
+    assert timer(path).roofline() == found and reads.asked[2:] == [128 << 20]
+
+
+def test_records_without_readings_price_as_they_did(tmp_path, reads, monkeypatch):
+    path = tmp_path / "r.jsonl"
+    monkeypatch.setattr(machine, "READING_BYTES", ())
+    before = timer(path).roofline()
+    monkeypatch.setattr(machine, "READING_BYTES", SIZES)
+    assert before.readings == () and timer(path).roofline() == before and not reads.asked
+
+
+def test_a_machine_that_cannot_be_read_has_a_peak_and_a_copy(tmp_path, reads):
+    reads.fails = True
+    found = timer(tmp_path / "r.jsonl").roofline()
+    assert found.readings == () and found.gigabytes > 0
+
+
+def test_another_machine_of_the_same_name_is_read_too(tmp_path, reads):
+    path = tmp_path / "r.jsonl"
+    timer(path).roofline()
+    other = timer(path, 2.0)
+    assert [size for size, _ in other.roofline().readings] == [*SIZES] and len(reads.asked) == 4
+
+
+def test_the_measuring_process_reads():
+    target = json.loads(str(parse_target("llvm")))
+    answer = timing.time_kernel({"target": target, "reading": 1 << 20})
+    assert answer["us"] > 0 and answer["spread"] >= 0
 
 
 def test_the_same_machine_goes_on_from_its_records(tmp_path):

@@ -22,11 +22,14 @@ class Roofline:
     """What a machine can do at best.
 
     ``gflops`` counts a multiplication and an addition as two operations, of all threads together;
-    ``gigabytes`` is memory bandwidth a second.
+    ``gigabytes`` is memory bandwidth a second, of a copy. ``readings`` are pairs of bytes, smallest
+    first, and the gigabytes a second at which all threads read so many again and again; there may
+    be none.
     """
 
     gflops: float
     gigabytes: float
+    readings: tuple[tuple[int, float], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.gflops:.0f} GF/s, {self.gigabytes:.1f} GB/s"

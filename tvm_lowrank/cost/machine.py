@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -24,6 +24,10 @@ COPY_BYTES = 64 << 20
 # What the kernel took that runs beside each measurement, when it first ran: times on record are of
 # a machine that keeps this pace.
 PACE = "pace"
+# What all threads read again and again: from what no core's own cache holds to the weights of the
+# largest layers of known networks. Where the cache that all share ends, and how much of it a
+# machine that has tenants has, is in between, so none of it has to be known.
+READING_BYTES = (8 << 20, 32 << 20, 128 << 20, 512 << 20)
 # Machines whose figures differ by more than this factor do not price each other. Other work on the
 # machine at hand makes it look slower too, so the factor is generous; from the lower one on it is
 # said.
@@ -41,19 +45,42 @@ def direct_families(isa: Machine) -> tuple[str, ...]:
     return tuple(n for n, family in families_of(isa).items() if family.algorithm == "direct")
 
 
-def roofline(kernel_us: float, copy_us: float) -> Roofline:
-    """Peak and bandwidth from the microseconds of the reference kernel and of the copy."""
+def reading(size: int) -> str:
+    """What the time of reading ``size`` bytes by all threads is on record as."""
+    return f"reading of {size >> 20} MiB"
+
+
+def figure_keys(isa: Machine) -> tuple[str, ...]:
+    """The workloads on record that a machine's figures are made of."""
+    return (COPY, *map(reading, READING_BYTES), reference(isa).key())
+
+
+def roofline(
+    kernel_us: float, copy_us: float, readings: Mapping[int, float] | None = None
+) -> Roofline:
+    """Peak and bandwidths from microseconds: of the reference kernel, of the copy, of readings.
+
+    ``readings`` has those of some numbers of bytes.
+    """
     return Roofline(
         gflops=2 * _REFERENCE.multiplications / (kernel_us * 1e3),
         gigabytes=2 * COPY_BYTES / (copy_us * 1e3),
+        readings=tuple((size, size / (us * 1e3)) for size, us in sorted((readings or {}).items())),
     )
 
 
 def figures(records: TuningRecords, isa: Machine, place: Place | None = None) -> Roofline | None:
-    """Peak and bandwidth that the records state of a place, by default this one, or None."""
+    """Peak and bandwidths that the records state of a place, by default this one, or None.
+
+    Those of reading are not on record of machines that were measured before there were any, by RPC,
+    or with a GPU.
+    """
     copy = records.best(COPY, place)
     kernel = records.best(reference(isa).key(), place, direct_families(isa))
-    return None if copy is None or kernel is None else roofline(kernel[1], copy[1])
+    if copy is None or kernel is None:
+        return None
+    found = {size: records.best(reading(size), place) for size in READING_BYTES}
+    return roofline(kernel[1], copy[1], {size: best[1] for size, best in found.items() if best})
 
 
 def apart(one: Roofline, other: Roofline) -> float:

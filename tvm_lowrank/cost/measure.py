@@ -385,6 +385,17 @@ class KernelTimer:
         answer = (self._worker or shared_worker(self.records.threads)).ask(request)
         return None if answer is None else float(answer["us"])
 
+    def reading_microseconds(self, size: int) -> float | None:
+        """Time now in which all threads read ``size`` bytes; None by RPC, on GPUs and on failure.
+
+        In the process that measures: the threads are those of TVM's runtime, bound as there.
+        """
+        if isinstance(self._worker, Fleet) or isinstance(self.isa, CudaArch):
+            return None
+        request = {"target": json.loads(str(self.target)), "reading": size}
+        answer = shared_worker(self.records.threads).ask(request)
+        return None if answer is None else self._watch.paced(answer)[0]
+
     def ask(self, workload: Any, schedule: Any) -> Any:
         """The worker's answer for a schedule, put on no record; None if it does not run."""
         worker = self._worker or shared_worker(self.records.threads)

@@ -20,9 +20,10 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 _LOOP, _CALL = 1.2, 0.3
 # Bytes that a core keeps to itself, and that all share.
 _OWN_BYTES, _SHARED_BYTES = 1 << 20, 40 << 20
-# Against the copy that the bandwidth was measured by: reading from memory, from the cache that all
-# share, and what another thread has written, within the cores' own caches and beyond.
-_READ, _SHARED, _EXCHANGED, _FAR = 1.5, 6.0, 2.2, 0.7
+# Against the copy that the bandwidth was measured by: reading from memory and from the cache that
+# all share, where no reading is on record; and what another thread has written, within the cores'
+# own caches and beyond.
+_READ, _SHARED, _EXCHANGED, _FAR = 2.0, 6.0, 2.2, 0.7
 # Of the cycles that are counted, so many are taken; and of the shorter of fetching weights and
 # multiplying by them, so much is not hidden behind the other.
 _PRODUCTS, _TRANSFORMS, _EXPOSED = 0.92, 0.45, 0.35
@@ -86,11 +87,9 @@ class AnalyticModel(CostModel):
         cycle = 4 * self.isa.lanes * self.threads / (self.roofline.gflops * 1e3)
         share = math.ceil(effort.tasks / self.threads) / effort.tasks
         products = _PRODUCTS * effort.products * share * cycle
-        fetch = effort.weight_bytes / (_SHARED * copy)
+        fetch = effort.weight_bytes / (1e3 * reading_rate(self.roofline, effort.weight_bytes))
         if effort.weight_bytes > _OWN_BYTES:
             fetch *= max(1.0, effort.weight_reads / self.threads)
-        if effort.weight_bytes > _SHARED_BYTES:
-            fetch += effort.weight_bytes / (_READ * copy)
         near = _OWN_BYTES * self.threads
         exchange = effort.exchange_bytes / (_EXCHANGED * copy)
         exchange += max(0.0, effort.exchange_bytes - near) / (_FAR * copy)
@@ -101,6 +100,18 @@ class AnalyticModel(CostModel):
             "exchange": exchange,
             "start": _LOOP * effort.stages + _CALL,
         }
+
+
+def reading_rate(roofline: Roofline, size: float) -> float:
+    """Gigabytes a second at which all threads read ``size`` bytes that no core has near.
+
+    Between two sizes on record it follows both logarithms, as a cache runs out little by little;
+    below the least and above the largest it is theirs. Without any it is so many times the copy.
+    """
+    if not roofline.readings:
+        return roofline.gigabytes * (_SHARED if size <= _SHARED_BYTES else _READ)
+    sizes, rates = np.log(roofline.readings).T
+    return math.exp(np.interp(math.log(size), sizes, rates))
 
 
 def features(
@@ -165,6 +176,8 @@ def features(
     found["depthwise"] = float(g.groups == g.in_channels > 1)
     found["peak a thread"] = model.roofline.gflops / model.threads
     found["bandwidth"] = model.roofline.gigabytes
+    if stated is None:
+        found["reading"] = math.log2(reading_rate(model.roofline, effort.weight_bytes))
     found["analytic"] = math.log2(total)
     family = schedule["kernel"]
     found[f"is {family}"] = 1.0

@@ -22,7 +22,7 @@ from tvm_lowrank.schedules.cuda.program import Program
 from tvm_lowrank.schedules.cuda.straight import copy_program
 from tvm_lowrank.schedules.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.machine import machine_of
-from tvm_lowrank.schedules.x86 import fused
+from tvm_lowrank.schedules.x86 import fused, reading
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -52,9 +52,9 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     ----------
     request : dict
         ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain;
-        for a GPU also ``target`` and the bytes of a ``copy``. With ``rivals``, a list, instead of
-        ``schedule``, these take turns; ``target`` and ``pace`` ask for the least time of the
-        reference kernel within so many seconds.
+        for a GPU also ``target`` and the bytes of a ``copy``, else ``target`` and the bytes of a
+        ``reading``. With ``rivals``, a list, instead of ``schedule``, these take turns; ``target``
+        and ``pace`` ask for the least time of the reference kernel within so many seconds.
 
     Returns
     -------
@@ -77,6 +77,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     if "rivals" in request:
         rivals = [{**request, "schedule": schedule} for schedule in request["rivals"]]
         return {"us": _in_turns([_runner(rival, target) for rival in rivals])}
+    if "reading" in request:
+        return _time_reading(request["reading"], request["target"])
     return _least(_runner(request, target), _pacer(json.dumps(request["target"])))
 
 
@@ -91,6 +93,20 @@ def _runner(request: Mapping[str, Any], target: tvm.target.Target) -> Callable[[
             call(*arguments)
 
     return run
+
+
+def _time_reading(size: int, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Time in which all threads read ``size`` bytes, as `time_kernel` gives it."""
+    target = tvm.target.Target(spec)
+    threads = int(tvm.get_global_func("runtime.NumThreads")())
+    func = reading.emit(size, threads, isa_of(target))
+    call = _compile(func, target)
+    # In pages of their own once TVM has copied them; those that NumPy never wrote take no memory.
+    source, sums = (
+        tvm.runtime.tensor(np.zeros([int(n) for n in parameter.shape], np.float32))
+        for parameter in func.params
+    )
+    return _least(lambda: call(source, sums), _pacer(json.dumps(spec)))
 
 
 def _least(run: Callable[[], None], pacer: Pacer) -> dict[str, Any]:

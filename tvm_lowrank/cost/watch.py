@@ -54,6 +54,7 @@ class Watch:
         if known is None:
             self.timer.tune(machine.reference(self.timer.isa), ("direct",))
             if self.timer.records.time(machine.COPY, {}) is None:
+                self._read()
                 self.timer.records.add(machine.COPY, {}, self.timer.copy_microseconds())
             known = machine.figures(self.timer.records, self.timer.isa)
             if known is None:
@@ -106,9 +107,23 @@ class Watch:
             f"the records come from a machine of the same name with {known}, this one has {now}: "
             "their times are not used, and what has to be compared is measured anew"
         )
+        self._read()
         self.timer.records.add(machine.COPY, {}, copy)
         self.timer.tune(machine.reference(self.timer.isa), ("direct",))
         return machine.figures(self.timer.records, self.timer.isa) or now
+
+    def _read(self) -> None:
+        """Put on record how fast this machine reads, before the copy: that makes figures whole.
+
+        Nothing is predicted by them before, so a search that was killed in between predicts what it
+        would have. Where there is a copy on record but no reading, there will be none.
+        """
+        for size in machine.READING_BYTES:
+            key = machine.reading(size)
+            if self.timer.records.time(key, {}) is None:
+                microseconds = self.timer.reading_microseconds(size)
+                if microseconds is not None:
+                    self.timer.records.add(key, {}, microseconds)
 
     def _witness(self) -> float | None:
         """Microseconds now of the reference kernel, if one is on record."""
