@@ -310,6 +310,36 @@ def test_a_survey_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert len({(r["workload"], json.dumps(r["schedule"])) for r in lines}) == len(lines)
 
 
+def test_the_algorithms_of_a_networks_layers_run_in_turns(tmp_path, monkeypatch):
+    class Racing(Counted):
+        races = 0
+
+        def ask(self, request):
+            if "rivals" not in request:
+                return super().ask(request)
+            self.races += 1
+            return {"us": [float(rank) for rank, _ in enumerate(request["rivals"], 1)]}
+
+    monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
+    monkeypatch.setattr(machine, "is_busy", lambda: False)
+    path, worker, steps = tmp_path / "records.jsonl", Racing(), []
+    survey = surveyed(path, worker)
+    survey.run(lambda *_: None)
+    survey.settle(lambda *step: steps.append(step))
+    layers = survey.origins["layers of networks"]
+    assert worker.races == len(steps) == len(layers) > 1
+    records = TuningRecords(path, "avx512", 2, machine="chip")
+    for workload in layers:
+        best = {}
+        for schedule, us in records.measured(workload.key()):
+            best.setdefault(algorithm_class(schedule), (schedule, us))
+        turns = [records.in_turns(workload.key(), schedule) for schedule, _ in best.values()]
+        assert sorted(turns) == [*range(1, len(turns) + 1)]
+    # What ran in turns does not do so again.
+    surveyed(path, worker).settle(lambda *_: None)
+    assert worker.races == len(layers)
+
+
 class Disturbed(Counted):
     """Some candidates take four times as long when they are first measured."""
 

@@ -207,9 +207,14 @@ class TuningRecords:
         """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""
         return self._times.get(workload, {}).get(self.here, {}).get(_text(schedule))
 
-    def in_turns(self, workload: str, schedule: dict[str, Any]) -> float | None:
-        """Microseconds of a schedule here when it ran in turns with others, None if it did not."""
-        return self._turns.get((workload, self.here, _text(schedule)))
+    def in_turns(
+        self, workload: str, schedule: dict[str, Any], place: Place | None = None
+    ) -> float | None:
+        """Microseconds of a schedule when it ran in turns with others, None if it did not.
+
+        At a place, by default here.
+        """
+        return self._turns.get((workload, place or self.here, _text(schedule)))
 
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""

@@ -240,6 +240,7 @@ def _survey(
         with Bars(console, check) as bars:
             survey.run(bars.report)
             survey.look_again(bars.report)
+            survey.settle(bars.report)
     finally:
         console.print(survey.table())
     trees = learned.renew(records, timer.isa, args.output, args.seed, None)

@@ -199,12 +199,17 @@ class KernelTimer:
                 self._keep(*pair, self.ask(*pair))
                 self._watch.look()
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether schedules can run in turns: not on servers or a GPU."""
+        return not isinstance(self._worker, Fleet) and not isinstance(self.isa, CudaArch)
+
     def compare(self, workloads: Iterable[ConvWorkload]) -> None:
         """Run what comes near the fastest schedule of each workload in turns with it.
 
         See `rivals`. What servers or a GPU measure is left as it is.
         """
-        if not isinstance(self._worker, Fleet) and not isinstance(self.isa, CudaArch):
+        if self.takes_turns:
             rivals.compare(self, workloads)
 
     @property

@@ -8,7 +8,7 @@ records prices what the first one priced.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from tvm_lowrank.cost.alike import other_epilogues
@@ -28,8 +28,7 @@ def ranked(timer: KernelTimer, workload: ConvWorkload) -> list[Schedule]:
 def compare(timer: KernelTimer, workloads: Iterable[ConvWorkload]) -> None:
     """Run the schedules near the fastest of each convolution in turns, unless they have been.
 
-    Convolutions that differ in their epilogue only count as one. What does not run so, as several
-    may take more memory than one, keeps the times that it has.
+    Convolutions that differ in their epilogue only count as one.
     """
     for workload in {(w.geometry, w.in_block): w for w in workloads}.values():
         found = timer.measured_schedules(workload)
@@ -38,9 +37,22 @@ def compare(timer: KernelTimer, workloads: Iterable[ConvWorkload]) -> None:
             continue
         # Their times are on record under an epilogue that may not be this one's.
         measured = next(w for w in other_epilogues(workload) if timer.records.measured(w.key()))
-        times = timer.ask_in_turns(measured, near) or [us for us, _ in found]
-        for schedule, us in zip(near, times, strict=False):
-            timer.records.add_in_turns(measured.key(), schedule.to_json(), us)
+        race(timer, measured, near, [us for us, _ in found[: len(near)]])
+
+
+def race(
+    timer: KernelTimer,
+    workload: ConvWorkload,
+    schedules: Sequence[Schedule],
+    known: Sequence[float],
+) -> None:
+    """Run schedules in turns, and put their times on record.
+
+    What does not run so, as several may take more memory than one, keeps its ``known`` time.
+    """
+    times = timer.ask_in_turns(workload, schedules) or known
+    for schedule, us in zip(schedules, times, strict=True):
+        timer.records.add_in_turns(workload.key(), schedule.to_json(), us)
 
 
 def _in_turns(timer: KernelTimer, workload: ConvWorkload, schedule: Schedule) -> float | None:

@@ -18,6 +18,7 @@ from rich.table import Table
 from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.model import AnalyticModel
+from tvm_lowrank.cost.rivals import race
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
@@ -205,6 +206,35 @@ def look_again(
         report("a second look", min(start + _BATCH, len(suspects)), len(suspects))
 
 
+def settle(
+    timer: KernelTimer,
+    measured: Mapping[ConvWorkload, Sequence[Any]],
+    report: Callable[[str, int, int], None],
+) -> None:
+    """Run the best schedule of each algorithm of a convolution in turns: which one is the best?
+
+    Where one of them has not run in turns; servers and GPUs are passed over. ``report`` is told
+    "in turns", what is done and all.
+    """
+    contests = []
+    for workload, schedules in measured.items() if timer.takes_turns else ():
+        best: dict[str, tuple[float, Any]] = {}
+        for schedule in schedules:
+            data = schedule.to_json()
+            name, us = algorithm_class(data), timer.records.time(workload.key(), data)
+            if us is not None and us < best.get(name, (math.inf,))[0]:
+                best[name] = us, schedule
+        known = (
+            timer.records.in_turns(workload.key(), schedule.to_json())
+            for _, schedule in best.values()
+        )
+        if len(best) > 1 and None in known:
+            contests.append((workload, [*best.values()]))
+    for index, (workload, found) in enumerate(contests):
+        race(timer, workload, [schedule for _, schedule in found], [us for us, _ in found])
+        report("in turns", index + 1, len(contests))
+
+
 @dataclass
 class Survey:
     """Workloads to measure, by where they come from, and how far the records cover them.
@@ -273,6 +303,11 @@ class Survey:
         """Measure again, once, what took much longer than expected; see `look_again`."""
         workloads = [w for workloads in self.origins.values() for w in workloads]
         look_again(self.timer, {w: self._candidates(w) for w in workloads}, self.seed, report)
+
+    def settle(self, report: Callable[[str, int, int], None]) -> None:
+        """Run the best schedule of each algorithm of networks' layers in turns; see `settle`."""
+        layers = self.origins["layers of networks"]
+        settle(self.timer, {w: self._candidates(w) for w in layers}, report)
 
     def _candidates(self, workload: ConvWorkload) -> tuple[Any, ...]:
         return candidates(workload, self.timer.isa, self.each, self.seed, self.timer.algorithms)
