@@ -16,10 +16,10 @@ from tvm_lowrank.records import AGREEMENT
 
 # Looks that say what is usual, and by which factor a calm machine may be slower.
 _LOOKS, _CALM = 31, 1.12
-# Seconds that a slow moment is waited for at most, and between two looks.
-_PATIENCE, _PAUSE = 0.3, 0.01
+# Seconds that slow moments are waited for at most, and between two looks.
+_PATIENCE, _PAUSE = 0.2, 0.01
 # Minima taken at most.
-_TRIES = 4
+_TRIES = 3
 _AGREEMENT = 1 + AGREEMENT
 
 
@@ -45,12 +45,12 @@ class Pacer:
         """Whether the kernel takes hardly longer than it did most of the time lately."""
         return seconds <= _CALM * statistics.median(self._seen)
 
-    def settled(self) -> float:
-        """Seconds that the kernel takes once that is calm, or after a while.
+    def settled(self, end: float) -> float:
+        """Seconds that the kernel takes once that is calm, or when ``time.perf_counter`` says end.
 
         The first look of each call says what is usual from then on.
         """
-        end, seconds = time.perf_counter() + _PATIENCE, self.look()
+        seconds = self.look()
         self._seen.append(seconds)
         while not self.is_calm(seconds) and time.perf_counter() < end:
             time.sleep(_PAUSE)
@@ -78,7 +78,8 @@ def paced(measure: Callable[[], float], pacer: Pacer) -> dict[str, float]:
         the second is above the least, and ``apart`` the last.
     """
     calm, slow, least = list[float](), list[float](), float("inf")
-    before = pacer.settled()
+    end = time.perf_counter() + _PATIENCE
+    before = pacer.settled(end)
     while True:
         seconds, after = measure(), pacer.look()
         near = min(before, after)
@@ -88,7 +89,7 @@ def paced(measure: Callable[[], float], pacer: Pacer) -> dict[str, float]:
         agree = len(calm) > 1 and calm[1] <= _AGREEMENT * calm[0]
         if agree or len(calm) > 2 or len(calm) + len(slow) >= _TRIES:
             break
-        before = after if pacer.is_calm(after) else pacer.settled()
+        before = after if pacer.is_calm(after) else pacer.settled(end)
     found = calm if len(calm) > 1 else sorted([*calm, *slow])
     return {
         "us": 1e6 * least * statistics.median(calm or found),
