@@ -85,11 +85,11 @@ def test_what_may_be_the_fastest_is_measured_again():
     one = spaces(workload, AVX512)["direct"][0]
     schedules = [replace(one, tile=tile) for tile in times]
     timer.time_all([(workload, schedule) for schedule in schedules])
-    timer._worker.asked.clear()
+    timer.asker.worker.asked.clear()
     guided_forms.settle(timer, {workload: schedules})
-    assert timer._worker.asked == [28, 14, 14]
+    assert timer.asker.worker.asked == [28, 14, 14]
     guided_forms.settle(timer, {workload: schedules})
-    assert timer._worker.asked == [28, 14, 14]
+    assert timer.asker.worker.asked == [28, 14, 14]
     assert records.time(workload.key(), schedules[1].to_json()) == 90.0
 
 

@@ -10,7 +10,7 @@ from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank import merge
-from tvm_lowrank.cost import machine, measure, timing
+from tvm_lowrank.cost import asking, machine, timing
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
@@ -72,7 +72,7 @@ class Reads:
 def reads(monkeypatch):
     found = Reads()
     monkeypatch.setattr(machine, "READING_BYTES", SIZES)
-    monkeypatch.setattr(measure, "shared_worker", lambda _threads: found)
+    monkeypatch.setattr(asking, "shared_worker", lambda _threads: found)
     return found
 
 
@@ -163,7 +163,7 @@ def test_another_machine_of_the_same_name_prices_nothing_here(tmp_path):
 def test_a_machine_that_slows_down_midway_is_noticed(tmp_path):
     measuring = timer(tmp_path / "r.jsonl", trials=24)
     measuring.roofline()
-    measuring._worker.factor = 1.4
+    measuring.asker.worker.factor = 1.4
     for size in range(7, 16):
         geometry = ConvGeometry(32, 64, size, size, (3, 3), padding=(1, 1, 1, 1))
         measuring.microseconds(ConvWorkload(geometry, 16, ("bias", "relu")))

@@ -123,7 +123,7 @@ def test_what_was_measured_in_a_slow_moment_wins_in_turns(tmp_path):
     path = tmp_path / "records.jsonl"
     measuring = timer(TuningRecords(path, "avx512", 2), worker=SlowAtFirst(), trials=8)
     priced = measuring.microseconds(workload())
-    worker = measuring._worker
+    worker = measuring.asker.worker
     first, second, third, *_ = worker.asked
     assert measuring.known(workload()) == second
     # Kernels that differ in what they add at the end count as one.
@@ -136,7 +136,7 @@ def test_what_was_measured_in_a_slow_moment_wins_in_turns(tmp_path):
     # A search that goes on from these records runs nothing, and chooses and prices the same.
     later = timer(TuningRecords(path, "avx512", 2), trials=8)
     later.compare([workload()])
-    assert later.measured == 0 and later._worker.asked == []
+    assert later.measured == 0 and later.asker.worker.asked == []
     assert later.known(workload()) == first and later.microseconds(workload()) == priced
 
 
@@ -146,15 +146,15 @@ def test_what_does_not_run_in_turns_keeps_its_time(tmp_path):
     measuring.microseconds(workload())
     for _ in range(2):
         measuring.compare([workload()])
-    assert len(measuring._worker.raced) == 1
-    assert measuring.known(workload()) == measuring._worker.asked[1]
+    assert len(measuring.asker.worker.raced) == 1
+    assert measuring.known(workload()) == measuring.asker.worker.asked[1]
 
 
 def test_a_new_schedule_near_the_fastest_runs_in_turns_too():
     measuring = timer(worker=SlowAtFirst(), trials=8)
     measuring.microseconds(workload())
     measuring.compare([workload()])
-    worker = measuring._worker
+    worker = measuring.asker.worker
     known = {*worker.asked}
     fresh = next(s for s in spaces(workload(), AVX512)["direct"] if s not in known)
     measuring.records.add(workload().key(), fresh.to_json(), 9.8)
@@ -225,7 +225,7 @@ def tuned(trials=4, seed=0):
 
 def test_the_same_records_and_seed_try_the_same_schedules():
     first, second = tuned(), tuned()
-    assert first[0]._worker.asked == second[0]._worker.asked
+    assert first[0].asker.worker.asked == second[0].asker.worker.asked
     assert first[1] == second[1]
 
 
@@ -269,7 +269,7 @@ def test_another_machines_schedule_is_taken_but_its_time_is_not(tmp_path):
     assert mine.recorded([workload().geometry]) is None
     assert mine.measured == 0
     mine.microseconds(workload())
-    assert [r["schedule"] for r in mine._worker.asked] == [best.to_json()]
+    assert [r["schedule"] for r in mine.asker.worker.asked] == [best.to_json()]
     assert mine.recorded([workload().geometry]) == mine.microseconds(workload())
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import tvm
 
-from tvm_lowrank.cost import machine, rivals
+from tvm_lowrank.cost import rivals
 from tvm_lowrank.cost.alike import other_batches, other_epilogues
 from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.asking import Asker
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.guide import MARGIN, Guide
 from tvm_lowrank.cost.model import CostModel
 from tvm_lowrank.cost.trees import Trees
 from tvm_lowrank.cost.tuner import Tuner
 from tvm_lowrank.cost.watch import Watch
-from tvm_lowrank.cost.worker import Worker, shared_worker
-from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.passes.blocked_rewriter import PLAIN_CHANNELS
 from tvm_lowrank.records import AGREEMENT, TuningRecords
@@ -99,7 +99,7 @@ class KernelTimer:
         self.measured = self.failed = self.unsteady = self.disputed = 0
         self.spread = self.apart = 0.0
         self._watch = Watch(self)
-        self._worker = worker
+        self.asker = Asker(target, self.isa, records.threads, worker)
         self._tuner = Tuner(records, self.isa, trials, seed, trees, trust, guide)
         self._usable: dict[tuple[str, str], Schedule | None] = {}
 
@@ -175,7 +175,7 @@ class KernelTimer:
 
         One worker alone measures one after the other anyway, when the times are asked for.
         """
-        if not isinstance(self._worker, Fleet):
+        if self.asker.fleet is None:
             return
         left = [w for w in dict.fromkeys(workloads) if not refuse(w, self.isa)]
         while left:
@@ -190,8 +190,8 @@ class KernelTimer:
 
     def again(self, pairs: Sequence[tuple[ConvWorkload, Schedule]]) -> None:
         """Measure schedules whatever is on record; the least of all times counts."""
-        if isinstance(self._worker, Fleet):
-            for index, answer in self._worker.ask_all([self._request(*pair) for pair in pairs]):
+        if self.asker.fleet is not None:
+            for index, answer in self.asker.side_by_side(pairs):
                 self._keep(*pairs[index], answer)
             self._watch.look()
         else:
@@ -199,17 +199,12 @@ class KernelTimer:
                 self._keep(*pair, self.ask(*pair))
                 self._watch.look()
 
-    @property
-    def takes_turns(self) -> bool:
-        """Whether schedules can run in turns: not on servers or a GPU."""
-        return not isinstance(self._worker, Fleet) and not isinstance(self.isa, CudaArch)
-
     def compare(self, workloads: Iterable[ConvWorkload]) -> None:
         """Run what comes near the fastest schedule of each workload in turns with it.
 
         See `rivals`. What servers or a GPU measure is left as it is.
         """
-        if self.takes_turns:
+        if self.asker.takes_turns:
             rivals.compare(self, workloads)
 
     @property
@@ -368,57 +363,6 @@ class KernelTimer:
         self.records.add(workload.key(), schedule.to_json(), microseconds, spread, device, slower)
         return microseconds
 
-    def copy_microseconds(self) -> float:
-        """Time now of a copy of 64 MiB where kernels are measured."""
-        if isinstance(self._worker, Fleet):
-            return self._worker.copy_microseconds()
-        if isinstance(self.isa, CudaArch):
-            target = json.loads(str(self.target))
-            request = {"target": target, "copy": machine.COPY_BYTES}
-            answer = shared_worker(self.records.threads).ask(request)
-            if answer is None:
-                raise LowRankError("the GPU runs no kernel of TVM's; check its driver")
-            return float(answer["us"])
-        return machine.copy_microseconds()
-
-    def pace_microseconds(self, seconds: float) -> float | None:
-        """The least time, for some seconds, of the kernel that runs beside each one; see `timing`.
-
-        None if it does not run.
-        """
-        request = {"target": json.loads(str(self.target)), "pace": seconds}
-        answer = (self._worker or shared_worker(self.records.threads)).ask(request)
-        return None if answer is None else float(answer["us"])
-
-    def reading_microseconds(self, size: int) -> float | None:
-        """Time now in which all threads read ``size`` bytes; None by RPC, on GPUs and on failure.
-
-        In the process that measures: the threads are those of TVM's runtime, bound as there.
-        """
-        if isinstance(self._worker, Fleet) or isinstance(self.isa, CudaArch):
-            return None
-        request = {"target": json.loads(str(self.target)), "reading": size}
-        answer = shared_worker(self.records.threads).ask(request)
-        return None if answer is None else self._watch.paced(answer)[0]
-
     def ask(self, workload: Any, schedule: Any) -> Any:
-        """The worker's answer for a schedule, put on no record; None if it does not run."""
-        worker = self._worker or shared_worker(self.records.threads)
-        return worker.ask(self._request(workload, schedule))
-
-    def ask_in_turns(
-        self, workload: ConvWorkload, schedules: Sequence[Schedule]
-    ) -> list[float] | None:
-        """Microseconds of schedules that run in turns, put on no record; None if they do not."""
-        request = self._request(workload, schedules[0])
-        request["rivals"] = [schedule.to_json() for schedule in schedules]
-        del request["schedule"]
-        answer = (self._worker or shared_worker(self.records.threads)).ask(request)
-        return None if answer is None else [float(us) for us in answer["us"]]
-
-    def _request(self, workload: Any, schedule: Any) -> dict[str, Any]:
-        return {
-            "target": json.loads(str(self.target)),
-            "workload": workload.to_json(),
-            "schedule": schedule.to_json(),
-        }
+        """The answer for a schedule, put on no record; None if it does not run."""
+        return self.asker.one(workload, schedule)

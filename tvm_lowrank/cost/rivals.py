@@ -50,7 +50,7 @@ def race(
 
     What does not run so, as several may take more memory than one, keeps its ``known`` time.
     """
-    times = timer.ask_in_turns(workload, schedules) or known
+    times = timer.asker.in_turns(workload, schedules) or known
     for schedule, us in zip(schedules, times, strict=True):
         timer.records.add_in_turns(workload.key(), schedule.to_json(), us)
 

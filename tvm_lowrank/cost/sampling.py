@@ -217,7 +217,7 @@ def settle(
     "in turns", what is done and all.
     """
     contests = []
-    for workload, schedules in measured.items() if timer.takes_turns else ():
+    for workload, schedules in measured.items() if timer.asker.takes_turns else ():
         best: dict[str, tuple[float, Any]] = {}
         for schedule in schedules:
             data = schedule.to_json()

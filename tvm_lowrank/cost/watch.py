@@ -55,7 +55,7 @@ class Watch:
             self.timer.tune(machine.reference(self.timer.isa), ("direct",))
             if self.timer.records.time(machine.COPY, {}) is None:
                 self._read()
-                self.timer.records.add(machine.COPY, {}, self.timer.copy_microseconds())
+                self.timer.records.add(machine.COPY, {}, self.timer.asker.copy())
             known = machine.figures(self.timer.records, self.timer.isa)
             if known is None:
                 raise LowRankError(
@@ -77,7 +77,7 @@ class Watch:
         kernel = copy = math.inf
         for _ in range(3):
             kernel = min(kernel, self._witness() or math.inf)
-            copy = min(copy, self.timer.copy_microseconds())
+            copy = min(copy, self.timer.asker.copy())
             if math.isinf(kernel):
                 return known  # the kernel on record does not run; measuring will tell
             now = machine.roofline(kernel, copy)
@@ -121,9 +121,9 @@ class Watch:
         for size in machine.READING_BYTES:
             key = machine.reading(size)
             if self.timer.records.time(key, {}) is None:
-                microseconds = self.timer.reading_microseconds(size)
-                if microseconds is not None:
-                    self.timer.records.add(key, {}, microseconds)
+                answer = self.timer.asker.reading(size)
+                if answer is not None:
+                    self.timer.records.add(key, {}, self.paced(answer)[0])
 
     def _witness(self) -> float | None:
         """Microseconds now of the reference kernel, if one is on record."""
@@ -145,7 +145,7 @@ class Watch:
         first = self.timer.records.time(machine.PACE, {})
         if first is None:
             # What a process measures first may be slow, as its threads are new.
-            first = min(pace, self.timer.pace_microseconds(_FIRST_LOOK) or pace)
+            first = min(pace, self.timer.asker.pace(_FIRST_LOOK) or pace)
             self.timer.records.add(machine.PACE, {}, first)
         self._paced, slower = True, pace / first
         self._slowest = max(self._slowest, slower)
