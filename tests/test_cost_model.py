@@ -326,18 +326,22 @@ def test_the_algorithms_of_a_networks_layers_run_in_turns(tmp_path, monkeypatch)
     survey = surveyed(path, worker)
     survey.run(lambda *_: None)
     survey.settle(lambda *step: steps.append(step))
-    layers = survey.origins["layers of networks"]
-    assert worker.races == len(steps) == len(layers) > 1
     records = TuningRecords(path, "avx512", 2, machine="chip")
-    for workload in layers:
+    choices = 0
+    for workload in survey.origins["layers of networks"]:
         best = {}
-        for schedule, us in records.measured(workload.key()):
-            best.setdefault(algorithm_class(schedule), (schedule, us))
-        turns = [records.in_turns(workload.key(), schedule) for schedule, _ in best.values()]
-        assert sorted(turns) == [*range(1, len(turns) + 1)]
+        for schedule, _ in records.measured(workload.key()):
+            best.setdefault(algorithm_class(schedule), schedule)
+        turns = [records.in_turns(workload.key(), schedule) for schedule in best.values()]
+        if len(best) > 1:
+            choices += 1
+            assert sorted(turns) == [*range(1, len(turns) + 1)]
+        else:
+            assert turns == [None]
+    assert worker.races == len(steps) == choices > 1
     # What ran in turns does not do so again.
     surveyed(path, worker).settle(lambda *_: None)
-    assert worker.races == len(layers)
+    assert worker.races == choices
 
 
 class Disturbed(Counted):

@@ -123,7 +123,8 @@ def test_an_interrupted_and_then_killed_run_goes_on_from_its_records(files, tmp_
     assert done.returncode == 0, done.stderr
     after = records.read_bytes()
     assert after.startswith(killed.rpartition(b"\n")[0])
-    lines = [json.loads(line) for line in after.splitlines()]
+    # What ran in turns does so again with every schedule that comes near it later.
+    lines = [r for r in map(json.loads, after.splitlines()) if not r.get("in_turns")]
     # A machine that other work slowed down by half may have taken itself for another in between.
     measured = [(r["machine"], r["workload"], json.dumps(r["schedule"])) for r in lines]
     assert len(measured) == len(set(measured)), "something was measured twice"
