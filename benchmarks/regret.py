@@ -182,9 +182,27 @@ def _layers(
     for key, (schedules, times) in found.items():
         workload = ConvWorkload.from_json(json.loads(key))
         if workload.geometry in geometries:
-            turns = [records.in_turns(key, schedule, place) for schedule in schedules]
-            layers.append(Layer(workload, schedules, np.array(times), np.array(turns, float)))
+            found_turns = _turns(records, key, place, schedules, times)
+            layers.append(Layer(workload, schedules, np.array(times), found_turns))
     return layers
+
+
+def _turns(
+    records: TuningRecords,
+    key: str,
+    place: Place,
+    schedules: Sequence[dict[str, Any]],
+    times: Sequence[float],
+) -> np.ndarray:
+    """Microseconds of the best schedules of all algorithms if they ran in turns, NaN of others."""
+    best: dict[str, int] = {}
+    for index in np.argsort(times, kind="stable"):
+        best.setdefault(algorithm_class(schedules[index]), int(index))
+    found = np.full(len(schedules), np.nan)
+    raced = records.race(key, [schedules[index] for index in best.values()], place)
+    if raced is not None:
+        found[[*best.values()]] = raced
+    return found
 
 
 @dataclass(frozen=True)

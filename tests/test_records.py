@@ -91,13 +91,12 @@ def test_condensed_records_keep_the_best_few(tmp_path):
 def test_times_in_turns_choose_and_nothing_else(tmp_path):
     path, other = tmp_path / "records.jsonl", tmp_path / "other.jsonl"
     here = TuningRecords(path, "avx512", 2, machine="one")
-    for tile, us, turns in ((1, 11.0, 10.0), (2, 10.0, 10.4), (3, 13.0, 9.0), (4, 10.5, 10.2)):
-        here.add("work", {"kernel": "direct", "tile": tile}, us)
-        here.add_in_turns("work", {"kernel": "direct", "tile": tile}, turns)
+    kernels = [{"kernel": "direct", "tile": tile} for tile in range(5)]
+    for tile, us in ((1, 11.0), (2, 10.0), (3, 13.0), (4, 10.5)):
+        here.add("work", kernels[tile], us)
+    here.add_race("work", [(kernels[2], 10.4), (kernels[4], 10.2), (kernels[1], 10.0)])
     assert [s["tile"] for s, _ in here.measured("work")] == [2, 4, 1, 3]
-    assert here.best("work") == ({"kernel": "direct", "tile": 2}, 10.0)
-    assert here.time("work", {"kernel": "direct", "tile": 3}) == 13.0
-    assert here.in_turns("work", {"kernel": "direct", "tile": 3}) == 9.0
+    assert here.best("work") == (kernels[2], 10.0)
     assert here.disagreements() == [] and len(here) == 4
     # Elsewhere too, also of what was condensed: three are near, the fourth is not.
     assert condense(path, other) == 6
@@ -105,9 +104,26 @@ def test_times_in_turns_choose_and_nothing_else(tmp_path):
         there = TuningRecords(None, "avx512", 2, machine="another", shipped=[copy])
         assert [s["tile"] for s in there.elsewhere("work")] == tiles
     # One that did not run in turns leaves the order to their own times.
-    here.add("work", {"kernel": "direct", "tile": 5}, 9.5)
+    here.add("work", kernels[0], 9.5)
     there = TuningRecords(None, "avx512", 2, machine="another", shipped=[path])
-    assert [s["tile"] for s in there.elsewhere("work")] == [5, 2, 4, 1, 3]
+    assert [s["tile"] for s in there.elsewhere("work")] == [0, 2, 4, 1, 3]
+
+
+def test_times_of_two_races_are_never_mixed(tmp_path):
+    path = tmp_path / "records.jsonl"
+    here = TuningRecords(path, "avx512", 2, machine="one")
+    one, two, three = ({"kernel": "direct", "tile": tile} for tile in (1, 2, 3))
+    here.add_race("work", [(one, 10.0), (two, 10.1)])
+    here.add_race("work", [(three, 11.0), (one, 12.0)])
+    for records in (here, TuningRecords(path, "avx512", 2, machine="one")):
+        assert records.race("work", [two, one]) == [10.1, 10.0]
+        assert records.race("work", [one, three]) == [12.0, 11.0]
+        assert records.race("work", [two, three]) is None
+        assert records.race("work", [one]) is None and records.race("other", [one, two]) is None
+    # One that was cut off by a kill is none.
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    cut = TuningRecords(path, "avx512", 2, machine="one")
+    assert cut.race("work", [one, three]) is None and cut.race("work", [one, two]) == [10.0, 10.1]
 
 
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):

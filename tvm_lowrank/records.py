@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -35,14 +36,14 @@ class TuningRecords:
 
     Each line holds ``{"format", "isa", "threads", "machine", "mcpu", "workload", "schedule",
     "us"}``, ``"spread"`` and ``"slower"`` if they are known (see `add`), ``"device"`` if another
-    machine measured, and ``"in_turns"`` if others of its workload ran in turns with it. It is
+    machine measured, and ``"in_turns"``, the name of a race, if others ran in turns with it. It is
     flushed to the disk as it is written, so a run that is killed loses at most the kernel it was
     at. A last line that was cut off by that is dropped on reading; any other damage is an error,
     and the file is then left as it is.
 
     Of two measurements of one candidate the lesser time counts; `disagreements` knows those that
-    differ by more than 10 %. Times in turns are compared with each other only, to choose
-    (`in_order`): the last one counts, and `time`, `measured` and `best` know nothing of them.
+    differ by more than 10 %. Times in turns are compared with those of the same race only, to
+    choose (`in_order`); `time`, `measured` and `best` know nothing of them.
 
     Records of another machine or thread count, and all that are shipped, tell which schedules are
     good (`elsewhere`), never how long they take: `time` and `measured` know only what was measured
@@ -79,8 +80,8 @@ class TuningRecords:
     _times: dict[str, dict[Place, dict[str, float]]] = field(default_factory=dict)
     # The same of candidates that were measured twice with times that disagree: their ratio.
     _ratios: dict[tuple[str, Place, str], float] = field(default_factory=dict)
-    # As the times, of candidates that ran in turns.
-    _turns: dict[tuple[str, Place, str], float] = field(default_factory=dict)
+    # Of candidates that ran in turns, by workload and place, then by the name of the race.
+    _races: dict[tuple[str, Place], dict[str, dict[str, float]]] = field(default_factory=dict)
     # How often a candidate was measured, where that is more than once.
     _looks: dict[tuple[str, Place, str], int] = field(default_factory=dict)
 
@@ -120,8 +121,9 @@ class TuningRecords:
         microseconds = math.inf if record["us"] is None else float(record["us"])
         if record["isa"] != self.isa:
             return
-        if record.get("in_turns"):
-            self._turns[(workload, place, schedule)] = microseconds
+        if "in_turns" in record:
+            races = self._races.setdefault((workload, place), {})
+            races.setdefault(str(record["in_turns"]), {})[schedule] = microseconds
         else:
             self._keep(workload, place, schedule, microseconds)
 
@@ -167,11 +169,13 @@ class TuningRecords:
             more["slower"] = round(slower, 3)
         self._append(workload, schedule, microseconds, more)
 
-    def add_in_turns(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:
-        """Append the time of a candidate that ran in turns with others of its workload."""
-        microseconds = round(microseconds, 3)
-        self._turns[(workload, self.here, _text(schedule))] = microseconds
-        self._append(workload, schedule, microseconds, {"in_turns": True})
+    def add_race(self, workload: str, found: Sequence[tuple[dict[str, Any], float]]) -> None:
+        """Append the times of all candidates of a workload that ran in turns with each other."""
+        name = _race_name([_text(schedule) for schedule, _ in found])
+        times = self._races.setdefault((workload, self.here), {}).setdefault(name, {})
+        for schedule, us in found:
+            times[_text(schedule)] = round(us, 3)
+            self._append(workload, schedule, round(us, 3), {"in_turns": name})
 
     def _append(
         self, workload: str, schedule: dict[str, Any], microseconds: float, more: dict[str, Any]
@@ -207,14 +211,16 @@ class TuningRecords:
         """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""
         return self._times.get(workload, {}).get(self.here, {}).get(_text(schedule))
 
-    def in_turns(
-        self, workload: str, schedule: dict[str, Any], place: Place | None = None
-    ) -> float | None:
-        """Microseconds of a schedule when it ran in turns with others, None if it did not.
+    def race(
+        self, workload: str, schedules: Sequence[dict[str, Any]], place: Place | None = None
+    ) -> list[float] | None:
+        """Microseconds of schedules when these, and no others, ran in turns; None if they did not.
 
         At a place, by default here.
         """
-        return self._turns.get((workload, place or self.here, _text(schedule)))
+        texts = [_text(schedule) for schedule in schedules]
+        times = self._races.get((workload, place or self.here), {}).get(_race_name(texts), {})
+        return [times[text] for text in texts] if times.keys() >= {*texts} else None
 
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""
@@ -247,7 +253,7 @@ class TuningRecords:
         self, workload: str, place: Place, times: dict[str, float]
     ) -> list[dict[str, Any]]:
         found = [(us, schedule) for schedule, us in _ranked(times)]
-        return in_order(found, lambda s: self._turns.get((workload, place, _text(s))))
+        return in_order(found, lambda near: self.race(workload, near, place))
 
     def best(
         self, workload: str, place: Place | None = None, families: Collection[str] = ()
@@ -289,16 +295,17 @@ def near_fastest(found: Sequence[tuple[float, T]]) -> list[T]:
     return [each for us, each in found if us <= _NEAR * found[0][0]][:_MOST]
 
 
-def in_order(found: Sequence[tuple[float, T]], in_turns: Callable[[T], float | None]) -> list[T]:
+def in_order(
+    found: Sequence[tuple[float, T]], race: Callable[[list[T]], list[float] | None]
+) -> list[T]:
     """What `found` has, fastest first; those near the fastest as they came when run in turns.
 
-    If one of these was not run in turns, their own times decide.
+    ``race`` gives their times then; if it has none, their own decide.
     """
     near = near_fastest(found)
-    times = [us for each in near if (us := in_turns(each)) is not None]
-    if len(times) == len(near):
-        order = sorted(range(len(near)), key=times.__getitem__)
-        near = [near[index] for index in order]
+    times = race(near)
+    if times is not None:
+        near = [near[index] for index in sorted(range(len(near)), key=times.__getitem__)]
     return [*near, *(each for _, each in found[len(near) :])]
 
 
@@ -312,6 +319,11 @@ def survey_records(isa: str) -> list[Path]:
     """The files of surveys that are installed with the package: they teach the cost model only."""
     folder = Path(str(files("tvm_lowrank.tuning_logs"))) / isa / "survey"
     return sorted(folder.glob("*.jsonl"))
+
+
+def _race_name(schedules: Sequence[str]) -> str:
+    """Tells races of a workload apart by who took part."""
+    return hashlib.sha256("\n".join(sorted(schedules)).encode()).hexdigest()[:8]
 
 
 def _text(schedule: dict[str, Any]) -> str:
@@ -336,22 +348,22 @@ def condense(source: Path, sink: Path, keep: int = 3) -> int:
         ``source`` does not hold records, or ``sink`` cannot be written.
     """
     groups: dict[tuple[Any, ...], list[tuple[float, str, str]]] = {}
-    turns: dict[tuple[Any, ...], str] = {}
+    races: dict[tuple[Any, ...], list[str]] = {}
     try:
         for line in source.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             names = ("isa", "threads", "machine", "workload")
             family, schedule = record["schedule"].get("kernel", ""), _text(record["schedule"])
             group = (*(record[name] for name in names), family)
-            if record.get("in_turns"):
-                turns[(*group, schedule)] = line
+            if "in_turns" in record:
+                races.setdefault((*group, schedule), []).append(line)
             elif record["us"] is not None:
                 groups.setdefault(group, []).append((record["us"], line, schedule))
         best = []
         for group in sorted(groups):
             kept = sorted(groups[group])[:keep]
             best += [line for _, line, _ in kept]
-            best += [turns[name] for *_, s in kept if (name := (*group, s)) in turns]
+            best += [race for *_, s in kept for race in races.get((*group, s), ())]
         sink.parent.mkdir(parents=True, exist_ok=True)
         sink.write_text("".join(f"{line}\n" for line in best), encoding="utf-8")
     except OSError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def ranked(timer: KernelTimer, workload: ConvWorkload) -> list[Schedule]:
     """The schedules measured here, fastest first; those near the fastest as they came in turns."""
-    return in_order(timer.measured_schedules(workload), lambda s: _in_turns(timer, workload, s))
+    return in_order(timer.measured_schedules(workload), lambda near: _raced(timer, workload, near))
 
 
 def compare(timer: KernelTimer, workloads: Iterable[ConvWorkload]) -> None:
@@ -33,11 +33,10 @@ def compare(timer: KernelTimer, workloads: Iterable[ConvWorkload]) -> None:
     for workload in {(w.geometry, w.in_block): w for w in workloads}.values():
         found = timer.measured_schedules(workload)
         near = near_fastest(found)
-        if len(near) < 2 or all(_in_turns(timer, workload, s) is not None for s in near):
-            continue
-        # Their times are on record under an epilogue that may not be this one's.
-        measured = next(w for w in other_epilogues(workload) if timer.records.measured(w.key()))
-        race(timer, measured, near, [us for us, _ in found[: len(near)]])
+        if len(near) > 1 and _raced(timer, workload, near) is None:
+            # Their times are on record under an epilogue that may not be this one's.
+            own = next(w for w in other_epilogues(workload) if timer.records.measured(w.key()))
+            race(timer, own, near, [us for us, _ in found[: len(near)]])
 
 
 def race(
@@ -51,12 +50,14 @@ def race(
     What does not run so, as several may take more memory than one, keeps its ``known`` time.
     """
     times = timer.asker.in_turns(workload, schedules) or known
-    for schedule, us in zip(schedules, times, strict=True):
-        timer.records.add_in_turns(workload.key(), schedule.to_json(), us)
+    data = [schedule.to_json() for schedule in schedules]
+    timer.records.add_race(workload.key(), [*zip(data, times, strict=True)])
 
 
-def _in_turns(timer: KernelTimer, workload: ConvWorkload, schedule: Schedule) -> float | None:
-    """Microseconds of a schedule when it ran in turns with others, whatever the epilogue."""
-    data = schedule.to_json()
-    times = (timer.records.in_turns(w.key(), data) for w in other_epilogues(workload))
-    return next((us for us in times if us is not None), None)
+def _raced(
+    timer: KernelTimer, workload: ConvWorkload, schedules: Sequence[Schedule]
+) -> list[float] | None:
+    """Microseconds of schedules when they ran in turns, whatever the epilogue."""
+    data = [schedule.to_json() for schedule in schedules]
+    found = (timer.records.race(w.key(), data) for w in other_epilogues(workload))
+    return next((times for times in found if times is not None), None)

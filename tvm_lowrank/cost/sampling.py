@@ -213,7 +213,7 @@ def settle(
 ) -> None:
     """Run the best schedule of each algorithm of a convolution in turns: which one is the best?
 
-    Where one of them has not run in turns; servers and GPUs are passed over. ``report`` is told
+    Where they have not; servers and GPUs are passed over. ``report`` is told
     "in turns", what is done and all.
     """
     contests = []
@@ -224,11 +224,8 @@ def settle(
             name, us = algorithm_class(data), timer.records.time(workload.key(), data)
             if us is not None and us < best.get(name, (math.inf,))[0]:
                 best[name] = us, schedule
-        known = (
-            timer.records.in_turns(workload.key(), schedule.to_json())
-            for _, schedule in best.values()
-        )
-        if len(best) > 1 and None in known:
+        data = [schedule.to_json() for _, schedule in best.values()]
+        if len(best) > 1 and timer.records.race(workload.key(), data) is None:
             contests.append((workload, [*best.values()]))
     for index, (workload, found) in enumerate(contests):
         race(timer, workload, [schedule for _, schedule in found], [us for us, _ in found])
