@@ -30,7 +30,7 @@ from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.guide import Guide
 from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.model import AnalyticModel
-from tvm_lowrank.cost.sampling import algorithm_class, recorded_layers
+from tvm_lowrank.cost.sampling import algorithm_class, best_of_each, recorded_layers
 from tvm_lowrank.cost.trees import Trees, signature
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.records import Place, TuningRecords, shipped_records, survey_records
@@ -61,13 +61,13 @@ ISAS = {isa.name: isa for isa in MACHINES}
 class Layer:
     """A workload with what was measured of it at the place.
 
-    ``turns`` are the microseconds of schedules that ran in turns with others, NaN of the rest.
+    ``turns`` are the microseconds of each algorithm's best schedule, if these ran in turns.
     """
 
     workload: ConvWorkload
     schedules: list[dict[str, Any]]
     microseconds: np.ndarray
-    turns: np.ndarray
+    turns: Mapping[str, float] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -90,21 +90,14 @@ class Layer:
     def algorithm_regret(self, scores: np.ndarray) -> float:
         """The best measured time of the picked algorithm over the best of all, less one.
 
-        Of times in turns, if schedules of all algorithms have them.
+        Of times in turns, if there are any.
         """
-        picked = self.classes[int(np.argmin(scores))]
-        best = self._best(self.turns)
-        if len(best) < len({*self.classes}):
-            best = self._best(self.microseconds)
-        return best[picked] / min(best.values()) - 1
-
-    def _best(self, times: np.ndarray) -> dict[str, float]:
-        """The least of some times of each algorithm that has one."""
-        best: dict[str, float] = {}
-        for name, us in zip(self.classes, times, strict=True):
-            if not np.isnan(us):
-                best[name] = min(float(us), best.get(name, np.inf))
-        return best
+        picked = algorithm_class(self.schedules[int(np.argmin(scores))])
+        times = self.turns
+        if times is None:
+            best = best_of_each(self.schedules, self.microseconds)
+            times = {name: float(self.microseconds[index]) for name, index in best.items()}
+        return times[picked] / min(times.values()) - 1
 
     def schedule_regret(self, scores: np.ndarray) -> float:
         """The time of the picked schedule over the best of all, less one."""
@@ -182,27 +175,11 @@ def _layers(
     for key, (schedules, times) in found.items():
         workload = ConvWorkload.from_json(json.loads(key))
         if workload.geometry in geometries:
-            found_turns = _turns(records, key, place, schedules, times)
-            layers.append(Layer(workload, schedules, np.array(times), found_turns))
+            best = best_of_each(schedules, times)
+            raced = records.race(key, [schedules[index] for index in best.values()], place)
+            turns = None if raced is None else dict(zip(best, raced, strict=True))
+            layers.append(Layer(workload, schedules, np.array(times), turns))
     return layers
-
-
-def _turns(
-    records: TuningRecords,
-    key: str,
-    place: Place,
-    schedules: Sequence[dict[str, Any]],
-    times: Sequence[float],
-) -> np.ndarray:
-    """Microseconds of the best schedules of all algorithms if they ran in turns, NaN of others."""
-    best: dict[str, int] = {}
-    for index in np.argsort(times, kind="stable"):
-        best.setdefault(algorithm_class(schedules[index]), int(index))
-    found = np.full(len(schedules), np.nan)
-    raced = records.race(key, [schedules[index] for index in best.values()], place)
-    if raced is not None:
-        found[[*best.values()]] = raced
-    return found
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-import tvm
+from cost_support import timer, workload
 from helpers import reference, relative
 from tuner_support import Invented
-from tvm import relax
 from tvm_lowrank.schedules.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.x86 import fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
@@ -21,32 +20,16 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 import tvm_lowrank
 from tvm_lowrank import tune
-from tvm_lowrank.cost import metaschedule, timing
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.model import AnalyticModel, features
 from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.planner import Options, search
+from tvm_lowrank.planner import Options
 from tvm_lowrank.planner.verify import Latency
 from tvm_lowrank.records import TuningRecords, shipped_records
 from tvm_lowrank.target import host_target, parse_target
-
-
-def workload(channels=32, size=16, kernel=3, epilogue=("bias", "relu")):
-    pad = (kernel // 2,) * 4
-    geometry = ConvGeometry(channels, 64, size, size, (kernel, kernel), padding=pad)
-    return ConvWorkload(geometry, 16, epilogue)
-
-
-def timer(records=None, **options):
-    target = parse_target("llvm:skylake-avx512")
-    if records is None:
-        records = TuningRecords(None, "avx512", 2)
-    options = {"worker": Invented(), "algorithms": ("direct",), **options}
-    return KernelTimer(target, records, **options)
 
 
 def test_a_crashing_candidate_is_recorded_and_the_search_goes_on(tmp_path):
@@ -98,93 +81,6 @@ def test_a_third_time_that_settled_a_dispute_is_told():
     assert disputed.disputed == 2 and disputed.unsteady == 0
     told = "2 of 2 kernels were timed a third time, because two times were more than 10 % apart"
     assert disputed.complaint() == f"{told}, of one 40%"
-
-
-class SlowAtFirst:
-    """The first schedule that is asked for is the best, and takes longer that once."""
-
-    def __init__(self, breaks=False):
-        self.asked, self.raced, self.breaks = [], [], breaks
-
-    def us(self, schedule):
-        rank = self.asked.index(schedule)
-        return (10.0, 10.5)[rank] if rank < 2 else 20.0 + rank
-
-    def ask(self, request):
-        if "rivals" in request:
-            self.raced.append([schedule_from_json(schedule) for schedule in request["rivals"]])
-            return None if self.breaks else {"us": list(map(self.us, self.raced[-1]))}
-        self.asked.append(schedule_from_json(request["schedule"]))
-        slow = 1.15 if len(self.asked) == 1 else 1.0
-        return {"us": slow * self.us(self.asked[-1]), "spread": 0.0}
-
-
-def test_what_was_measured_in_a_slow_moment_wins_in_turns(tmp_path):
-    path = tmp_path / "records.jsonl"
-    measuring = timer(TuningRecords(path, "avx512", 2), worker=SlowAtFirst(), trials=8)
-    priced = measuring.microseconds(workload())
-    worker = measuring.asker.worker
-    first, second, third, *_ = worker.asked
-    assert measuring.known(workload()) == second
-    # Kernels that differ in what they add at the end count as one.
-    measuring.compare([workload(), workload(epilogue=("bias",)), workload()])
-    assert worker.raced == [[second, first]]
-    assert measuring.known(workload()) == measuring.known(workload(epilogue=())) == first
-    # What is far behind never runs in turns, and no price changes.
-    assert [s for _, s in measuring.measured_schedules(workload())][:3] == [second, first, third]
-    assert measuring.microseconds(workload()) == priced == 10.5
-    # A search that goes on from these records runs nothing, and chooses and prices the same.
-    later = timer(TuningRecords(path, "avx512", 2), trials=8)
-    later.compare([workload()])
-    assert later.measured == 0 and later.asker.worker.asked == []
-    assert later.known(workload()) == first and later.microseconds(workload()) == priced
-
-
-def test_what_does_not_run_in_turns_keeps_its_time(tmp_path):
-    path = tmp_path / "records.jsonl"
-    measuring = timer(TuningRecords(path, "avx512", 2), worker=SlowAtFirst(True), trials=8)
-    measuring.microseconds(workload())
-    for _ in range(2):
-        measuring.compare([workload()])
-    assert len(measuring.asker.worker.raced) == 1
-    assert measuring.known(workload()) == measuring.asker.worker.asked[1]
-
-
-def test_a_new_schedule_near_the_fastest_runs_in_turns_too():
-    measuring = timer(worker=SlowAtFirst(), trials=8)
-    measuring.microseconds(workload())
-    measuring.compare([workload()])
-    worker = measuring.asker.worker
-    known = {*worker.asked}
-    fresh = next(s for s in spaces(workload(), AVX512)["direct"] if s not in known)
-    measuring.records.add(workload().key(), fresh.to_json(), 9.8)
-    assert measuring.known(workload()) == fresh
-    worker.asked.append(fresh)
-    measuring.compare([workload()])
-    assert worker.raced[1:] == [[fresh, *worker.raced[0]]]
-    assert measuring.known(workload()) == worker.asked[0]
-
-
-def test_kernels_take_turns_and_each_keeps_its_least_time(monkeypatch):
-    order = []
-
-    def blocks(run, number, count):
-        order.append(run)
-        # The machine is slow but for one turn, in which all are faster.
-        return [(2.0 if len(order) in (7, 8) else 3.0) * run() for _ in range(count)]
-
-    monkeypatch.setattr(timing, "_blocks", blocks)
-    one, other = (lambda: 1e-6), (lambda: 1.1e-6)
-    assert timing._in_turns([one, other]) == pytest.approx([2.0, 2.2])
-    assert order == [one, other] * (len(order) // 2) and len(order) > 8
-
-
-def test_rivals_are_compiled_and_run():
-    target = host_target()
-    schedules = [s.to_json() for s in spaces(workload(), isa_of(target))["direct"][:2]]
-    request = {"workload": workload().to_json(), "target": json.loads(str(target))}
-    times = timing.time_kernel({**request, "rivals": schedules})["us"]
-    assert len(times) == 2 and all(0 < us < math.inf for us in times)
 
 
 def test_times_allow_for_the_pace_of_the_machine(tmp_path):
@@ -406,52 +302,3 @@ def test_a_batch_without_records_takes_the_schedule_of_the_nearest_one():
 def test_bad_counts_are_refused(option, message):
     with pytest.raises(LowRankError, match=f"{option} is -1; give {message}"):
         Options(**{option: -1})
-
-
-def softmax_network():
-    builder = relax.BlockBuilder()
-    x = relax.Var("x", relax.TensorType((16, 64), "float32"))
-    weight = relax.const(np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32))
-    with builder.function("main", [x]):
-        with builder.dataflow():
-            y = builder.emit(relax.op.matmul(x, weight))
-            out = builder.emit_output(relax.op.nn.softmax(y))
-        builder.emit_func_output(out)
-    return builder.get()
-
-
-def test_metaschedule_tunes_other_functions_and_goes_on_from_its_database(tmp_path, monkeypatch):
-    target = host_target()
-    prepared = metaschedule.prepare(softmax_network(), target)
-    outcome = metaschedule.tune(prepared, target, tmp_path, trials=4)
-    assert outcome.functions == 2
-    assert outcome.measured > 0 and outcome.failed == 0 and outcome.complaint() == ""
-    best = metaschedule.apply(prepared, target, tmp_path)
-    assert best.script() != prepared.script()
-    x = np.random.default_rng(1).standard_normal((16, 64)).astype(np.float32)
-    results = []
-    for mod in (softmax_network(), best):
-        machine = relax.VirtualMachine(tvm.compile(mod, target), tvm.cpu())
-        results.append(machine["main"](tvm.runtime.tensor(x)).numpy())
-    assert relative(results[1], results[0]) < 1e-5
-    monkeypatch.setattr("tvm.s_tir.meta_schedule.tune.tune_tasks", lambda **_: None)
-    again = metaschedule.tune(prepared, target, tmp_path, trials=4)
-    assert again.functions < outcome.functions
-
-
-def test_metaschedule_that_measured_nothing_says_so():
-    assert "measured no candidate for 3 functions" in metaschedule.Outcome(3, 0, 8).complaint()
-    assert "2 of 10 MetaSchedule candidates" in metaschedule.Outcome(3, 8, 2).complaint()
-    assert metaschedule.Outcome(0, 0, 0).complaint() == ""
-
-
-def test_a_network_is_built_through_metaschedule_and_says_when_that_failed(
-    small, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(metaschedule, "tune", lambda *_: metaschedule.Outcome(2, 0, 5))
-    options = Options(forms=("dense",), trials=1, metaschedule_trials=4)
-    mod = load_model(small)
-    with pytest.warns(UserWarning, match="MetaSchedule measured no candidate for 2 functions"):
-        search(mod, options=options, records=tmp_path / "records.jsonl", directory=tmp_path)
-    x = np.random.default_rng(0).standard_normal((1, 3, 18, 18)).astype(np.float32)
-    assert relative(tvm_lowrank.load(tmp_path / "model.so")(x), reference(small, x)) < 1e-5

@@ -206,6 +206,14 @@ def look_again(
         report("a second look", min(start + _BATCH, len(suspects)), len(suspects))
 
 
+def best_of_each(schedules: Sequence[dict[str, Any]], times: Sequence[float]) -> dict[str, int]:
+    """Of each algorithm, which schedule takes the least time."""
+    best: dict[str, int] = {}
+    for index in sorted(range(len(times)), key=times.__getitem__):
+        best.setdefault(algorithm_class(schedules[index]), index)
+    return best
+
+
 def settle(
     timer: KernelTimer,
     measured: Mapping[ConvWorkload, Sequence[Any]],
@@ -218,15 +226,13 @@ def settle(
     """
     contests = []
     for workload, schedules in measured.items() if timer.asker.takes_turns else ():
-        best: dict[str, tuple[float, Any]] = {}
-        for schedule in schedules:
-            data = schedule.to_json()
-            name, us = algorithm_class(data), timer.records.time(workload.key(), data)
-            if us is not None and us < best.get(name, (math.inf,))[0]:
-                best[name] = us, schedule
-        data = [schedule.to_json() for _, schedule in best.values()]
-        if len(best) > 1 and timer.records.race(workload.key(), data) is None:
-            contests.append((workload, [*best.values()]))
+        data = [schedule.to_json() for schedule in schedules]
+        known = [timer.records.time(workload.key(), each) for each in data]
+        times = [math.inf if us is None else us for us in known]
+        best = [i for i in best_of_each(data, times).values() if times[i] < math.inf]
+        raced = timer.records.race(workload.key(), [data[i] for i in best])
+        if len(best) > 1 and raced is None:
+            contests.append((workload, [(times[i], schedules[i]) for i in best]))
     for index, (workload, found) in enumerate(contests):
         race(timer, workload, [schedule for _, schedule in found], [us for us, _ in found])
         report("in turns", index + 1, len(contests))

@@ -1,0 +1,141 @@
+"""Surveys of layer shapes: what they draw, measure again, run in turns, and go on from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cost_support import LAYERS, Counted, invented
+from cost_support import layer as workload
+from tvm_lowrank.schedules.kernels import spaces
+from tvm_lowrank.schedules.x86 import dense
+from tvm_lowrank.schedules.x86.isa import AVX512
+
+from tvm_lowrank.cost import machine
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.sampling import Survey, algorithm_class, form_stages, random_layers
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.target import parse_target
+
+ROOFLINE = Roofline(200.0, 20.0)
+
+
+def surveyed(path, worker, shapes=6):
+    records = TuningRecords(path, "avx512", 2, machine="chip")
+    timer = KernelTimer(parse_target("llvm:skylake-avx512"), records, worker=worker)
+    layers = [layer.geometry for layer in LAYERS[:3]]
+    return Survey(timer, layers, shapes, each=2)
+
+
+def test_a_survey_goes_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
+    monkeypatch.setattr(machine, "is_busy", lambda: False)
+    path, whole = tmp_path / "records.jsonl", Counted()
+    surveyed(tmp_path / "whole.jsonl", whole).run(lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        surveyed(path, Counted(15)).run(lambda *_: None)
+    rest, steps = Counted(), []
+    survey = surveyed(path, rest)
+    survey.run(lambda *step: steps.append(step))
+    assert 15 + rest.asked <= whole.asked + 1  # one look at the reference kernel
+    assert sum(map(len, survey.origins.values())) == 6
+    assert {name for name, *_ in steps} == set(survey.origins)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({(r["workload"], json.dumps(r["schedule"])) for r in lines}) == len(lines)
+
+
+def test_the_algorithms_of_a_networks_layers_run_in_turns(tmp_path, monkeypatch):
+    class Racing(Counted):
+        races = 0
+
+        def ask(self, request):
+            if "rivals" not in request:
+                return super().ask(request)
+            self.races += 1
+            return {"us": [float(rank) for rank, _ in enumerate(request["rivals"], 1)]}
+
+    monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
+    monkeypatch.setattr(machine, "is_busy", lambda: False)
+    path, worker, steps = tmp_path / "records.jsonl", Racing(), []
+    survey = surveyed(path, worker)
+    survey.run(lambda *_: None)
+    survey.settle(lambda *step: steps.append(step))
+    records = TuningRecords(path, "avx512", 2, machine="chip")
+    choices = 0
+    for layer in survey.origins["layers of networks"]:
+        best = {}
+        for schedule, _ in records.measured(layer.key()):
+            best.setdefault(algorithm_class(schedule), schedule)
+        turns = records.race(layer.key(), [*best.values()])
+        if len(best) > 1:
+            choices += 1
+            assert sorted(turns) == [*range(1, len(turns) + 1)]
+        else:
+            assert turns is None
+    assert worker.races == len(steps) == choices > 1
+    # What ran in turns does not do so again.
+    surveyed(path, worker).settle(lambda *_: None)
+    assert worker.races == choices
+
+
+class Disturbed(Counted):
+    """Some candidates take four times as long when they are first measured."""
+
+    def __init__(self):
+        super().__init__()
+        self.slowed = {}
+
+    def ask(self, request):
+        answer = super().ask(request)
+        key = (str(request["workload"]), str(request["schedule"]))
+        self.slowed[key] = key not in self.slowed and len(self.slowed) % 17 == 16
+        return {**answer, "us": answer["us"] * (4 if self.slowed[key] else 1)}
+
+
+def test_a_survey_measures_again_what_was_disturbed(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
+    monkeypatch.setattr(machine, "is_busy", lambda: False)
+    path, worker, steps = tmp_path / "records.jsonl", Disturbed(), []
+    survey = surveyed(path, worker, shapes=30)
+    survey.run(lambda *_: None)
+    first, slow = worker.asked, {key for key, slowed in worker.slowed.items() if slowed}
+    survey.look_again(lambda *step: steps.append(step))
+    assert len(slow) > 5 and not any(worker.slowed[key] for key in slow)
+    # Few others are suspected, and nothing is suspected twice.
+    assert len(slow) <= steps[-1][2] <= first / 4
+    again = worker.asked
+    survey.look_again(lambda *_: None)
+    assert worker.asked - again < (again - first) / 3
+    for workloads in survey.origins.values():
+        for w in workloads:
+            for data in (schedule.to_json() for schedule in survey._candidates(w)):
+                least = survey.timer.records.time(w.key(), data)
+                assert least == pytest.approx(invented(w.key(), data), abs=1e-3)
+
+
+def test_a_survey_covers_every_algorithm_of_a_layer(tmp_path):
+    survey = surveyed(None, Counted())
+    layer = survey._workload(workload(64, 28).geometry)
+    space = [s.to_json() for found in spaces(layer, AVX512).values() for s in found]
+    chosen = [algorithm_class(schedule.to_json()) for schedule in survey._candidates(layer)]
+    assert set(chosen) == {algorithm_class(schedule) for schedule in space}
+    assert max(map(chosen.count, chosen)) <= 2
+
+
+def test_drawn_shapes_are_the_same_for_one_seed():
+    assert random_layers(20, 3) == random_layers(20, 3) != random_layers(20, 4)
+    layers = [workload(64, 28).geometry, workload(128, 14, 5).geometry]
+    stages = form_stages(layers, 10, 16, 0)
+    assert stages == form_stages(layers, 10, 16, 0) and len(stages) == 10
+    assert any(last for _, last in stages) and not all(last for _, last in stages)
+    assert any(dense.is_dense(geometry) for geometry in random_layers(24, 0))
+
+
+def test_shipped_records_name_their_networks():
+    from tvm_lowrank.cost.sampling import recorded_layers
+
+    layers = recorded_layers(shipped_records("avx512"))
+    stem = ConvGeometry(3, 64, 224, 224, (7, 7), (2, 2), (3, 3, 3, 3))
+    assert {"resnet18", "resnet50"} <= layers[stem]
