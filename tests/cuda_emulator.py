@@ -29,6 +29,7 @@ class EmulatedPrograms:
         shared = r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];"
         kernels = re.sub(shared, r"\1 *\2 = (\1 *)gpu::dynamic_memory;", kernels)
         kernels = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", kernels)
+        kernels = _asynchronous(kernels)
         self._parameters: dict[str, list[str]] = {}
         launchers = []
         for name, text in re.findall(r"(kernel\d+)_kernel\(([^)]*)\);", kernels):
@@ -69,6 +70,23 @@ class EmulatedPrograms:
         for name, array in values.items():
             assert np.isnan(array[:_GUARD]).all() and np.isnan(array[-_GUARD:]).all(), name
         return values["y"][_GUARD:-_GUARD].reshape(program.shapes["y"])
+
+
+def _asynchronous(kernels: str) -> str:
+    """Kernels with the names of `wgmma`'s functions put into what the emulator has for them."""
+    names = (
+        (r"tvm_lowrank_copy_(\d+)", r"start_copy<\1>"),
+        (r"tvm_lowrank_barriers_prepare_(\d+)_(\d+)_(\d+)", r"prepare_barriers<\1, \2, \3>"),
+        (r"tvm_lowrank_send_(\d+)", r"send<\1>"),
+        (r"tvm_lowrank_registers_(?:inc|dec)_\d+\(\);", ""),
+        (r"tvm_lowrank_wgmma_read_(\w+?)_(\d+)_(\d+)", r"read_rows<\1, \2, \3>"),
+        (r"tvm_lowrank_wgmma_(tf32|half)_(\d+)x(\d+)", r"start_product<\1, \2, \3>"),
+        (r"<tf32, ", "<float, "),
+        (r"tvm_lowrank_wgmma_finish_\d+\(.*\)", "wait_for_products(0)"),
+    )
+    for pattern, name in names:
+        kernels = re.sub(pattern, name, kernels)
+    return kernels
 
 
 def _guarded(array: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from x86_support import apply_steps, reference_convolution
 from tvm_lowrank.build import compile_module
 
 SM80, SM90 = ARCHITECTURES["sm_80"], ARCHITECTURES["sm_90"]
-LOOPS = replace(SM80, loops=True)
+LOOPS = replace(SM90, loops=True)
 _PLAIN = VectorISA("plain", 1, 1)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -121,6 +121,7 @@ def resources_of(
     command += ["-o", str(folder / "kernels.fatbin"), str(folder / "kernels.cu")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "serialized" not in done.stderr, done.stderr
     pattern = (
         r"entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <type_traits>
 #include <vector>
 
@@ -59,8 +60,28 @@ static inline float __fdividef(float x, float y) { return x / y; }
 
 namespace gpu {
 
-enum State { RUNS, AT_WARP, AT_BARRIER, DONE };
-constexpr int WARP = 32, VALUES = 6, STACK = 256 << 10;
+enum State { RUNS, AT_WARP, AT_BARRIER, WAITS, DONE };
+constexpr int WARP = 32, VALUES = 8, STACK = 256 << 10;
+
+/* A copy to shared memory that a thread has started, and a product that its warpgroup has. */
+struct Copy {
+  void *to;
+  const void *from;
+  int bytes;
+  bool inside;
+
+  void run() const {
+    if (inside) memcpy(to, from, bytes);
+    else memset(to, 0, bytes);
+  }
+};
+
+/* Turns after so many arrivals, when what was sent to it is there: once somebody looks. */
+struct Barrier {
+  int count = 0, missing = 0, turned = 0;
+  std::vector<Copy> sent;
+};
+using Product = std::function<void()>;
 
 struct Fiber {
   ucontext_t context;
@@ -68,6 +89,8 @@ struct Fiber {
   int exchanges;
   Three index;
   std::vector<char> stack;
+  std::vector<Copy> copies;
+  std::vector<Product> products;
 };
 
 static std::vector<Fiber> fibers;
@@ -75,7 +98,9 @@ static ucontext_t scheduler;
 static int current;
 static std::function<void()> kernel;
 static bool diverged;
-alignas(64) static char dynamic_memory[1 << 17];
+static std::map<uint64_t *, Barrier> barriers;
+static int passed;  // how often a thread has come past a barrier that it waited for
+alignas(64) static char dynamic_memory[1 << 18];
 // What the lanes of the running warp hand to each other; two, as a lane may be one ahead.
 static float exchanged[2][WARP][VALUES];
 
@@ -106,11 +131,11 @@ static void resume(int number) {
   swapcontext(&scheduler, &fibers[number].context);
 }
 
-/* All lanes of a warp up to the next barrier. */
+/* All lanes of a warp up to the next barrier, or until they have to wait. */
 static void run_warp(int first, int last) {
-  for (State next = RUNS; next != AT_BARRIER && next != DONE;) {
+  for (State next = RUNS; next == RUNS || next == AT_WARP;) {
     for (int i = first; i < last; ++i)
-      if (fibers[i].state == RUNS || fibers[i].state == AT_WARP) resume(i);
+      if (fibers[i].state != AT_BARRIER && fibers[i].state != DONE) resume(i);
     next = fibers[first].state;
     for (int i = first; i < last; ++i) diverged |= fibers[i].state != next;
     if (diverged) return;
@@ -124,6 +149,8 @@ static void run_block(Three threads) {
     Fiber &fiber = fibers[i];
     fiber.state = RUNS;
     fiber.exchanges = 0;
+    fiber.copies.clear();
+    fiber.products.clear();
     fiber.index = {i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y};
     fiber.stack.resize(STACK);
     getcontext(&fiber.context);
@@ -132,7 +159,17 @@ static void run_block(Three threads) {
     makecontext(&fiber.context, begin, 0);
   }
   while (!diverged) {
-    for (int i = 0; i < count && !diverged; i += WARP) run_warp(i, min(i + WARP, count));
+    bool moved = false, waits = false;
+    for (int i = 0; i < count && !diverged; i += WARP) {
+      if (fibers[i].state == AT_BARRIER || fibers[i].state == DONE) continue;
+      int before = passed;
+      run_warp(i, min(i + WARP, count));
+      moved |= fibers[i].state != WAITS || passed != before;
+      waits |= fibers[i].state == WAITS;
+    }
+    // Where all wait and none comes on, a GPU would for ever.
+    diverged |= waits && !moved;
+    if (waits) continue;
     for (const Fiber &fiber : fibers) diverged |= fiber.state != fibers[0].state;
     if (fibers[0].state == DONE) return;
     for (Fiber &fiber : fibers) fiber.state = RUNS;
@@ -197,6 +234,110 @@ static inline void tvm_lowrank_mma_tf32(float &c0, float &c1, float &c2, float &
     }
     *sums[i] += sum;
   }
+}
+
+/* Copies and products that run on by themselves are done as late as they may be: when a thread
+   waits for them. So what reads too early, or is overwritten too early, gives a wrong result. */
+template <int BYTES>
+static inline void start_copy(void *to, const float *from, int offset, int inside) {
+  gpu::fibers[gpu::current].copies.push_back({to, from + offset, BYTES, bool(inside)});
+}
+
+static inline gpu::Barrier &barrier_at(void *place) { return gpu::barriers[(uint64_t *)place]; }
+
+template <int COUNT, int FULL, int FREE>
+static inline void prepare_barriers(void *barriers) {
+  for (int i = 0; i < 2 * COUNT && threadIdx.x == 0 && threadIdx.y == 0; ++i) {
+    int arrivals = i < COUNT ? FULL : FREE;
+    barrier_at((uint64_t *)barriers + i) = {arrivals, arrivals};
+  }
+  __syncthreads();
+}
+
+/* All copies that a thread has started belong to its next arrival. */
+static inline void tvm_lowrank_copies_arrive(void *place) {
+  auto &copies = gpu::fibers[gpu::current].copies;
+  auto &barrier = barrier_at(place);
+  barrier.sent.insert(barrier.sent.end(), copies.begin(), copies.end());
+  copies.clear();
+  --barrier.missing;
+}
+
+template <int BYTES>
+static inline void send(void *to, const void *from, void *place, int mine) {
+  if (!mine) return;
+  barrier_at(place).sent.push_back({to, from, BYTES, true});
+  --barrier_at(place).missing;
+}
+
+static inline void tvm_lowrank_barrier_arrive(void *place, int mine) {
+  if (mine) --barrier_at(place).missing;
+}
+
+static inline void tvm_lowrank_barrier_wait(void *place, int parity) {
+  auto &barrier = barrier_at(place);
+  for (;;) {
+    if (barrier.missing == 0) {
+      for (const gpu::Copy &copy : barrier.sent) copy.run();
+      barrier.sent.clear();
+      barrier.missing = barrier.count;
+      ++barrier.turned;
+    }
+    if (barrier.turned % 2 != parity) break;
+    gpu::leave(gpu::WAITS);
+  }
+  ++gpu::passed;
+}
+
+static inline void wait_for_products(size_t pending) {
+  auto &products = gpu::fibers[gpu::current].products;
+  while (products.size() > pending) {
+    products.front()();
+    products.erase(products.begin());
+  }
+}
+
+/* Registers of a lane: for each tile four, of 4 bytes. A value of float16 is half a register. */
+template <typename T, int TILES, int LINE>
+static inline void read_rows(unsigned *own, const float *rows) {
+  constexpr int PAIR = 4 / sizeof(T);
+  for (int i = 0; i < 4 * TILES * PAIR; ++i) {
+    int tile = i / (4 * PAIR), place = i / PAIR % 4, element = place / 2 * PAIR + i % PAIR;
+    float value = rows[element * 4 * LINE + 2 * tile + place % 2];
+    ((T *)own)[i] = sizeof(T) == 4 ? T(tf32(value, 0x1000)) : T(value);
+  }
+}
+
+/* wgmma.m64nNk8 of TF32 or m64nNk16 of halves for `TILES` tiles. Rows are in registers, as in
+   mma.m16n8k8, or pairs of elements of the sum where that has one. Columns are in shared memory, in
+   core matrices of 8 columns by 16 bytes; the next along the sum is N * 16 bytes on. */
+template <typename T, int TILES, int N>
+static inline void start_product(float *sums, const unsigned *own, const void *columns) {
+  constexpr int K = 32 / sizeof(T), CORE = 16 / sizeof(T), PAIR = 4 / sizeof(T);
+  std::vector<float> given(4 * TILES);
+  memcpy(given.data(), own, 4 * given.size());
+  auto lanes = gpu::exchange(given);
+  int group = gpu::current % gpu::WARP / 4, t = gpu::current % 4;
+  std::vector<T> kept;
+  for (int row = 0; row < 2 * TILES; ++row)
+    for (int k = 0; k < K; ++k) {
+      int place = row / 2 * 4 + row % 2 + k / CORE * 2, lane = group * 4 + k % CORE / PAIR;
+      kept.push_back(((const T *)lanes[lane])[place * PAIR + k % PAIR]);
+    }
+  auto &products = gpu::fibers[gpu::current].products;
+  products.push_back([=] {
+    for (int row = 0; row < 2 * TILES; ++row)
+      for (int column = 0; column < N / 4; ++column) {
+        int n = column / 2 * 8 + 2 * t + column % 2;
+        float sum = 0;
+        for (int k = 0; k < K; ++k) {
+          T right = ((const T *)columns)[(k / CORE * N + n) * CORE + k % CORE];
+          sum += float(kept[row * K + k]) * (sizeof(T) == 4 ? tf32(right, 0) : float(right));
+        }
+        sums[column * 2 * TILES + row] += sum;
+      }
+  });
+  wait_for_products(1);
 }
 
 /* Fragments of 16 x 16; here every lane has all of them. */

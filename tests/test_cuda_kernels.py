@@ -39,10 +39,12 @@ from tvm_lowrank.schedules.cuda.dense import DenseSchedule
 from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.cuda.direct import DirectSchedule
 from tvm_lowrank.schedules.cuda.fft import FFTSchedule
+from tvm_lowrank.schedules.cuda.gemm import round_up
 from tvm_lowrank.schedules.cuda.kernels import FAMILIES as CUDA_FAMILIES
 from tvm_lowrank.schedules.cuda.straight import copy_program
 from tvm_lowrank.schedules.cuda.tensor import TensorSchedule
 from tvm_lowrank.schedules.cuda.tf32 import TF32Schedule
+from tvm_lowrank.schedules.cuda.warpgroup import WarpgroupHalfSchedule, WarpgroupTF32Schedule
 from tvm_lowrank.schedules.cuda.winograd import WinogradSchedule
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -102,6 +104,16 @@ CASES = [
     (SAME3, DirectSchedule(32, 64, 8, 4, 4, channels_last=True), ("bias", "relu")),
     (UNEVEN, DirectSchedule(64, 32, 16, 8, 4, False, channels_last=True), ("bias", "residual")),
     (POINTWISE, DirectSchedule(16, 64, 8, 2, 4, channels_last=True), ("affine", "residual")),
+    (SAME3, WarpgroupTF32Schedule(32, 128, 16, 2, 3), ("bias", "relu")),
+    (WIDE, WarpgroupTF32Schedule(144, 64, 16, 1, 4), ("bias", "residual")),
+    (UNEVEN, WarpgroupTF32Schedule(16, 128, 32, 1, 5, split_k=2), ("bias", "residual", "relu")),
+    (POINTWISE, WarpgroupTF32Schedule(48, 256, 16, 2, 2, copying=8), ("affine", "residual")),
+    (GROUPED, WarpgroupTF32Schedule(16, 64, 16, 1, 3), ()),
+    (WIDE, WarpgroupTF32Schedule(128, 256, 16, 2, 3), ("bias",)),
+    (SAME3, WarpgroupHalfSchedule(32, 128, 32, 2, 3, copying=8), ("bias", "relu")),
+    (WIDE, WarpgroupHalfSchedule(256, 64, 32, 1, 3), ("bias", "residual")),
+    (UNEVEN, WarpgroupHalfSchedule(16, 128, 64, 1, 2, split_k=2), ("bias", "residual", "relu")),
+    (POINTWISE, WarpgroupHalfSchedule(48, 256, 32, 2, 4), ("affine", "residual")),
     (DENSE, DenseSchedule(4, 2), ("bias", "affine", "relu")),
     (FLATTENED, DenseSchedule(2, 1), ("bias", "residual")),
     (DEPTHWISE, DepthwiseSchedule(64, 2), ("bias", "affine", "relu")),
@@ -123,8 +135,8 @@ def test_kernels_as_loops_compute_the_convolution(geometry, schedule, steps) -> 
 def test_kernels_as_threads_compute_the_convolution(tmp_path) -> None:
     """The very CUDA source, its barriers, shared memory and tensor cores included, emulated."""
     cases = [Case(ConvWorkload(geometry, 1, steps), s) for geometry, s, steps in CASES]
-    programs = [kernels.emit(case.workload, case.schedule, SM80) for case in cases]
-    emulated = EmulatedPrograms(programs, SM80.name, tmp_path)
+    programs = [kernels.emit(case.workload, case.schedule, SM90) for case in cases]
+    emulated = EmulatedPrograms(programs, SM90.name, tmp_path)
     for case, program in zip(cases, programs, strict=True):
         error = relative_error(emulated.run(program, case.inputs), case.expected)
         bound = max(TOLERANCE, kernels.error_bound(case.workload, case.schedule))
@@ -159,6 +171,8 @@ RESNET = [
     ConvGeometry(256, 256, 28, 28, (3, 3), padding=(1, 1, 1, 1), groups=256, batch=128),
     ConvGeometry(2048, 1000, 1, 1, (1, 1), batch=4),
 ]
+# Families of this architecture alone.
+HOPPER = {WarpgroupTF32Schedule.kernel, WarpgroupHalfSchedule.kernel}
 # Other shapes for the families that few of the layers above are of.
 OTHERS = [
     (DEPTHWISE, "cuda_depthwise"),
@@ -186,7 +200,7 @@ def test_every_family_compiles_within_the_limits(tmp_path) -> None:
                 if not last or (name, last) not in layouts:
                     programs.append(kernels.emit(workload, schedule, SM80))
                 layouts.add((name, last))
-    assert set(shapes) == set(CUDA_FAMILIES) and min(shapes.values()) >= 2, shapes
+    assert set(shapes) == set(CUDA_FAMILIES) - HOPPER and min(shapes.values()) >= 2, shapes
     turned = {name for name, last in layouts if last}
     assert turned == {"cuda_direct", "cuda_tensor", "cuda_tf32", "cuda_depthwise"}
     found = resources_of(source_of(programs, SM80.name), (SM80.name, SM90.name), tmp_path)
@@ -203,6 +217,35 @@ def test_every_family_compiles_within_the_limits(tmp_path) -> None:
             assert used.shared <= STATIC_SHARED_BYTES
             assert threads <= MOST_THREADS
             assert max(grid[1:]) <= MOST_BLOCKS_YZ
+
+
+@needs_nvcc
+def test_warpgroups_compile_within_the_limits(tmp_path) -> None:
+    """Products run on by themselves (ptxas says where it makes them wait), and nothing spills."""
+    programs, threads, shared_out, algorithms = [], [], set(), ("tf32", "half")
+    wide = ConvGeometry(128, 256, 28, 28, (3, 3), padding=(1, 1, 1, 1), batch=128)
+    for geometry in (*RESNET[:3], wide, ODD, DENSE):
+        workload = ConvWorkload(geometry, 1, ("bias", "residual", "relu"))
+        found = kernels.spaces(workload, SM90, algorithms)
+        assert set(found) >= HOPPER
+        most = [max(found[name], key=lambda s: (s.sums, s.threads)) for name in sorted(HOPPER)]
+        for schedule in [*(found[name][0] for name in sorted(HOPPER)), *most]:
+            assert schedule.shared_bytes <= SM90.shared_bytes - 1024
+            programs.append(kernels.emit(workload, schedule, SM90))
+            shared_out |= {len(threads)} if schedule.shares else set()
+            threads += [schedule.threads, 256][: len(programs[-1].stages)]
+    source = source_of(programs, SM90.name)
+    found = resources_of(source, ("sm_90a",), tmp_path)["sm_90a"]
+    assert len(found) == len(threads)
+    for index, count in enumerate(threads):
+        used = found[f"kernel{index}_kernel"]
+        assert used.spills == used.stack == 0, used
+        assert used.registers * count <= SM90.registers
+        if index in shared_out:
+            # A block is given them by eights: no fewer than its threads take when they share.
+            assert round_up(used.registers, 8) * count >= 128 * (2 * 232 + 40)
+    assert shared_out
+    assert not kernels.spaces(ConvWorkload(SAME3, 1), SM80, algorithms).keys() & HOPPER
 
 
 def test_grids_stay_within_bounds_and_tiles_cover_the_map() -> None:
@@ -264,6 +307,12 @@ def test_schedules_are_json_and_illegal_ones_are_refused() -> None:
         kernels.emit(workload, DepthwiseSchedule(64, 2), SM80)
     with pytest.raises(ValueError, match="not fully connected"):
         kernels.emit(workload, DenseSchedule(4, 1), SM80)
+    with pytest.raises(ValueError, match="sm_90 alone has"):
+        kernels.emit(workload, WarpgroupTF32Schedule(32, 128, 16, 2, 3), SM80)
+    with pytest.raises(ValueError, match="stages must be 2 or more"):
+        kernels.emit(workload, WarpgroupTF32Schedule(32, 128, 16, 2, 1), SM90)
+    with pytest.raises(ValueError, match="an even number of instructions"):
+        kernels.emit(workload, WarpgroupHalfSchedule(32, 128, 16, 2, 3), SM90)
     with pytest.raises(ValueError, match="whole products of 16 x 8 x 8"):
         kernels.emit(workload, TF32Schedule(32, 32, 4, 1, 1), SM80)
     depthwise = ConvWorkload(DEPTHWISE, 1)
@@ -319,7 +368,7 @@ def test_packed_weights_are_what_the_program_reads() -> None:
         case = Case(ConvWorkload(geometry, 1, steps), schedule)
         assert case.inputs["weights"].shape == case.program.shapes["weights"]
         assert case.inputs["weights"].dtype == case.program.dtype("weights")
-        bytes_kept = kernels.weight_bytes(case.workload, schedule, SM80)
+        bytes_kept = kernels.weight_bytes(case.workload, schedule, SM90)
         assert bytes_kept == case.inputs["weights"].nbytes
 
 
@@ -334,6 +383,9 @@ def test_programs_are_timed_stage_by_stage() -> None:
 def test_kernels_on_the_gpu_compute_the_convolution(geometry, schedule, steps) -> None:
     target = parse_target("cuda")
     workload = ConvWorkload(geometry, 1, steps)
+    refused = kernels.FAMILIES[schedule.kernel].refuse(workload, machine_of(target))
+    if refused:
+        pytest.skip(refused)
     case = Case(workload, schedule)
     program = kernels.emit(workload, schedule, machine_of(target))
     result = run_program(program, case.inputs, target, tvm.cuda())

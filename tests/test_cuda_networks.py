@@ -227,18 +227,18 @@ def test_tune_without_a_gpu_predicts_says_so_and_exports(tmp_path, capsys) -> No
     """A plan of factors and tensor cores, chosen by predicted times, as machine code."""
     import onnx
 
-    g = Graph(1, 16, 28, 28)
-    x = g.op("Relu", g.conv("x", 16, 128, size=1))
+    g = Graph(1, 16, 56, 56)
+    x = g.op("Relu", g.conv("x", 16, 256, size=1))
     rng = np.random.default_rng(1)
-    thin, core = rng.standard_normal((128, 16)), rng.standard_normal((16, 128, 3, 3))
-    weight = g.constant(np.einsum("fk,kcxy->fcxy", thin, core) / 150)
-    x = g.op("Conv", x, weight, g.constant(rng.standard_normal(128)), pads=[1] * 4)
+    thin, core = rng.standard_normal((256, 16)), rng.standard_normal((16, 256, 3, 3))
+    weight = g.constant(np.einsum("fk,kcxy->fcxy", thin, core) / 200)
+    x = g.op("Conv", x, weight, g.constant(rng.standard_normal(256)), pads=[1] * 4)
     x = g.op("Flatten", g.op("GlobalAveragePool", g.op("Relu", x)))
-    dense = g.constant(rng.standard_normal((128, 10)))
+    dense = g.constant(rng.standard_normal((256, 10)))
     g.out = g.op("Gemm", x, dense, g.constant(rng.standard_normal(10)))
     model = onnx.shape_inference.infer_shapes(g.model(g.out))
     onnx.save(model, tmp_path / "net.onnx")
-    inputs = rng.standard_normal((40, 16, 28, 28)).astype(np.float32)
+    inputs = rng.standard_normal((40, 16, 56, 56)).astype(np.float32)
     np.savez(tmp_path / "data.npz", inputs=inputs)
     out = tmp_path / "out"
     command = [str(tmp_path / "net.onnx"), "--data", str(tmp_path / "data.npz"), "-o", str(out)]

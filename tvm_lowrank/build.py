@@ -44,6 +44,7 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = 
             merged = MergeCalls()(mod)
             return tvm.compile(merged, target=target, tir_pipeline=tir_pipeline.NAME)
     cuda.prepare_compiler(target)
+    target = cuda.with_every_instruction(target)
     with target, tvm.transform.PassContext(config=cuda.compile_options()):
         return tvm.compile(mod, target=target)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import shutil
 import struct
@@ -91,6 +92,19 @@ def _load_runtime_without_driver() -> None:
             f"TVM's CUDA runtime cannot be loaded on this machine without a driver ({error}); a C "
             "compiler and the CUDA toolkit's libcudart must be installed"
         ) from error
+
+
+def with_every_instruction(target: tvm.target.Target) -> tvm.target.Target:
+    """The target for nvcc: of sm_90 with the instructions that no later architecture has.
+
+    Every GPU of compute capability 9.0 has them (warpgroups' products are among them), but nvcc
+    takes them only for ``sm_90a``.
+    """
+    fields = json.loads(str(target))
+    if fields.get("arch") != "sm_90":
+        return target
+    host = fields.pop("host", None)
+    return tvm.target.Target({**fields, "arch": "sm_90a"}, host=host)
 
 
 def compile_options() -> dict[str, Any]:

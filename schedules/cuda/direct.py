@@ -246,7 +246,7 @@ class Convolution(Operands):
         shape = (self.geometry.batch, channels, height, width)
         return turn.last_shape(shape) if self.channels_last else shape
 
-    def _part(self, batch: Index) -> tuple[Index, Index]:
+    def part(self, batch: Index) -> tuple[Index, Index]:
         """The part of the sum and the group of a product."""
         if self.split == 1:
             return tirx.const(0, "int32"), batch
@@ -254,20 +254,32 @@ class Convolution(Operands):
 
     def weight(self, batch: Index, k: Index, i: Index) -> ir.Expr:
         """A packed weight."""
-        part, group = self._part(batch)
+        part, group = self.part(batch)
         return self.w[group, part * self.whole.k + k, i]
+
+    def place_in_sum(self, at: Index) -> tuple[Index, Index]:
+        """The tap and the channel of its group that an element of the sum belongs to."""
+        if self.channels_last:
+            # Four channels are read at once; they belong to one tap.
+            return at // 4 // (self.channels // 4), at % self.channels
+        return at // self.channels, at % self.channels
 
     def read(self, batch: Index, k: Index, j: Index) -> ir.Expr:
         """The input that a tap and a channel take for a pixel."""
+        place, inside = self.source(batch, k, j)
+        value = self.x[tuple(place)]
+        if not inside:
+            return value
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "float32"))
+
+    def source(self, batch: Index, k: Index, j: Index) -> tuple[list[ir.Expr], list[ir.Expr]]:
+        """Indices of what `read` reads, and the conditions under which they are in the map."""
         g = self.geometry
-        part, group = self._part(batch)
+        part, group = self.part(batch)
         at = part * self.whole.k + k
-        tap, channel = at // self.channels, at % self.channels
-        first = at
-        if self.channels_last:
-            # Of four channels that are read at once; they belong to one tap.
-            first = at // 4 * 4
-            tap = at // 4 // (self.channels // 4)
+        tap, channel = self.place_in_sum(at)
+        # Of four channels that are read at once.
+        first = at // 4 * 4 if self.channels_last else at
         per_group = g.in_channels // g.groups
         pixel = j % self.pixels
         row = pixel // g.out_width * g.stride[0] + tap // g.kernel[1] * g.dilation[0]
@@ -277,21 +289,18 @@ class Convolution(Operands):
         if self.whole.n > self.gemm.n:
             inside.append(self._first(j) < self.gemm.n)
         if self.channels > per_group:
-            inside.append(first % self.channels < per_group)
+            inside.append((first % self.channels if self.channels_last else channel) < per_group)
         if self.whole.k * self.split > self.gemm.k:
             inside.append(first < self.gemm.k)
         inside += _within(row, g.height, g.padding[0], g.padding[2])
         inside += _within(column, g.width, g.padding[1], g.padding[3])
         place = [j // self.pixels, group * per_group + channel, row, column]
-        value = self.x[tuple(turn.indices(place, self.channels_last))]
-        if not inside:
-            return value
-        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "float32"))
+        return turn.indices(place, self.channels_last), inside
 
     def write(self, batch: Index, i: Index, j: Index, value: ir.Expr) -> None:
         """An output with its epilogue, or a part of its sum."""
         g, gemm = self.geometry, self.gemm
-        part, group = self._part(batch)
+        part, group = self.part(batch)
         inside = []
         if self.whole.m > gemm.m:
             inside.append(i // self.vector_rows * self.vector_rows < gemm.m)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from tvm_lowrank.schedules.family import KernelFamily
 from tvm_lowrank.schedules.x86.accuracy import direct_error
 
-from . import dense, depthwise, direct, fft, tensor, tf32, winograd
+from . import dense, depthwise, direct, fft, tensor, tf32, warpgroup, winograd
 from .dense import DenseSchedule
 from .depthwise import DepthwiseSchedule
 from .direct import DirectSchedule
 from .fft import FFTSchedule
 from .tensor import TensorSchedule
 from .tf32 import TF32Schedule
+from .warpgroup import WarpgroupHalfSchedule, WarpgroupSchedule, WarpgroupTF32Schedule
 from .winograd import WinogradSchedule
 
 
@@ -35,6 +38,12 @@ def _family(
     )
 
 
+def _warpgroups(algorithm: str, schedule: type[WarpgroupSchedule]) -> KernelFamily:
+    """The family of one type of factors."""
+    family = _family(algorithm, warpgroup, schedule, tensor.error_bound)
+    return replace(family, space=functools.partial(warpgroup.space, schedule))
+
+
 # Of one algorithm the more special first: where nothing is known, the first that can is taken.
 FAMILIES: dict[str, KernelFamily] = {
     DenseSchedule.kernel: _family("direct", dense, DenseSchedule, direct_error),
@@ -44,4 +53,6 @@ FAMILIES: dict[str, KernelFamily] = {
     FFTSchedule.kernel: _family("fft", fft, FFTSchedule, fft.error_bound),
     TensorSchedule.kernel: _family("half", tensor, TensorSchedule, tensor.error_bound),
     TF32Schedule.kernel: _family("tf32", tf32, TF32Schedule, tensor.error_bound),
+    WarpgroupHalfSchedule.kernel: _warpgroups("half", WarpgroupHalfSchedule),
+    WarpgroupTF32Schedule.kernel: _warpgroups("tf32", WarpgroupTF32Schedule),
 }

@@ -1,0 +1,112 @@
+"""The tiles of convolutions by warpgroups, and what of a multiprocessor they take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeVar
+
+from . import wgmma
+from .arch import WARP
+
+# Values between lines of shared memory that keep the lanes of a warp off the same banks.
+_SKEW = 8
+# Sums of a thread: at most so many, or so many for which registers are shared out.
+MOST_SUMS, SCARCE_SUMS = 96, 128
+_REGISTERS = 65536  # of a multiprocessor
+# What a thread that copies and one of two warpgroups that multiply have of the registers where they
+# share them out: together as many as 384 threads are given, whom all registers suffice for.
+COPIES_IN, MULTIPLIES_IN = 40, 232
+
+
+@dataclass(frozen=True)
+class WarpgroupSchedule:
+    """Tiles of a convolution's product by warpgroups.
+
+    - ``block_m``: output channels of a block, a multiple of 16 up to 256;
+    - ``block_n``: pixels of a block, 64 times ``tiles`` for each of its warpgroups;
+    - ``block_k``: how much of the sum is a piece in shared memory;
+    - ``tiles``: products of 64 pixels that a warpgroup keeps sums of, 1 or 2;
+    - ``stages``: pieces in shared memory, of which all but one may be on their way;
+    - ``copying``: warps that copy, 4 or 8;
+    - ``split_k``: parts of the sum that different blocks take on, for a second kernel to add up.
+    """
+
+    kernel: ClassVar[str]
+    factor: ClassVar[wgmma.Factor]
+
+    block_m: int
+    block_n: int
+    block_k: int
+    tiles: int
+    stages: int
+    copying: int = 4
+    split_k: int = 1
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups of a block."""
+        return self.block_n // (wgmma.ROWS * self.tiles)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return (self.warpgroups * wgmma.WARPS + self.copying) * WARP
+
+    @property
+    def line(self) -> int:
+        """Values of shared memory from one element of the sum to the next."""
+        return self.block_n + _SKEW
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        weights = self.factor.bytes * self.block_m
+        return self.stages * self.block_k * (4 * self.line + weights)
+
+    @property
+    def sums(self) -> int:
+        """Sums of a thread."""
+        return self.tiles * wgmma.ROWS * self.block_m // (wgmma.WARPS * WARP)
+
+    @property
+    def registers(self) -> int:
+        """Roughly the registers of a thread: sums, rows of two instructions, addresses.
+
+        Where these are too many for every thread of a block, those that copy give some up.
+        """
+        wanted = self.sums + 16 * self.tiles + 24
+        return min(wanted, _REGISTERS // self.threads // 8 * 8) if self.shares else wanted
+
+    @property
+    def shares(self) -> bool:
+        """Whether threads that copy leave registers to those that multiply."""
+        return self.sums == SCARCE_SUMS and self.warpgroups > 1
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return {"kernel": self.kernel, **asdict(self)}
+
+    @classmethod
+    def from_json(cls: type[Self], data: Mapping[str, Any]) -> Self:
+        """Rebuild a schedule from `to_json`'s dictionary."""
+        return cls(**{name: value for name, value in data.items() if name != "kernel"})
+
+
+Self = TypeVar("Self", bound=WarpgroupSchedule)
+
+
+@dataclass(frozen=True)
+class WarpgroupTF32Schedule(WarpgroupSchedule):
+    """The same with TF32 factors."""
+
+    kernel: ClassVar[str] = "cuda_warpgroup_tf32"
+    factor: ClassVar[wgmma.Factor] = wgmma.TF32
+
+
+@dataclass(frozen=True)
+class WarpgroupHalfSchedule(WarpgroupSchedule):
+    """The same with float16 factors."""
+
+    kernel: ClassVar[str] = "cuda_warpgroup_half"
+    factor: ClassVar[wgmma.Factor] = wgmma.HALF
