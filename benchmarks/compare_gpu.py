@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,32 +67,62 @@ def compare(args: argparse.Namespace) -> list[str]:
     print(heading, flush=True)
     sections = [heading]
     images: dict[str, dict[int, dict[str, Any]]] = {}
+    rows = json.loads(args.rows.read_text()) if args.rows and args.rows.exists() else []
     for case in _cases(args):
+        row: dict[str, Any] = {
+            "network": case.name,
+            "batch": case.batch,
+            "gpu": gpu_name(),
+            "algorithms": list(args.algorithms),
+            "runtimes": {},
+            "layers": [],
+        }
+
+        def tell(so_far: Mapping[str, dict[str, Any] | str], row: dict[str, Any] = row) -> None:
+            _write(args.rows, [*rows, {**row, "runtimes": check(so_far)}])
+
         with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
             folder = _folder(case, args, args.libraries or Path(scratch))
             _build(case, args, folder)
-            found = {OURS: measure(OURS, folder / _LIBRARY, case.shape)}
-            found |= {name: measure(name, case.path, case.shape) for name in args.against}
-            timed = layers(folder)
-        check(found)
-        images.setdefault(case.name, {})[case.batch] = found
-        sections += [table(str(case), found), layer_table(timed)]
+            found = measure_all(
+                {OURS: folder / _LIBRARY, **dict.fromkeys(args.against, case.path)},
+                case.shape,
+                tell,
+            )
+            row["runtimes"] = check(found)
+            row["layers"] = layers(folder)
+        rows.append(row)
+        _write(args.rows, rows)
+        images.setdefault(case.name, {})[case.batch] = row["runtimes"]
+        sections += [table(str(case), row["runtimes"]), layer_table(row["layers"])]
         print("\n".join(sections[-2:]), flush=True)
-        if args.rows:
-            row = {
-                "network": case.name,
-                "batch": case.batch,
-                "gpu": gpu_name(),
-                "algorithms": list(args.algorithms),
-                "runtimes": found,
-                "layers": timed,
-            }
-            before = json.loads(args.rows.read_text(encoding="utf-8")) if args.rows.exists() else []
-            args.rows.write_text(json.dumps([*before, row], indent=1) + "\n", encoding="utf-8")
     for name, batches in images.items():
         sections.append(per_image(name, batches))
         print(sections[-1], flush=True)
     return sections
+
+
+def measure_all(
+    files: Mapping[str, Path],
+    shape: Sequence[int],
+    tell: Callable[[dict[str, dict[str, Any] | str]], None],
+) -> dict[str, dict[str, Any] | str]:
+    """The answer of each variant, printed, and with those before it told, as soon as it is there.
+
+    The last of them may take minutes, in which the others must not get lost.
+    """
+    found: dict[str, dict[str, Any] | str] = {}
+    for name, path in files.items():
+        found[name] = answer = measure(name, path, shape)
+        said = answer if isinstance(answer, str) else f"{answer['median_ms']:.3f} ms"
+        print(f"{name}: {said}", flush=True)
+        tell(found)
+    return found
+
+
+def _write(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -177,14 +207,19 @@ def measure(name: str, path: Path, shape: Sequence[int]) -> dict[str, Any] | str
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def check(found: Mapping[str, dict[str, Any] | str]) -> None:
-    """Put the error against PyTorch in float32, if that ran, in the place of each output."""
+def check(found: Mapping[str, dict[str, Any] | str]) -> dict[str, dict[str, Any] | str]:
+    """The answers, with the error against PyTorch in float32, if that ran, for each output."""
     reference = found.get("torch")
     expected = reference["output"] if isinstance(reference, dict) else None
-    for row in found.values():
-        if isinstance(row, dict):
-            output = row.pop("output")
-            row["error"] = None if expected is None else _error(output, expected)
+    checked: dict[str, dict[str, Any] | str] = {}
+    for name, answer in found.items():
+        if isinstance(answer, str):
+            checked[name] = answer
+            continue
+        error = None if expected is None else _error(answer["output"], expected)
+        kept = {key: value for key, value in answer.items() if key != "output"}
+        checked[name] = {**kept, "error": error}
+    return checked
 
 
 def table(title: str, found: Mapping[str, Mapping[str, Any] | str]) -> str:

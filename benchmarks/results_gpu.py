@@ -4,7 +4,8 @@
     python benchmarks/results_gpu.py race --folder planned
     python benchmarks/results_gpu.py page
 
-`race` adds to benchmarks/results_gpu.json what `page` makes docs/gpu.md of, with the figures that
+`race` adds to benchmarks/results_gpu.json what `page` makes docs/gpu.md of (and the part of
+docs/results.md on goals), with the figures that
 `compare.py --target cuda --rows` leaves in benchmarks/compare_gpu.json, those of `cudnn_layers.py`,
 and the records of our kernels that ship.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import gpu_page
 import numpy as np
+import results_page
 import tvm
 from compare_gpu import OURS, measure
 from networks import NETWORKS, Network, keep_lossless
@@ -59,6 +61,7 @@ def main() -> int:
             elif folder.exists():
                 _race(network, batch, folder)
     DOCS.write_text(gpu_page.render(*gpu_page.read()), encoding="utf-8")
+    results_page.write()
     return 0
 
 

@@ -20,14 +20,23 @@ Row = dict[str, Any]
 
 def keep(row: Row) -> None:
     """Put a row in the place of the one of its network, training and machine; write the page."""
-    rows: list[Row] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else []
+    rows = _rows()
     places = [index for index, other in enumerate(rows) if _key(other) == _key(row)]
     if places:
         rows[places[0]] = row
     else:
         rows.append(row)
     ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    DOCS.write_text(page(rows), encoding="utf-8")
+    write()
+
+
+def write() -> None:
+    """Write the page of the rows that are kept, with what was reached on a GPU."""
+    DOCS.write_text(page(_rows()), encoding="utf-8")
+
+
+def _rows() -> list[Row]:
+    return list(json.loads(ROWS.read_text(encoding="utf-8"))) if ROWS.exists() else []
 
 
 def _order(row: Row) -> tuple[bool, int]:

@@ -66,12 +66,27 @@ def test_rows_have_ratios_errors_and_reasons() -> None:
         "torch": row(3.0, [1, 2.2]),
         "torch-compile": "no gcc",
     }
-    compare_gpu.check(found)
-    text = compare_gpu.table("net, batch 1", found)
+    text = compare_gpu.table("net, batch 1", compare_gpu.check(found))
     rows = [line.split("|") for line in text.splitlines() if line.startswith("| t")]
     assert [cells[4].strip() for cells in rows] == ["1.00", "1.50", "-"]
     assert [cells[5].strip() for cells in rows] == ["9e-02", "0e+00", "-"]
     assert rows[2][6].strip() == "no gcc"
+
+
+def test_what_was_measured_is_told_before_the_next_runtime_starts(monkeypatch, capsys) -> None:
+    told = []
+
+    def measure(name: str, path: Path, shape: tuple[int, ...]) -> dict | str:
+        if name == "torch-compile":
+            raise KeyboardInterrupt
+        return {"median_ms": 2.0} if name == "torch" else "failed"
+
+    monkeypatch.setattr(compare_gpu, "measure", measure)
+    files = dict.fromkeys(("tvm_lowrank", "torch", "torch-compile"), Path("net.onnx"))
+    with pytest.raises(KeyboardInterrupt):
+        compare_gpu.measure_all(files, (1, 3, 8, 8), lambda found: told.append(dict(found)))
+    assert [list(found) for found in told] == [["tvm_lowrank"], ["tvm_lowrank", "torch"]]
+    assert capsys.readouterr().out.splitlines() == ["tvm_lowrank: failed", "torch: 2.000 ms"]
 
 
 def test_times_an_image_stand_side_by_side_for_each_batch() -> None:
