@@ -109,6 +109,10 @@ class _Block:
         self.first_column = self.block // self.row_blocks * s.block_n
         # A lane's pixels in the block are neighbours.
         self.own = self.warp * (16 * s.tiles) + self.lane // 4 * (2 * s.tiles)
+        # Pixels of one copy, and those that a lane writes as one vector.
+        self.copied = product.vector
+        rows = 2 * s.tiles
+        self.written = rows if not (product.gemm.n % rows or product.pixels % rows) else 1
         self.piece_of_weights = s.block_k * s.block_m
         shared = {"scope": "shared.dyn"}
         self.columns = T.alloc_buffer((s.stages * s.block_k * s.line,), **shared)
@@ -200,7 +204,7 @@ class _Block:
     def gather(self, piece: Index, stage: Index, thread: Index) -> None:
         """Start a thread's copies of a piece's columns."""
         product, s = self.product, self.schedule
-        lanes = product.vector
+        lanes = self.copied
         across = s.block_n // lanes
         threads = s.copying * WARP
         step = product.stride_of_channels
@@ -208,7 +212,7 @@ class _Block:
         def source(line: Index, j: Index) -> tuple[list[ir.Expr], list[ir.Expr]]:
             return product.source(self.batch, piece * s.block_k + line, self.first_column + j)
 
-        def start(line: Index, j: Index, known: int) -> None:
+        def start(line: Index, j: Index, known: Index) -> None:
             place, inside = source(line, j)
             offset: Index = tirx.const(0, "int32")
             if step:
@@ -247,8 +251,7 @@ class _Block:
     def write(self) -> None:
         """Apply the epilogue to the sums and store them."""
         product, s = self.product, self.schedule
-        rows = 2 * s.tiles
-        vector = rows if product.gemm.n % rows == 0 and product.pixels % rows == 0 else 1
+        rows, vector = 2 * s.tiles, self.written
         product.vector = vector
         first_row = self.block % self.row_blocks * s.block_m
         with T.unroll(s.block_m // 4) as column, T.unroll(rows // vector) as r:
