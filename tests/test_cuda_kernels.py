@@ -7,11 +7,11 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import tvm
 from cuda_emulator import COMPILER, EmulatedPrograms
 from cuda_support import (
+    HOPPER,
     LOOPS,
     SM80,
     SM90,
@@ -26,9 +26,8 @@ from cuda_support import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm_lowrank.schedules import kernels
-from tvm_lowrank.schedules.cuda import mma, model
+from tvm_lowrank.schedules.cuda import model
 from tvm_lowrank.schedules.cuda.arch import (
-    ARCHITECTURES,
     MOST_BLOCKS_X,
     MOST_BLOCKS_YZ,
     MOST_THREADS,
@@ -39,7 +38,6 @@ from tvm_lowrank.schedules.cuda.dense import DenseSchedule
 from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.cuda.direct import DirectSchedule
 from tvm_lowrank.schedules.cuda.fft import FFTSchedule
-from tvm_lowrank.schedules.cuda.gemm import round_up
 from tvm_lowrank.schedules.cuda.kernels import FAMILIES as CUDA_FAMILIES
 from tvm_lowrank.schedules.cuda.straight import copy_program
 from tvm_lowrank.schedules.cuda.tensor import TensorSchedule
@@ -171,8 +169,6 @@ RESNET = [
     ConvGeometry(256, 256, 28, 28, (3, 3), padding=(1, 1, 1, 1), groups=256, batch=128),
     ConvGeometry(2048, 1000, 1, 1, (1, 1), batch=4),
 ]
-# Families of this architecture alone.
-HOPPER = {WarpgroupTF32Schedule.kernel, WarpgroupHalfSchedule.kernel}
 # Other shapes for the families that few of the layers above are of.
 OTHERS = [
     (DEPTHWISE, "cuda_depthwise"),
@@ -217,35 +213,6 @@ def test_every_family_compiles_within_the_limits(tmp_path) -> None:
             assert used.shared <= STATIC_SHARED_BYTES
             assert threads <= MOST_THREADS
             assert max(grid[1:]) <= MOST_BLOCKS_YZ
-
-
-@needs_nvcc
-def test_warpgroups_compile_within_the_limits(tmp_path) -> None:
-    """Products run on by themselves (ptxas says where it makes them wait), and nothing spills."""
-    programs, threads, shared_out, algorithms = [], [], set(), ("tf32", "half")
-    wide = ConvGeometry(128, 256, 28, 28, (3, 3), padding=(1, 1, 1, 1), batch=128)
-    for geometry in (*RESNET[:3], wide, ODD, DENSE):
-        workload = ConvWorkload(geometry, 1, ("bias", "residual", "relu"))
-        found = kernels.spaces(workload, SM90, algorithms)
-        assert set(found) >= HOPPER
-        most = [max(found[name], key=lambda s: (s.sums, s.threads)) for name in sorted(HOPPER)]
-        for schedule in [*(found[name][0] for name in sorted(HOPPER)), *most]:
-            assert schedule.shared_bytes <= SM90.shared_bytes - 1024
-            programs.append(kernels.emit(workload, schedule, SM90))
-            shared_out |= {len(threads)} if schedule.shares else set()
-            threads += [schedule.threads, 256][: len(programs[-1].stages)]
-    source = source_of(programs, SM90.name)
-    found = resources_of(source, ("sm_90a",), tmp_path)["sm_90a"]
-    assert len(found) == len(threads)
-    for index, count in enumerate(threads):
-        used = found[f"kernel{index}_kernel"]
-        assert used.spills == used.stack == 0, used
-        assert used.registers * count <= SM90.registers
-        if index in shared_out:
-            # A block is given them by eights: no fewer than its threads take when they share.
-            assert round_up(used.registers, 8) * count >= 128 * (2 * 232 + 40)
-    assert shared_out
-    assert not kernels.spaces(ConvWorkload(SAME3, 1), SM80, algorithms).keys() & HOPPER
 
 
 def test_grids_stay_within_bounds_and_tiles_cover_the_map() -> None:
@@ -307,60 +274,10 @@ def test_schedules_are_json_and_illegal_ones_are_refused() -> None:
         kernels.emit(workload, DepthwiseSchedule(64, 2), SM80)
     with pytest.raises(ValueError, match="not fully connected"):
         kernels.emit(workload, DenseSchedule(4, 1), SM80)
-    with pytest.raises(ValueError, match="sm_90 alone has"):
-        kernels.emit(workload, WarpgroupTF32Schedule(32, 128, 16, 2, 3), SM80)
-    with pytest.raises(ValueError, match="stages must be 2 or more"):
-        kernels.emit(workload, WarpgroupTF32Schedule(32, 128, 16, 2, 1), SM90)
-    with pytest.raises(ValueError, match="an even number of instructions"):
-        kernels.emit(workload, WarpgroupHalfSchedule(32, 128, 16, 2, 3), SM90)
     with pytest.raises(ValueError, match="whole products of 16 x 8 x 8"):
         kernels.emit(workload, TF32Schedule(32, 32, 4, 1, 1), SM80)
     depthwise = ConvWorkload(DEPTHWISE, 1)
     assert set(kernels.spaces(depthwise, SM80)) == {"cuda_depthwise"}
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "name", "instruction"),
-    [
-        ("half", "cuda_tensor", "wmma::mma_sync"),
-        ("tf32", "cuda_tf32", "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"),
-    ],
-)
-def test_rounded_products_are_computed_only_where_they_are_asked_for(
-    algorithm, name, instruction
-) -> None:
-    workload = ConvWorkload(SAME3, 1)
-    assert name not in kernels.spaces(workload, SM80)
-    asked = kernels.spaces(workload, SM80, (algorithm,))
-    assert set(asked) == {name}
-    assert kernels.spaces(workload, SM80, (algorithm,), exact=True) == {}
-    assert instruction in source_of([kernels.emit(workload, asked[name][0], SM80)], "sm_80")
-
-
-def test_tf32_begins_with_sm_80_and_rounds_to_ten_bits() -> None:
-    old = ARCHITECTURES["sm_75"]
-    assert kernels.spaces(ConvWorkload(SAME3, 1), old, ("tf32",)) == {}
-    values = np.random.default_rng(0).standard_normal(1000).astype("float32")
-    rounded = mma.round_array(values)
-    assert 0 < np.abs(rounded / values - 1).max() <= 2.0**-11
-    assert not (rounded.view("uint32") & 0x1FFF).any()
-    special = np.array([np.inf, -np.inf, np.nan, 0], "float32")
-    np.testing.assert_array_equal(mma.round_array(special), special)
-
-
-def test_a_lane_holds_each_element_of_a_fragment_once() -> None:
-    """PTX's layout of the accumulators, and a bijection to (lane, register) for all three."""
-    for place, rows, columns in (
-        (mma.left_place, mma.M, mma.K),
-        (mma.right_place, mma.K, mma.N),
-        (mma.sums_place, mma.M, mma.N),
-    ):
-        held = {place(row, column) for row in range(rows) for column in range(columns)}
-        registers = rows * columns // 32
-        assert held == {(lane, r) for lane in range(32) for r in range(registers)}
-    for lane, register in ((0, 0), (5, 1), (31, 3)):
-        row, column = lane // 4 + 8 * (register // 2), lane % 4 * 2 + register % 2
-        assert mma.sums_place(row, column) == (lane, register)
 
 
 def test_packed_weights_are_what_the_program_reads() -> None:

@@ -15,7 +15,8 @@ _SKEW = 8
 MOST_SUMS, SCARCE_SUMS = 96, 128
 _REGISTERS = 65536  # of a multiprocessor
 # What a thread that copies and one of two warpgroups that multiply have of the registers where they
-# share them out: together as many as 384 threads are given, whom all registers suffice for.
+# share them out. Together that is what 384 threads of 168 registers, all that nvcc can give them,
+# have at the start; with fewer a block would wait for ever, which the tests exclude.
 COPIES_IN, MULTIPLIES_IN = 40, 232
 
 
