@@ -227,7 +227,7 @@ def test_tune_without_a_gpu_predicts_says_so_and_exports(tmp_path, capsys) -> No
     """A plan of factors and tensor cores, chosen by predicted times, as machine code."""
     import onnx
 
-    g = Graph(1, 16, 56, 56)
+    g = Graph(1, 16, 40, 40)
     x = g.op("Relu", g.conv("x", 16, 256, size=1))
     rng = np.random.default_rng(1)
     thin, core = rng.standard_normal((256, 16)), rng.standard_normal((16, 256, 3, 3))
@@ -238,7 +238,7 @@ def test_tune_without_a_gpu_predicts_says_so_and_exports(tmp_path, capsys) -> No
     g.out = g.op("Gemm", x, dense, g.constant(rng.standard_normal(10)))
     model = onnx.shape_inference.infer_shapes(g.model(g.out))
     onnx.save(model, tmp_path / "net.onnx")
-    inputs = rng.standard_normal((40, 16, 56, 56)).astype(np.float32)
+    inputs = rng.standard_normal((20, 16, 40, 40)).astype(np.float32)
     np.savez(tmp_path / "data.npz", inputs=inputs)
     out = tmp_path / "out"
     command = [str(tmp_path / "net.onnx"), "--data", str(tmp_path / "data.npz"), "-o", str(out)]
