@@ -6,8 +6,8 @@ from its registers, which hold them as PTX says ("Register Fragments for wgmma.m
 ``group + 8``. Columns lie in shared memory in core matrices of 8 columns by 16 bytes.
 
 Here the rows of two (or one) such products are neighbours in memory: the ``2 * tiles`` rows of a
-lane are pixels side by side, which it reads and writes as one vector. `KEPT` says where its sums
-lie.
+lane are pixels side by side, which it reads and writes as one vector. `place_of_sum` says where it
+keeps its sums.
 """
 
 from __future__ import annotations
