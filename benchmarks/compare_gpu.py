@@ -67,7 +67,8 @@ def compare(args: argparse.Namespace) -> list[str]:
     print(heading, flush=True)
     sections = [heading]
     images: dict[str, dict[int, dict[str, Any]]] = {}
-    rows = json.loads(args.rows.read_text()) if args.rows and args.rows.exists() else []
+    kept = args.rows is not None and args.rows.exists()
+    rows = json.loads(args.rows.read_text(encoding="utf-8")) if kept else []
     for case in _cases(args):
         row: dict[str, Any] = {
             "network": case.name,

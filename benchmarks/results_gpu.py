@@ -4,10 +4,9 @@
     python benchmarks/results_gpu.py race --folder planned
     python benchmarks/results_gpu.py page
 
-`race` adds to benchmarks/results_gpu.json what `page` makes docs/gpu.md of (and the part of
-docs/results.md on goals), with the figures that
-`compare.py --target cuda --rows` leaves in benchmarks/compare_gpu.json, those of `cudnn_layers.py`,
-and the records of our kernels that ship.
+`race` adds to benchmarks/results_gpu.json what `page` makes docs/gpu.md and the goals in
+docs/results.md of, with the figures that `compare.py --target cuda --rows` leaves in
+benchmarks/compare_gpu.json, those of `cudnn_layers.py`, and the records of our kernels that ship.
 """
 
 from __future__ import annotations

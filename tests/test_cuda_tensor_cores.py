@@ -99,6 +99,8 @@ def test_a_lane_holds_each_element_of_a_fragment_once() -> None:
 
 def test_warpgroup_kernels_that_cannot_be_are_refused() -> None:
     workload = ConvWorkload(SAME3, 1)
+    with pytest.raises(ValueError, match="registers for each of 512 threads"):
+        kernels.emit(workload, WarpgroupTF32Schedule(128, 384, 16, 2, 2), SM90)
     with pytest.raises(ValueError, match="sm_90 alone has"):
         kernels.emit(workload, WarpgroupTF32Schedule(32, 128, 16, 2, 3), SM80)
     with pytest.raises(ValueError, match="stages must be 2 or more"):

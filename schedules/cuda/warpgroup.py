@@ -14,8 +14,8 @@ import numpy as np
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from . import direct, mma, model, wgmma
-from .arch import MOST_BLOCKS_X, MOST_BLOCKS_YZ, WARP, CudaArch, version_of
-from .gemm import define, round_up
+from .arch import WARP, CudaArch, version_of
+from .gemm import define, refuse_grid, round_up
 from .program import WEIGHTS, Program, moved_bytes
 from .threads import ThreadSchedule
 from .warpgroup_code import WarpgroupProduct, kernel, pixels_a_copy
@@ -32,7 +32,8 @@ __all__ = ["WarpgroupHalfSchedule", "WarpgroupSchedule", "WarpgroupTF32Schedule"
 _ARCHITECTURE = 90
 _LEAST_CHANNELS = 16
 _MOST_SCHEDULES = 16
-_MOST_SHARED = 227 << 10  # of a block, which the driver gives where it is asked to
+# Shared memory that the driver gives a block where it is asked to, less for alignment.
+_MOST_SHARED = (227 << 10) - 128
 # A copy of columns takes as long as so many multiply-adds of float32; one whose place in the map
 # is computed for itself, twice that.
 _COPY = 16
@@ -81,13 +82,7 @@ def is_legal(workload: ConvWorkload, schedule: WarpgroupSchedule, arch: CudaArch
         return f"it needs {s.shared_bytes} of {_MOST_SHARED} bytes of shared memory"
     if s.registers * s.threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {s.threads} threads"
-    whole = direct.gemm_of(workload.geometry, s.block_k).padded(s)
-    blocks = (whole.m // s.block_m) * (whole.n // s.block_n)
-    if whole.batch > MOST_BLOCKS_YZ or blocks > MOST_BLOCKS_X:
-        return "it needs more blocks than a grid has"
-    if s.split_k > 1 and whole.k < 2 * s.block_k:
-        return f"the sum is too short for {s.split_k} parts"
-    return None
+    return refuse_grid(direct.gemm_of(workload.geometry, s.block_k), s)
 
 
 def space(

@@ -13,10 +13,10 @@ from .arch import WARP
 _SKEW = 8
 # Sums of a thread: at most so many, or so many for which registers are shared out.
 MOST_SUMS, SCARCE_SUMS = 96, 128
-_REGISTERS = 65536  # of a multiprocessor
 # What a thread that copies and one of two warpgroups that multiply have of the registers where they
-# share them out. Together that is what 384 threads of 168 registers, all that nvcc can give them,
-# have at the start; with fewer a block would wait for ever, which the tests exclude.
+# share them out. Together that is what 384 threads of `_GIVEN` registers, all that nvcc can give
+# them, have at the start; with fewer a block would wait for ever, which the tests exclude.
+_GIVEN = 168
 COPIES_IN, MULTIPLIES_IN = 40, 232
 
 
@@ -61,9 +61,9 @@ class WarpgroupSchedule:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block."""
+        """Shared memory of a block: pieces, and two barriers of each stage."""
         weights = self.factor.bytes * self.block_m
-        return self.stages * self.block_k * (4 * self.line + weights)
+        return self.stages * (self.block_k * (4 * self.line + weights) + 16)
 
     @property
     def sums(self) -> int:
@@ -76,13 +76,12 @@ class WarpgroupSchedule:
 
         Where these are too many for every thread of a block, those that copy give some up.
         """
-        wanted = self.sums + 16 * self.tiles + 24
-        return min(wanted, _REGISTERS // self.threads // 8 * 8) if self.shares else wanted
+        return _GIVEN if self.shares else self.sums + 16 * self.tiles + 24
 
     @property
     def shares(self) -> bool:
         """Whether threads that copy leave registers to those that multiply."""
-        return self.sums == SCARCE_SUMS and self.warpgroups > 1
+        return self.sums == SCARCE_SUMS and self.warpgroups == 2
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
