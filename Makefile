@@ -6,7 +6,8 @@ OUT ?= out
 # Optional: `make test TORCH=torch` also runs the tests that need PyTorch, `make compare TORCH=torch`
 # compares with it.
 TORCH ?=
-# Test files that run side by side; each compiles on one core and runs kernels on two.
+# Test files that run side by side; each compiles on one core and runs kernels on two. In the order
+# of their names: with the longest lists of tests first, those that take longest would come last.
 JOBS ?= 2
 
 .PHONY: demo test lint results compare clean
@@ -15,7 +16,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m tvm_lowrank.tune -o $(OUT)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

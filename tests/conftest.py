@@ -18,12 +18,17 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_machine():
-    """However busy, the machine stays the one of its records: no test depends on its speed."""
+    """However busy, the machine stays the one of its records: no test depends on its speed.
+
+    So races need not tell libraries apart.
+    """
     from tvm_lowrank.cost import machine
+    from tvm_lowrank.planner import verify
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "ANOTHER_MACHINE", math.inf)
         patch.setattr(machine, "READING_BYTES", ())  # half a gigabyte, and seconds
+        patch.setattr(verify, "RACE_SECONDS", 0.1)
         yield
 
 

@@ -120,10 +120,16 @@ def test_times_of_two_races_are_never_mixed(tmp_path):
         assert records.race("work", [one, three]) == [12.0, 11.0]
         assert records.race("work", [two, three]) is None
         assert records.race("work", [one]) is None and records.race("other", [one, two]) is None
+        assert records.races("work", [two, one]) == 1 and records.races("work", [two, three]) == 0
     # One that was cut off by a kill is none.
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     cut = TuningRecords(path, "avx512", 2, machine="one")
     assert cut.race("work", [one, three]) is None and cut.race("work", [one, two]) == [10.0, 10.1]
+    # Of the same race, run again, the least times count.
+    cut.add_race("work", [(two, 9.9), (one, 10.4)])
+    for records in (cut, TuningRecords(path, "avx512", 2, machine="one")):
+        assert records.race("work", [one, two]) == [10.0, 9.9]
+        assert records.races("work", [one, two]) == 2
 
 
 def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):

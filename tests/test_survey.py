@@ -10,6 +10,7 @@ from cost_support import layer as workload
 from tvm_lowrank.schedules.kernels import spaces
 from tvm_lowrank.schedules.x86 import dense
 from tvm_lowrank.schedules.x86.isa import AVX512
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
@@ -46,38 +47,64 @@ def test_a_survey_goes_on_after_an_interruption(tmp_path, monkeypatch):
     assert len({(r["workload"], json.dumps(r["schedule"])) for r in lines}) == len(lines)
 
 
-def test_the_algorithms_of_a_networks_layers_run_in_turns(tmp_path, monkeypatch):
-    class Racing(Counted):
-        races = 0
+class Racing(Counted):
+    """Races tell what times one by one do, but the fastest half takes so many times as long.
 
-        def ask(self, request):
-            if "rivals" not in request:
-                return super().ask(request)
-            self.races += 1
-            return {"us": [float(rank) for rank, _ in enumerate(request["rivals"], 1)]}
+    In the first ``disturbed`` races of each layer.
+    """
 
+    def __init__(self, slowed, disturbed):
+        super().__init__()
+        self.slowed, self.disturbed, self.races = slowed, disturbed, {}
+
+    def ask(self, request):
+        if "rivals" not in request:
+            return super().ask(request)
+        key = ConvWorkload.from_json(request["workload"]).key()
+        self.races[key] = self.races.get(key, 0) + 1
+        times = [invented(key, rival) for rival in request["rivals"]]
+        if self.races[key] <= self.disturbed:
+            half = sorted(times)[: len(times) // 2]
+            times = [us * self.slowed if us in half else us for us in times]
+        return {"us": times}
+
+
+@pytest.mark.parametrize(
+    ("slowed", "disturbed", "races"), [(1.0, 0, 1), (1.05, 9, 1), (20.0, 1, 2), (20.0, 9, 3)]
+)
+def test_the_algorithms_of_a_networks_layers_run_in_turns(
+    slowed, disturbed, races, tmp_path, monkeypatch
+):
     monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
     monkeypatch.setattr(machine, "is_busy", lambda: False)
-    path, worker, steps = tmp_path / "records.jsonl", Racing(), []
+    path, worker, steps = tmp_path / "records.jsonl", Racing(slowed, disturbed), []
     survey = surveyed(path, worker)
     survey.run(lambda *_: None)
     survey.settle(lambda *step: steps.append(step))
     records = TuningRecords(path, "avx512", 2, machine="chip")
-    choices = 0
+    choices = set()
     for layer in survey.origins["layers of networks"]:
         best = {}
-        for schedule, _ in records.measured(layer.key()):
-            best.setdefault(algorithm_class(schedule), schedule)
-        turns = records.race(layer.key(), [*best.values()])
-        if len(best) > 1:
-            choices += 1
-            assert sorted(turns) == [*range(1, len(turns) + 1)]
-        else:
+        for schedule, us in records.measured(layer.key()):
+            best.setdefault(algorithm_class(schedule), (schedule, us))
+        rivals = [schedule for schedule, _ in best.values()]
+        turns = records.race(layer.key(), rivals)
+        if len(best) == 1:
             assert turns is None
-    assert worker.races == len(steps) == choices > 1
-    # What ran in turns does not do so again.
+            continue
+        choices.add(layer.key())
+        # The least of all races: undisturbed ones, if there were any.
+        low = slowed if disturbed >= races else 1.0
+        half = len(best) // 2
+        expected = [us * (low if i < half else 1.0) for i, (_, us) in enumerate(best.values())]
+        assert turns == pytest.approx(expected, rel=1e-3)
+        assert worker.races[layer.key()] == records.races(layer.key(), rivals) == races
+    assert len(choices) > 1 and choices == {*worker.races}
+    assert len(steps) == sum(worker.races.values())
+    # What was settled is so for good.
+    before = dict(worker.races)
     surveyed(path, worker).settle(lambda *_: None)
-    assert worker.races == choices
+    assert worker.races == before
 
 
 class Disturbed(Counted):

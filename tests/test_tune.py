@@ -60,7 +60,7 @@ def test_tune_writes_library_plan_and_records(files, tmp_path, capsys):
 
 
 def test_the_same_records_and_seed_give_the_same_plan(files, tmp_path, monkeypatch):
-    def later_is_faster(paths, shape, threads, seconds=2.0):
+    def later_is_faster(paths, shape, threads):
         return [Latency(1.0 / (1 + i), 1.0 / (1 + i), 3) for i, _ in enumerate(paths)]
 
     monkeypatch.setattr("tvm_lowrank.planner.verify.take_turns", later_is_faster)
@@ -111,7 +111,7 @@ def stop_after(command, records, count, number):
 def test_an_interrupted_and_then_killed_run_goes_on_from_its_records(files, tmp_path):
     command = [sys.executable, "-m", "tvm_lowrank.tune", str(files / "net.onnx")]
     command += ["--data", str(files / "data.npz"), "--trials", "2", "-o", str(tmp_path)]
-    command += ["--max-drop", "30"]
+    command += ["--max-drop", "30", "--forms", "dense,separable"]
     records = tmp_path / "records.jsonl"
     assert stop_after(command, records, 2, signal.SIGINT) == 130
     assert list(tmp_path.iterdir()) == [records]

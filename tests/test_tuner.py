@@ -228,8 +228,9 @@ def test_a_covered_network_compiles_without_measuring(small, tmp_path, monkeypat
     lines = [json.loads(line) for line in (first / "records.jsonl").read_text().splitlines()]
     shipped.write_text("".join(json.dumps({**r, "machine": "another"}) + "\n" for r in lines))
     monkeypatch.setattr("tvm_lowrank.cost.predicting.shipped_records", lambda isa: [shipped])
-    monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("something is measured"))
-    monkeypatch.setattr("tvm_lowrank.planner.verify.one_thread", lambda *_: None)
+    monkeypatch.setattr(
+        "tvm_lowrank.cost.asking.shared_worker", lambda _: pytest.fail("something is measured")
+    )
     assert tune.main([*command, "-o", str(second)]) == 0
     assert not (second / "records.jsonl").exists()
     plans = [tvm_lowrank.Plan.load(folder / "plan.json") for folder in (first, second)]

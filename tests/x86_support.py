@@ -14,6 +14,7 @@ from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
 from tvm_lowrank.schedules.x86.packing import pack_channels
 from tvm_lowrank.schedules.x86.workload import ConvWorkload, parse_step
 
+from tvm_lowrank.build import compile_module
 from tvm_lowrank.geometry import ConvGeometry
 
 CPUS = {"avx512": "skylake-avx512", "avx2": "haswell", "generic": "x86-64"}
@@ -41,9 +42,9 @@ def runnable_isa(name: str) -> VectorISA:
 
 
 def build(func: tvm.tirx.PrimFunc, isa: VectorISA) -> tvm.runtime.Module:
+    """As libraries are built; `test_x86_pipeline` compares that with TVM's default pipeline."""
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
-    compiled = tvm.compile(module, target=target(isa.name))
-    return compiled.mod if hasattr(compiled, "mod") else compiled
+    return compile_module(module, target(isa.name)).mod
 
 
 def run(func: tvm.tirx.PrimFunc, isa: VectorISA, inputs: list[np.ndarray], out_shape) -> np.ndarray:

@@ -43,7 +43,8 @@ class TuningRecords:
 
     Of two measurements of one candidate the lesser time counts; `disagreements` knows those that
     differ by more than 10 %. Times in turns are compared with those of the same race only, to
-    choose (`in_order`); `time`, `measured` and `best` know nothing of them.
+    choose (`in_order`), the least of each if it was run again; `time`, `measured` and `best` know
+    nothing of them.
 
     Records of another machine or thread count, and all that are shipped, tell which schedules are
     good (`elsewhere`), never how long they take: `time` and `measured` know only what was measured
@@ -80,8 +81,9 @@ class TuningRecords:
     _times: dict[str, dict[Place, dict[str, float]]] = field(default_factory=dict)
     # The same of candidates that were measured twice with times that disagree: their ratio.
     _ratios: dict[tuple[str, Place, str], float] = field(default_factory=dict)
-    # Of candidates that ran in turns, by workload and place, then by the name of the race.
-    _races: dict[tuple[str, Place], dict[str, dict[str, float]]] = field(default_factory=dict)
+    # Of candidates that ran in turns, by workload and place, then by the name of the race: one time
+    # for each time that it was run.
+    _races: dict[tuple[str, Place], dict[str, dict[str, list[float]]]] = field(default_factory=dict)
     # How often a candidate was measured, where that is more than once.
     _looks: dict[tuple[str, Place, str], int] = field(default_factory=dict)
 
@@ -123,7 +125,8 @@ class TuningRecords:
             return
         if "in_turns" in record:
             races = self._races.setdefault((workload, place), {})
-            races.setdefault(str(record["in_turns"]), {})[schedule] = microseconds
+            times = races.setdefault(str(record["in_turns"]), {})
+            times.setdefault(schedule, []).append(microseconds)
         else:
             self._keep(workload, place, schedule, microseconds)
 
@@ -174,7 +177,7 @@ class TuningRecords:
         name = _race_name([_text(schedule) for schedule, _ in found])
         times = self._races.setdefault((workload, self.here), {}).setdefault(name, {})
         for schedule, us in found:
-            times[_text(schedule)] = round(us, 3)
+            times.setdefault(_text(schedule), []).append(round(us, 3))
             self._append(workload, schedule, round(us, 3), {"in_turns": name})
 
     def _append(
@@ -216,11 +219,17 @@ class TuningRecords:
     ) -> list[float] | None:
         """Microseconds of schedules when these, and no others, ran in turns; None if they did not.
 
-        At a place, by default here.
+        At a place, by default here. Of several races the least times count.
         """
         texts = [_text(schedule) for schedule in schedules]
         times = self._races.get((workload, place or self.here), {}).get(_race_name(texts), {})
-        return [times[text] for text in texts] if times.keys() >= {*texts} else None
+        return [min(times[text]) for text in texts] if times.keys() >= {*texts} else None
+
+    def races(self, workload: str, schedules: Sequence[dict[str, Any]]) -> int:
+        """How many times these schedules, and no others, ran in turns here."""
+        texts = [_text(schedule) for schedule in schedules]
+        times = self._races.get((workload, self.here), {}).get(_race_name(texts), {})
+        return min((len(times.get(text, ())) for text in texts), default=0)
 
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""

@@ -22,7 +22,7 @@ from tvm_lowrank.cost.rivals import race
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import shipped_records
+from tvm_lowrank.records import AGREEMENT, shipped_records
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import refuse, spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -50,6 +50,8 @@ _LEAST = 1 << 17
 _BATCH = 8
 # What takes so much longer than the model expects was perhaps disturbed when it was measured.
 _SUSPECT = 1.15
+# Races of the same schedules at most, where they and the times one by one disagree.
+_RACES = 3
 
 
 def algorithm_class(schedule: dict[str, Any]) -> str:
@@ -221,21 +223,34 @@ def settle(
 ) -> None:
     """Run the best schedule of each algorithm of a convolution in turns: which one is the best?
 
-    Where they have not; servers and GPUs are passed over. ``report`` is told
-    "in turns", what is done and all.
+    Where they have not; a race that tells something else than the times one by one is run again
+    after all others, `_RACES` times at most. Servers and GPUs are passed over. ``report`` is
+    told "in turns", what is done and all.
     """
-    contests = []
-    for workload, schedules in measured.items() if timer.asker.takes_turns else ():
-        data = [schedule.to_json() for schedule in schedules]
-        known = [timer.records.time(workload.key(), each) for each in data]
-        times = [math.inf if us is None else us for us in known]
-        best = [i for i in best_of_each(data, times).values() if times[i] < math.inf]
-        raced = timer.records.race(workload.key(), [data[i] for i in best])
-        if len(best) > 1 and raced is None:
-            contests.append((workload, [(times[i], schedules[i]) for i in best]))
-    for index, (workload, found) in enumerate(contests):
-        race(timer, workload, [schedule for _, schedule in found], [us for us, _ in found])
-        report("in turns", index + 1, len(contests))
+    for count in range(_RACES if timer.asker.takes_turns else 0):
+        contests = []
+        for workload, schedules in measured.items():
+            data = [schedule.to_json() for schedule in schedules]
+            known = [timer.records.time(workload.key(), each) for each in data]
+            times = [math.inf if us is None else us for us in known]
+            best = [i for i in best_of_each(data, times).values() if times[i] < math.inf]
+            rivals, alone = [data[i] for i in best], [times[i] for i in best]
+            if len(best) > 1 and timer.records.races(workload.key(), rivals) == count:
+                raced = timer.records.race(workload.key(), rivals)
+                if raced is None or _is_disputed(alone, raced):
+                    contests.append((workload, [schedules[i] for i in best], alone))
+        for index, contest in enumerate(contests):
+            race(timer, *contest)
+            report("in turns", index + 1, len(contests))
+
+
+def _is_disputed(alone: Sequence[float], raced: Sequence[float]) -> bool:
+    """Whether what one way of measuring puts near the best is elsewhere by the other."""
+    for pair in zip(alone, raced, strict=True):
+        low, high = sorted(us / min(times) for us, times in zip(pair, (alone, raced), strict=True))
+        if low <= 1 + AGREEMENT and high > (1 + AGREEMENT) * low:
+            return True
+    return False
 
 
 @dataclass

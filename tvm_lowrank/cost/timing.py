@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,13 @@ _MOST_COPIES = 32
 # Seconds of one of the measurements that have to agree, and of what its minimum is taken over.
 _SECONDS = 0.015
 _BLOCK = 1e-4
+# Compiled kernels that a process keeps.
+_KEPT = 256
 # The layer of the kernel that `pace` compares with, and for how many seconds that runs.
 _PACE = ConvGeometry(64, 64, 28, 28, (3, 3), padding=(1, 1, 1, 1))
 _PACE_SECONDS = 0.003
 # Turns of schedules that are compared; each runs in all of them as long as if it ran alone.
-_TURNS = 8
+_TURNS = 32
 
 
 def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,23 +79,45 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
             return {"us": 1e6 * _pacer(json.dumps(request["target"])).least(request["pace"])}
     if "rivals" in request:
         rivals = [{**request, "schedule": schedule} for schedule in request["rivals"]]
-        return {"us": _in_turns([_runner(rival, target) for rival in rivals])}
+        return {"us": _in_turns([_runner(rival) for rival in rivals])}
     if "reading" in request:
         return _time_reading(request["reading"], request["target"])
-    return _least(_runner(request, target), _pacer(json.dumps(request["target"])))
+    return _least(_runner(request), _pacer(json.dumps(request["target"])))
 
 
-def _runner(request: Mapping[str, Any], target: tvm.target.Target) -> Callable[[], None]:
+def _runner(request: Mapping[str, Any]) -> Callable[[], None]:
     """Runs the kernels of a request once, each time with other copies of their weights."""
-    funcs = kernels_of(request, target)
-    calls = [_compile(func, target) for func in funcs]
-    turns = itertools.cycle(_arguments(funcs))
+    named = {name: request[name] for name in ("target", "workload", "schedule")}
+    kernels = _compiled(json.dumps(named, sort_keys=True))
+    turns = itertools.cycle(_arguments([kernel.parameters for kernel in kernels]))
 
     def run() -> None:
-        for call, arguments in zip(calls, next(turns), strict=True):
-            call(*arguments)
+        for kernel, arguments in zip(kernels, next(turns), strict=True):
+            kernel.call(*arguments)
 
     return run
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A compiled kernel, with the name and shape of each parameter."""
+
+    call: Callable[..., Any]
+    parameters: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _compiled(text: str) -> list[_Kernel]:
+    """The kernels of a request, given as JSON; what ran alone often runs in turns later."""
+    request = json.loads(text)
+    target = tvm.target.Target(request["target"])
+    return [
+        _Kernel(
+            _compile(func, target),
+            tuple((p.name, tuple(int(n) for n in p.shape)) for p in func.params),
+        )
+        for func in kernels_of(request, target)
+    ]
 
 
 def _time_reading(size: int, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,11 +144,11 @@ def _least(run: Callable[[], None], pacer: Pacer) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _pacer(target: str) -> Pacer:
-    device = tvm.target.Target(json.loads(target))
-    workload = ConvWorkload(_PACE, isa_of(device).block)
-    schedule = spaces(workload, isa_of(device))["direct"][0]
-    request = {"workload": workload.to_json(), "schedule": schedule.to_json()}
-    run = _runner(request, device)
+    described = json.loads(target)
+    isa = isa_of(tvm.target.Target(described))
+    workload = ConvWorkload(_PACE, isa.block)
+    schedule = spaces(workload, isa)["direct"][0].to_json()
+    run = _runner({"target": described, "workload": workload.to_json(), "schedule": schedule})
     run()
     with apart_from_pool():
         count = max(3, round(_PACE_SECONDS / min(_blocks(run, 1, 4))))
@@ -131,16 +156,22 @@ def _pacer(target: str) -> Pacer:
 
 
 def _in_turns(runs: Sequence[Callable[[], None]]) -> list[float]:
-    """The least microseconds of each of several runs that take turns."""
+    """The microseconds of several runs that take turns.
+
+    Each is compared with all of them in the same turn, since a machine that others share is slower
+    in some turns than in others: the median of the times relative to the turn's mean counts, at the
+    pace of the fastest turn.
+    """
     runs[0]()  # starts the pool
-    found = [math.inf] * len(runs)
+    found = np.empty((_TURNS, len(runs)))
     with apart_from_pool():
         lengths = [_lengths(run) for run in runs]
-        for _ in range(_TURNS):
+        for turn in found:
             for index, (run, (number, count)) in enumerate(zip(runs, lengths, strict=True)):
-                blocks = _blocks(run, number, math.ceil(2 * count / _TURNS))
-                found[index] = min(found[index], *blocks)
-    return [1e6 * seconds for seconds in found]
+                turn[index] = min(_blocks(run, number, math.ceil(2 * count / _TURNS)))
+    means = np.exp(np.log(found).mean(axis=1, keepdims=True))
+    relative = np.median(found / means, axis=0)
+    return [float(us) for us in 1e6 * means.min() * relative]
 
 
 def _lengths(run: Callable[[], None]) -> tuple[int, int]:
@@ -205,22 +236,30 @@ def _compile(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Callable[...
     return compile_module(module, target, checks=False).jit()["main"]
 
 
-def _arguments(funcs: list[tvm.tirx.PrimFunc]) -> list[list[list[Any]]]:
+def _arguments(kernels: Sequence[Sequence[tuple[str, tuple[int, ...]]]]) -> list[list[list[Any]]]:
     """Tensors for every parameter of every kernel, once for each copy of the weights.
 
     The last parameter of a kernel is the first of the next.
     """
     noise = np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32) * 0.1
 
-    def tensor(parameter: Any) -> Any:
-        return tvm.runtime.tensor(np.resize(noise, [int(n) for n in parameter.shape]))
+    def tensor(shape: Sequence[int]) -> Any:
+        return tvm.runtime.tensor(np.resize(noise, shape))
 
-    first = {parameter: tensor(parameter) for func in funcs for parameter in func.params}
-    for before, after in itertools.pairwise(funcs):
-        first[after.params[0]] = first[before.params[-1]]
-    weights = [each for each in first if each.name.startswith("weights")]
-    size = sum(4 * math.prod(int(n) for n in each.shape) for each in weights)
-    copies = min(math.ceil(_COLD_BYTES / size), _MOST_COPIES)
+    first = [[tensor(shape) for _, shape in parameters] for parameters in kernels]
+    for before, after in itertools.pairwise(first):
+        after[0] = before[-1]
+    weights = [
+        (i, j, shape)
+        for i, parameters in enumerate(kernels)
+        for j, (name, shape) in enumerate(parameters)
+        if name.startswith("weights")
+    ]
+    size = sum(4 * math.prod(shape) for *_, shape in weights)
     rotation = [first]
-    rotation += [{**first, **{w: tensor(w) for w in weights}} for _ in range(copies - 1)]
-    return [[[tensors[p] for p in func.params] for func in funcs] for tensors in rotation]
+    for _ in range(min(math.ceil(_COLD_BYTES / size), _MOST_COPIES) - 1):
+        copy = [[*arguments] for arguments in first]
+        for i, j, shape in weights:
+            copy[i][j] = tensor(shape)
+        rotation.append(copy)
+    return rotation

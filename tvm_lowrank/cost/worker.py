@@ -38,6 +38,8 @@ class Worker:
         self.function = function
         self.starts = 0
         self._running: list[subprocess.Popen[bytes]] = []
+        # What a process writes until it is ready.
+        self._errors: IO[bytes] | None = None
         weakref.finalize(self, _kill, self._running)
 
     def ask(self, request: Any) -> Any:
@@ -48,8 +50,7 @@ class Worker:
         LowRankError
             The process does not start at all.
         """
-        if not self._running or self._running[0].poll() is not None:
-            self._start()
+        self.wait()
         requests = _pipe(self._running[0].stdin)
         try:
             requests.write(json.dumps(request).encode() + b"\n")
@@ -65,24 +66,45 @@ class Worker:
     def close(self) -> None:
         """End the process; another request starts a new one."""
         _kill(self._running)
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin to start the process, unless it runs; the next request waits until it is ready."""
+        if self._running and self._running[0].poll() is None:
+            return
         self.close()
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-        with tempfile.TemporaryFile() as errors:
-            # A session of its own: an interrupt from the terminal is for the parent to handle.
-            self._running.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", code, self.function],
-                    bufsize=0,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    env={**os.environ, "TVM_NUM_THREADS": str(self.threads)},
-                    start_new_session=True,
-                )
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open until the process is ready
+        # A session of its own: an interrupt from the terminal is for the parent to handle.
+        self._running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, self.function],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env={**os.environ, "TVM_NUM_THREADS": str(self.threads)},
+                start_new_session=True,
             )
-            self.starts += 1
+        )
+        self.starts += 1
+
+    def wait(self) -> None:
+        """Return once the process is ready; it is started if it does not run.
+
+        Raises
+        ------
+        LowRankError
+            It does not start.
+        """
+        if self._errors is None:
+            self.start()
+        if self._errors is None:
+            return
+        with self._errors as errors:
+            self._errors = None
             if self._line(_START) is None:
                 self.close()
                 errors.seek(0)

@@ -30,6 +30,10 @@ class Bench(Protocol):
 
     predicted: bool
 
+    def prepare(self) -> None:
+        """Begin what takes seconds and can go on beside work whose time does not matter."""
+        ...
+
     def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
         """Outputs (samples, ...) for inputs (samples, ...)."""
         ...
@@ -61,6 +65,12 @@ class MeasuringBench:
         self.shape = shape
         self.threads = threads
         self.gpu = gpu
+        self._alone = verify.single_threaded() if threads > 1 and not gpu else None
+
+    def prepare(self) -> None:
+        """Start the process that runs libraries on one thread."""
+        if self._alone is not None:
+            self._alone.start()
 
     def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
         """Outputs of the library."""
@@ -70,12 +80,14 @@ class MeasuringBench:
         """Measured latencies; of a library that is listed twice, once."""
         paths = [path for _, path in entries]
         distinct = list(dict.fromkeys(paths))
+        if self._alone is not None:
+            self._alone.wait()  # its start would disturb the race
         latencies = verify.take_turns(distinct, self.shape, self.threads)
         return [latencies[distinct.index(path)] for path in paths]
 
     def one_thread(self, path: Path) -> float | None:
-        """Measured by another process."""
-        return None if self.gpu else verify.one_thread(path, self.shape)
+        """Measured by another process; None on a GPU, and where more threads were not asked for."""
+        return None if self._alone is None else verify.one_thread(self._alone, path, self.shape)
 
 
 class PredictingBench:
@@ -99,6 +111,9 @@ class PredictingBench:
         self.normalised = normalised
         self.timer = timer
         self.batch = batch
+
+    def prepare(self) -> None:
+        """Nothing takes long here."""
 
     def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
         """Outputs of the plan on this machine's processor."""

@@ -68,6 +68,7 @@ class Judge:
         metric, limit = self.assembler.metric, options.max_drop
         slow_plan = self.assembler.plan({}, survey.plain)
         dense_plan = slow_plan if survey.plain is survey.timer else self.assembler.plan({})
+        self.bench.prepare()  # from here on, no kernel is timed for a while
         original_path = self._build(slow_plan, self.directory / "original.so")
         dense_path = original_path
         if dense_plan.schedules != slow_plan.schedules:

@@ -17,6 +17,9 @@ from tvm_lowrank.deploy import Network, load
 from tvm_lowrank.metrics import joined
 from tvm_lowrank.threads import apart_from_pool
 
+# Seconds that a race spends on each library, and a library alone on one thread.
+RACE_SECONDS, ALONE_SECONDS = 2.0, 0.5
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -39,14 +42,13 @@ def run_all(network: Network, inputs: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate(parts)[: len(inputs)]
 
 
-def take_turns(
-    paths: list[Path], shape: tuple[int, ...], threads: int, seconds: float = 2.0
-) -> list[Latency]:
+def take_turns(paths: list[Path], shape: tuple[int, ...], threads: int) -> list[Latency]:
     """Latency of several libraries, run in turns so that a change of the machine's speed hits all.
 
-    Each turn runs every library a few times; about ``seconds`` are spent on each, or the time of
+    Each turn runs every library a few times; about `RACE_SECONDS` are spent on each, or the time of
     eight turns if that is more, but of networks that take seconds only three.
     """
+    seconds = RACE_SECONDS
     rng = np.random.default_rng(0)
     networks = [load(path, threads) for path in paths]
     inputs = [[n.tensor(rng.standard_normal(shape, np.float32))] for n in networks]
@@ -71,19 +73,22 @@ def take_turns(
     return [Latency(statistics.median(spent), min(spent), len(spent)) for spent in times]
 
 
-def one_thread(path: Path, shape: tuple[int, ...], seconds: float = 0.5) -> float | None:
+def single_threaded() -> Worker:
+    """A process that runs libraries on one thread, since a pool of threads has one size."""
+    return Worker(1, timeout=60 + 60 * ALONE_SECONDS, function=f"{__name__}:time_library")
+
+
+def one_thread(worker: Worker, path: Path, shape: tuple[int, ...]) -> float | None:
     """Median milliseconds of a library that runs on a single thread; None if it did not run.
 
-    A process's pool of threads has one size, so another process measures this.
+    Measured by ``worker``, of `single_threaded`, for `ALONE_SECONDS`.
     """
-    worker = Worker(1, timeout=60 + 60 * seconds, function=f"{__name__}:time_library")
-    milliseconds = worker.ask({"path": str(path), "shape": list(shape), "seconds": seconds})
-    worker.close()
-    return None if milliseconds is None else float(milliseconds)
+    found = worker.ask({"path": str(path), "shape": list(shape), "seconds": ALONE_SECONDS})
+    return None if found is None else float(found)
 
 
 def time_library(request: Mapping[str, Any]) -> float:
-    """What the process of `one_thread` does."""
+    """What the process of `single_threaded` does."""
     network = load(request["path"], 1)
     noise = np.random.default_rng(0).standard_normal(request["shape"], np.float32)
     args = [network.tensor(noise)]
