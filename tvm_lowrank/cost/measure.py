@@ -207,6 +207,13 @@ class KernelTimer:
         if self.asker.takes_turns:
             rivals.compare(self, workloads)
 
+    def is_calm(self) -> bool:
+        """Whether the machine is about as fast now as on record, after waiting for that a little.
+
+        True where no record says how fast it was.
+        """
+        return self._watch.is_calm()
+
     @property
     def guide(self) -> Guide | None:
         """What picks the kernels that are measured, if anything does."""

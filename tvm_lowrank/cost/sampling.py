@@ -223,9 +223,10 @@ def settle(
 ) -> None:
     """Run the best schedule of each algorithm of a convolution in turns: which one is the best?
 
-    Where they have not; a race that tells something else than the times one by one is run again
-    after all others, `_RACES` times at most. Servers and GPUs are passed over. ``report`` is
-    told "in turns", what is done and all.
+    Where they have not, and only while the machine is calm: what is left then is for another run.
+    A race that tells something else than the times one by one is run again after all others,
+    `_RACES` times at most. Servers and GPUs are passed over. ``report`` is told "in turns", what is
+    done and all.
     """
     for count in range(_RACES if timer.asker.takes_turns else 0):
         contests = []
@@ -240,7 +241,7 @@ def settle(
                 if raced is None or _is_disputed(alone, raced):
                     contests.append((workload, [schedules[i] for i in best], alone))
         for index, contest in enumerate(contests):
-            race(timer, *contest)
+            race(timer, *contest, calm=True)
             report("in turns", index + 1, len(contests))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ _EVERY = 64
 _FIRST_LOOK = 1.0
 # Times that allow for a machine so many times as slow as at first are worth a word.
 _SLOW = 1.5
+
+# A calm machine is so many times as slow at most; seconds of a look at that, and of waiting for it.
+_CALM, _LOOK, _PATIENCE = 1.2, 0.05, 3.0
 
 
 class Watch:
@@ -150,6 +154,21 @@ class Watch:
         self._paced, slower = True, pace / first
         self._slowest = max(self._slowest, slower)
         return us / slower, slower
+
+    def is_calm(self) -> bool:
+        """Whether the kernel of the machine's pace takes about as long as at first; waits for that.
+
+        True where there is no pace on record.
+        """
+        first, end = self.timer.records.time(machine.PACE, {}), time.monotonic() + _PATIENCE
+        while first is not None:
+            now = self.timer.asker.pace(_LOOK)
+            if now is None or now <= _CALM * first:
+                break
+            if time.monotonic() > end:
+                return False
+            time.sleep(_LOOK)
+        return True
 
     def look(self) -> None:
         """Now and then, compare the reference kernel with what it took before.
