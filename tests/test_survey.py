@@ -12,7 +12,7 @@ from tvm_lowrank.schedules.x86 import dense
 from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from tvm_lowrank.cost import machine
+from tvm_lowrank.cost import machine, watch
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.sampling import Survey, algorithm_class, form_stages, random_layers
@@ -105,6 +105,27 @@ def test_the_algorithms_of_a_networks_layers_run_in_turns(
     before = dict(worker.races)
     surveyed(path, worker).settle(lambda *_: None)
     assert worker.races == before
+
+
+def test_a_busy_machine_runs_no_races(tmp_path, monkeypatch):
+    class Busy(Racing):
+        pace = 150.0
+
+        def ask(self, request):
+            return {"us": self.pace} if "pace" in request else super().ask(request)
+
+    monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
+    monkeypatch.setattr(machine, "is_busy", lambda: False)
+    monkeypatch.setattr(watch, "_PATIENCE", 0.0)
+    worker, steps = Busy(1.0, 0), []
+    survey = surveyed(tmp_path / "records.jsonl", worker)
+    survey.run(lambda *_: None)
+    survey.timer.records.add(machine.PACE, {}, 100.0)
+    survey.settle(lambda *step: steps.append(step))
+    assert not worker.races and steps
+    worker.pace = 110.0
+    survey.settle(lambda *_: None)
+    assert len(worker.races) > 1 and {*worker.races.values()} == {1}
 
 
 class Disturbed(Counted):
