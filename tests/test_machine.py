@@ -10,7 +10,7 @@ from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank import merge
-from tvm_lowrank.cost import asking, machine, timing
+from tvm_lowrank.cost import asking, machine, timing, watch
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
@@ -39,6 +39,7 @@ def copies(monkeypatch):
     monkeypatch.setattr(machine, "copy_microseconds", lambda: 10_000.0)
     monkeypatch.setattr(machine, "is_busy", lambda: False)
     monkeypatch.setattr(machine, "ANOTHER_MACHINE", ANOTHER_MACHINE)
+    monkeypatch.setattr(watch, "_DOUBT", 0.0)
 
 
 def timer(path, factor=1.0, name="chip", **options):
@@ -142,6 +143,20 @@ def test_a_busy_machine_is_not_taken_for_another(tmp_path, monkeypatch):
     assert "is the machine busy, or another one" in slow.complaint()
     fast = timer(path, 0.5)
     assert fast.roofline().gflops > 1.9 * before.gflops
+
+
+def test_a_machine_that_is_slow_for_a_moment_is_not_taken_for_another(tmp_path, monkeypatch):
+    class Recovering(Slower):
+        def ask(self, request):
+            self.factor = 2.0 if len(self.asked) < 6 else 1.0
+            return super().ask(request)
+
+    monkeypatch.setattr(watch, "_DOUBT", 60.0)
+    path, worker = tmp_path / "r.jsonl", Recovering()
+    before = timer(path).roofline()
+    again = timer(path, worker=worker)
+    assert again.roofline() == before and again.records.machine == "chip"
+    assert again.complaint() == "" and len(worker.asked) == 7
 
 
 def test_another_machine_of_the_same_name_prices_nothing_here(tmp_path):

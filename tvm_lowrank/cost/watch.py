@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.records import AGREEMENT
+from tvm_lowrank.records import AGREEMENT, Place
 from tvm_lowrank.schedules.kernels import schedule_from_json
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ _SLOW = 1.5
 
 # A calm machine is so many times as slow at most; seconds of a look at that, and of waiting for it.
 _CALM, _LOOK, _PATIENCE = 1.2, 0.05, 3.0
+# Looks at a machine that seems to be another one, and the seconds that it may only be busy for.
+_LOOKS, _DOUBT = 3, 10.0
 
 
 class Watch:
@@ -74,12 +77,14 @@ class Watch:
     def _recognise(self, known: Roofline) -> Roofline:
         """The figures on record that this machine still has; a place of its own if there are none.
 
-        A machine that is busy looks slower than it is: the best of three looks counts, and while
-        others work on it, slower figures are no proof of another machine.
+        A machine that is busy looks slower than it is: the best of three looks counts, of those
+        within some seconds before it is taken for another one, and while others work on it, slower
+        figures are no proof of that.
         """
         self._checked = True
         kernel = copy = math.inf
-        for _ in range(3):
+        nearest, now, end = None, known, time.monotonic() + _DOUBT
+        for look in itertools.count(1):
             kernel = min(kernel, self._witness() or math.inf)
             copy = min(copy, self.timer.asker.copy())
             if math.isinf(kernel):
@@ -87,14 +92,15 @@ class Watch:
             now = machine.roofline(kernel, copy)
             if machine.apart(now, known) < machine.NOTABLE:
                 return known
-        here, name = self.timer.records.here, self.timer.records.machine.partition(" [")[0]
-        places = [
-            (place, found)
-            for place in self.timer.records.places()
-            if place[1:] == here[1:] and place[0].partition(" [")[0] == name
-            if (found := machine.figures(self.timer.records, self.timer.isa, place)) is not None
-        ]
-        nearest = machine.nearest(now, places)
+            if look < _LOOKS:
+                continue
+            nearest = machine.nearest(now, self._places())
+            if nearest is not None and nearest[1] < machine.ANOTHER_MACHINE:
+                break
+            if now.gflops > known.gflops or time.monotonic() > end:
+                break
+            time.sleep(_LOOK)
+        name = self.timer.records.machine.partition(" [")[0]
         slower = now.gflops < known.gflops and now.gigabytes < machine.NOTABLE * known.gigabytes
         if nearest is not None and (
             nearest[1] < machine.ANOTHER_MACHINE or (slower and machine.is_busy())
@@ -115,6 +121,16 @@ class Watch:
         self.timer.records.add(machine.COPY, {}, copy)
         self.timer.tune(machine.reference(self.timer.isa), ("direct",))
         return machine.figures(self.timer.records, self.timer.isa) or now
+
+    def _places(self) -> list[tuple[Place, Roofline]]:
+        """Machines of this one's name and threads on record, with their figures."""
+        here, name = self.timer.records.here, self.timer.records.machine.partition(" [")[0]
+        return [
+            (place, found)
+            for place in self.timer.records.places()
+            if place[1:] == here[1:] and place[0].partition(" [")[0] == name
+            if (found := machine.figures(self.timer.records, self.timer.isa, place)) is not None
+        ]
 
     def _read(self) -> None:
         """Put on record how fast this machine reads, before the copy: that makes figures whole.
