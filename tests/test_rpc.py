@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import tvm
@@ -167,7 +168,10 @@ def test_kernels_for_another_architecture_travel_as_objects(tmp_path, monkeypatc
     class Session:
         def upload(self, path):
             with tarfile.open(path) as archive:
-                archive.extractall(tmp_path, filter="data")
+                for member in archive.getmembers():
+                    (tmp_path / Path(member.name).name).write_bytes(
+                        archive.extractfile(member).read()
+                    )
 
         def load_module(self, name):
             assert name.endswith(".tar")
