@@ -45,21 +45,20 @@ def race(
     schedules: Sequence[Schedule],
     known: Sequence[float],
     calm: bool = False,
-) -> bool:
-    """Run schedules in turns, and put their times on record; False if these were not kept.
+) -> None:
+    """Run schedules in turns, and put their times on record.
 
     What does not run so, as several may take more memory than one, keeps its ``known`` time. With
     ``calm`` times are kept only if the machine was about as fast as it ever was before and after:
     else other work on it made kernels wait for what they do not wait for alone.
     """
     if calm and not timer.is_calm():
-        return False
+        return
     times = timer.asker.in_turns(workload, schedules) or known
     if calm and not timer.is_calm():
-        return False
+        return
     data = [schedule.to_json() for schedule in schedules]
     timer.records.add_race(workload.key(), [*zip(data, times, strict=True)])
-    return True
 
 
 def _raced(
