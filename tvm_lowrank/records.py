@@ -221,15 +221,20 @@ class TuningRecords:
 
         At a place, by default here. Of several races the least times count.
         """
-        texts = [_text(schedule) for schedule in schedules]
-        times = self._races.get((workload, place or self.here), {}).get(_race_name(texts), {})
-        return [min(times[text]) for text in texts] if times.keys() >= {*texts} else None
+        found = self._in_turns(workload, schedules, place)
+        return [min(times) for times in found] if all(found) else None
 
     def races(self, workload: str, schedules: Sequence[dict[str, Any]]) -> int:
         """How many times these schedules, and no others, ran in turns here."""
+        return min(map(len, self._in_turns(workload, schedules)), default=0)
+
+    def _in_turns(
+        self, workload: str, schedules: Sequence[dict[str, Any]], place: Place | None = None
+    ) -> list[list[float]]:
+        """The times of each schedule in all races of these, and no others."""
         texts = [_text(schedule) for schedule in schedules]
-        times = self._races.get((workload, self.here), {}).get(_race_name(texts), {})
-        return min((len(times.get(text, ())) for text in texts), default=0)
+        times = self._races.get((workload, place or self.here), {}).get(_race_name(texts), {})
+        return [times.get(text, []) for text in texts]
 
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""

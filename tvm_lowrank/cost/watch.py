@@ -24,7 +24,8 @@ _FIRST_LOOK = 1.0
 # Times that allow for a machine so many times as slow as at first are worth a word.
 _SLOW = 1.5
 
-# A calm machine is so many times as slow at most; seconds of a look at that, and of waiting for it.
+# A calm machine is so many times as slow at most; seconds of a look at that and between two, and of
+# waiting for it.
 _CALM, _LOOK, _PATIENCE = 1.2, 0.05, 3.0
 # Looks at a machine that seems to be another one, and the seconds that it may only be busy for.
 _LOOKS, _DOUBT = 3, 10.0
