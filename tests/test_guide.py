@@ -28,8 +28,13 @@ class Askew:
 
     def __init__(self, guide, slower=()):
         self.guide, self.slower = guide, dict(slower)
+        self.prepared, self.asked = [], []
 
     def ask(self, request):
+        if "prepare" in request:
+            self.prepared += request["prepare"]
+            return {}
+        self.asked.append(request)
         work = ConvWorkload.from_json(request["workload"])
         predicted = self.guide.predictions(work, spaces(work, AVX512))
         found = {str(s.to_json()): us for s, us in predicted.items()}
@@ -66,6 +71,19 @@ def test_few_kernels_are_measured_and_no_hopeless_family():
     brief = guided()
     brief.microseconds(work, brief=True)
     assert brief.measured == 2
+
+
+def test_what_is_compiled_ahead_is_what_is_measured():
+    timer = guided()
+    stages = [workload(kernel=1, out=32).geometry, workload(channels=32).geometry]
+    timer.chain(stages)
+    worker = timer.asker.worker
+    assert len(worker.prepared) >= 2 and all(kernel in worker.asked for kernel in worker.prepared)
+    # By then it is on record; and a chain that is not worth measuring is not worth compiling.
+    count = len(worker.prepared)
+    timer.chain(stages)
+    timer.within([workload(kernel=5).geometry], 0.01)
+    assert len(worker.prepared) == count
 
 
 def test_a_family_that_disappoints_leaves_the_looks_to_the_others():

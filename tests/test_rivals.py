@@ -101,3 +101,19 @@ def test_rivals_are_compiled_and_run():
     request = {"workload": workload().to_json(), "target": json.loads(str(target))}
     times = timing.time_kernel({**request, "rivals": schedules})["us"]
     assert len(times) == 2 and all(0 < us < math.inf for us in times)
+
+
+def test_kernels_are_compiled_ahead():
+    target, work = host_target(), workload()
+    schedules = [s.to_json() for s in spaces(work, isa_of(target))["direct"][:3]]
+    named = {"workload": work.to_json(), "target": json.loads(str(target))}
+    requests = [{**named, "schedule": schedule} for schedule in schedules]
+    broken = {**requests[0], "schedule": {**schedules[0], "tile": 0}}
+    ahead = {"target": named["target"], "prepare": [*requests[:2], broken]}
+    assert timing.time_kernel(ahead) == {}
+    before = timing._compiled.cache_info()
+    assert all(timing.time_kernel(request)["us"] > 0 for request in requests[:2])
+    after = timing._compiled.cache_info()
+    assert after.hits >= before.hits + 2
+    with pytest.raises(ValueError):
+        timing.time_kernel(broken)

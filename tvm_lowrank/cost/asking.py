@@ -55,6 +55,10 @@ class Asker:
         """The answer for a schedule; None if it does not run."""
         return self._ask(self._kernel(workload, schedule))
 
+    def prepare(self, pairs: Sequence[tuple[Any, Any]]) -> None:
+        """Have kernels compiled that will be asked for, side by side on all cores."""
+        self._ask({"target": self._target, "prepare": [self._kernel(*pair) for pair in pairs]})
+
     def side_by_side(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, Any]]:
         """The answers of a fleet as they come, each with its index."""
         assert self.fleet is not None

@@ -107,6 +107,21 @@ class Guide:
         offsets = {family: math.exp(statistics.fmean(misses[family])) for family in near}
         return min(left, key=lambda schedule: predicted[schedule] * offsets[schedule.kernel])
 
+    def ahead(
+        self, workload: ConvWorkload, times: Mapping[str, Mapping[Any, float | None]], most: int
+    ) -> list[Any]:
+        """The schedules that `next` will give if each takes what is predicted."""
+        allowed = {family: [*of] for family, of in times.items()}
+        predicted = self.predictions(workload, allowed)
+        known = {family: dict(of) for family, of in times.items()}
+        found: list[Any] = []
+        schedule = self.next(workload, known, most)
+        while schedule is not None and schedule in predicted:
+            known[schedule.kernel][schedule] = predicted[schedule]
+            found.append(schedule)
+            schedule = self.next(workload, known, most)
+        return found
+
     def calibrate(self, pairs: Sequence[tuple[float, float]]) -> None:
         """Learn this machine's level from predicted and measured microseconds of some layers."""
         ratios = [measured / predicted for predicted, measured in pairs]

@@ -124,7 +124,9 @@ class KernelTimer:
         """Time of a chain of convolutions, infinite where one has no kernel."""
         if self.refuse(stages):
             return math.inf
-        return sum(self.microseconds(workload) for workload in self.workloads(stages))
+        workloads = self.workloads(stages)
+        self._prepare(workloads)
+        return sum(self.microseconds(workload) for workload in workloads)
 
     def within(self, stages: Sequence[ConvGeometry], limit: float) -> float:
         """Time of a chain as `chain` gives it, from a brief look at each stage with a guide.
@@ -135,6 +137,8 @@ class KernelTimer:
         if self.guide is None or self.refuse(stages):
             return self.chain(stages)
         workloads, total = self.workloads(stages), 0.0
+        if self._expected(workloads) / MARGIN <= limit:
+            self._prepare(workloads, brief=True)
         for index, workload in enumerate(workloads):
             if total + self._expected(workloads[index:]) / MARGIN > limit:
                 return math.inf
@@ -147,10 +151,7 @@ class KernelTimer:
 
     def _expected(self, workloads: Sequence[ConvWorkload]) -> float:
         assert self.guide is not None
-        return sum(
-            self.guide.best(workload, self._allowed(workload) or spaces(workload, self.isa))
-            for workload in workloads
-        )
+        return sum(self.guide.best(workload, self._spaces(workload)) for workload in workloads)
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time here of the workload under its best schedule, measuring what has to be.
@@ -161,14 +162,29 @@ class KernelTimer:
             self.time(workload, schedule)
         return self._best(workload)[0]
 
+    def _prepare(self, workloads: Iterable[ConvWorkload], brief: bool = False) -> None:
+        """Have compiled what is likely to be measured for workloads, if one worker measures here.
+
+        Compiling takes far longer than measuring, and can use cores that measuring cannot share.
+        """
+        if not self.asker.takes_turns:
+            return
+        pairs = [
+            (workload, schedule)
+            for workload in dict.fromkeys(workloads)
+            if not self._elsewhere(workload)
+            for schedule in self._tuner.ahead(workload, self._spaces(workload), brief)
+        ]
+        if len(pairs) > 1:
+            self.asker.prepare(pairs)
+
     def _next(self, workload: ConvWorkload, brief: bool = False) -> Schedule | None:
         """The schedule to measure next for a workload, None when enough were."""
         for schedule in self._elsewhere(workload):
             known = self.records.time(workload.key(), schedule.to_json())
             if known is None or known < math.inf:
                 return schedule if known is None else None
-        allowed = self._allowed(workload) or spaces(workload, self.isa)
-        return self._tuner.propose(workload, allowed, brief)
+        return self._tuner.propose(workload, self._spaces(workload), brief)
 
     def measure_all(self, workloads: Iterable[ConvWorkload], brief: bool = False) -> None:
         """What `microseconds` measures for each workload, on all devices side by side.
@@ -234,8 +250,7 @@ class KernelTimer:
             return math.inf
         total = 0.0
         for workload in self.workloads(stages):
-            allowed = self._allowed(workload) or spaces(workload, self.isa)
-            schedules = [s.to_json() for space in allowed.values() for s in space]
+            schedules = [s.to_json() for space in self._spaces(workload).values() for s in space]
             total += float(self.model.predict(workload, schedules).min())
         return total
 
@@ -298,6 +313,10 @@ class KernelTimer:
 
     def _allowed(self, workload: ConvWorkload) -> dict[str, list[Any]]:
         return spaces(workload, self.isa, self.algorithms, self.exact)
+
+    def _spaces(self, workload: ConvWorkload) -> dict[str, list[Any]]:
+        """The allowed families, or all of them where none of those can compute the workload."""
+        return self._allowed(workload) or spaces(workload, self.isa)
 
     def _best(self, workload: ConvWorkload) -> tuple[float, Schedule | None]:
         """The fastest schedule measured here, of the allowed algorithms, and its time."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +29,7 @@ from tvm_lowrank.schedules.x86 import fused, reading
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
-from tvm_lowrank.threads import apart_from_pool
+from tvm_lowrank.threads import apart_from_pool, physical_cores
 
 # In a network, the kernels in between push a layer's weights out of the second-level cache. Calls
 # take turns among copies of the weights that do not fit there together.
@@ -57,7 +59,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain;
         for a GPU also ``target`` and the bytes of a ``copy``, else ``target`` and the bytes of a
         ``reading``. With ``rivals``, a list, instead of ``schedule``, these take turns; ``target``
-        and ``pace`` ask for the least time of the reference kernel within so many seconds.
+        and ``pace`` ask for the least time of the reference kernel within so many seconds, and
+        ``prepare``, a list of requests, has their kernels compiled for later.
 
     Returns
     -------
@@ -74,6 +77,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
         schedule = schedule_from_json(request["schedule"])
         program = emit(workload, schedule, machine_of(target))
         return time_program(program, target, tvm.cuda())
+    if "prepare" in request:
+        return _prepare(request["prepare"])
     if "pace" in request:
         with apart_from_pool():
             return {"us": 1e6 * _pacer(json.dumps(request["target"])).least(request["pace"])}
@@ -85,10 +90,27 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     return _least(_runner(request), _pacer(json.dumps(request["target"])))
 
 
+def _prepare(requests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compile the kernels of requests on all cores; those that fail do so when asked for."""
+
+    def compile_one(request: Mapping[str, Any]) -> None:
+        with contextlib.suppress(Exception):
+            _compiled(_name(request))
+
+    with ThreadPoolExecutor(physical_cores()) as pool:
+        list(pool.map(compile_one, requests))
+    return {}
+
+
+def _name(request: Mapping[str, Any]) -> str:
+    """What kernels are kept by."""
+    named = {name: request[name] for name in ("target", "workload", "schedule")}
+    return json.dumps(named, sort_keys=True)
+
+
 def _runner(request: Mapping[str, Any]) -> Callable[[], None]:
     """Runs the kernels of a request once, each time with other copies of their weights."""
-    named = {name: request[name] for name in ("target", "workload", "schedule")}
-    kernels = _compiled(json.dumps(named, sort_keys=True))
+    kernels = _compiled(_name(request))
     turns = itertools.cycle(_arguments([kernel.parameters for kernel in kernels]))
 
     def run() -> None:

@@ -90,16 +90,11 @@ class Tuner:
         brief : bool
             Let a guide measure half as many: for one of many convolutions that may be chosen.
         """
-        key = workload.key()
-        times = {
-            family: {s: self.records.time(key, s.to_json()) for s in space}
-            for family, space in allowed.items()
-        }
+        times = self._times(workload, allowed)
         if self.is_trusted():
             return self._trusted(workload, times)
         if self.guide is not None:
-            most = (self.trials + 1) // 2 if brief else self.trials
-            return self.guide.next(workload, times, most)
+            return self.guide.next(workload, times, self._most(brief))
         tried = {name: [t for t in of.values() if t is not None] for name, of in times.items()}
         first = min(_FIRST, (self.trials + 1) // 2)
         for family, space in allowed.items():
@@ -118,6 +113,23 @@ class Tuner:
             return None
         scores = self._scores(workload, times, rest)
         return rest[int(np.argmin(scores))]
+
+    def ahead(self, workload: ConvWorkload, allowed: Spaces, brief: bool = False) -> list[Any]:
+        """Schedules that `propose` will give, as far as a guide can tell; see there."""
+        if self.is_trusted() or self.guide is None:
+            return []
+        return self.guide.ahead(workload, self._times(workload, allowed), self._most(brief))
+
+    def _most(self, brief: bool) -> int:
+        return (self.trials + 1) // 2 if brief else self.trials
+
+    def _times(self, workload: ConvWorkload, allowed: Spaces) -> dict[str, dict[Any, float | None]]:
+        """Of each family, its schedules with their microseconds here, None if not measured."""
+        key = workload.key()
+        return {
+            family: {s: self.records.time(key, s.to_json()) for s in space}
+            for family, space in allowed.items()
+        }
 
     def _trusted(
         self, workload: ConvWorkload, times: Mapping[str, Mapping[Any, float | None]]
