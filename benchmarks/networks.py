@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 Part = tuple[np.ndarray, np.ndarray]
 
+# Thumbnails of two photos whose product is more are of one photo; of two it is up to 0.9.
+_SAME_PHOTO = 0.98
+
 
 @dataclass(frozen=True)
 class Network:
@@ -40,7 +43,7 @@ class Network:
     data: Callable[[], tuple[Part, Part | None]]
     metric: str | None = None
     max_drop: float = 1.0
-    # More inputs, of a folder with training images, that recovery may train on.
+    # More inputs, of a folder with training images: factors are fitted to them.
     unlabelled: Callable[[Path], np.ndarray] | None = None
 
     def budget(self, judged: int, wanted: float | None = None) -> float:
@@ -90,13 +93,38 @@ class _Cifar:
 
 
 def _photos(folder: str) -> Part:
-    from PIL import Image
-
     paths = sorted((SHARED / "data" / "imagenet" / folder).glob("*.jpg"))
-    images = [np.asarray(Image.open(path).convert("RGB"), np.float32) for path in paths]
-    bgr = np.stack(images)[..., ::-1] - np.float32([103.939, 116.779, 123.68])
-    labels = np.array([int(path.stem) for path in paths])
-    return np.ascontiguousarray(bgr.transpose(0, 3, 1, 2)), labels
+    return _read_photos(paths), np.array([int(path.stem) for path in paths])
+
+
+def _more_photos(folder: Path) -> np.ndarray:
+    """Photos of any size, one a file, but for those that judge or choose, in whatever size."""
+    found = _read_photos(sorted([*folder.glob("*.JPEG"), *folder.glob("*.jpg")]))
+    given = np.concatenate([_photos(part)[0] for part in ("calibration", "evaluation")])
+    return found[(_thumbnails(found) @ _thumbnails(given).T).max(axis=1) < _SAME_PHOTO]
+
+
+def _thumbnails(photos: np.ndarray) -> np.ndarray:
+    """(photos, 588): each in 14x14 pixels, of mean 0 and norm 1."""
+    small = photos.reshape(len(photos), 3, 14, 16, 14, 16).mean(axis=(3, 5))
+    flat = small.reshape(len(photos), -1)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    return np.asarray(flat / np.linalg.norm(flat, axis=1, keepdims=True))
+
+
+def _read_photos(paths: Sequence[Path]) -> np.ndarray:
+    """(photos, 3, 224, 224): the middle of each, its shorter side at 256, BGR less the mean."""
+    from PIL import Image, ImageOps
+
+    photos = []
+    for path in paths:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        if image.size != (224, 224):
+            image = ImageOps.fit(image, (224, 224), Image.Resampling.BILINEAR, bleed=16 / 256)
+        photos.append(np.asarray(image, np.float32))
+    bgr = np.stack(photos)[..., ::-1] - np.float32([103.939, 116.779, 123.68])
+    return np.ascontiguousarray(bgr.transpose(0, 3, 1, 2))
 
 
 def _tones(count: int = 3000, seed: int = 0) -> tuple[Part, None]:
@@ -143,5 +171,6 @@ NETWORKS = (
         # 250 photos hardly tell accuracies apart; how many change class says more.
         metric="disagreement",
         max_drop=1.5,
+        unlabelled=_more_photos,
     ),
 )

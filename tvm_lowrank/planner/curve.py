@@ -112,7 +112,7 @@ class Curve:
         self.original = segments.run(split.select.inputs)
         known, labels = counts_classes(metric, split.select.labels), split.fit.labels
         self._further = None
-        if known and (labels is not None or metric.name == "disagreement"):
+        if split.alike and known and (labels is not None or metric.name == "disagreement"):
             self._further = margins(segments.run(split.fit.inputs), labels, metric)
         self.fastest = sum(options[0].cost_us for options in candidates.values())
         self.slowest = sum(options[-1].cost_us for options in candidates.values())

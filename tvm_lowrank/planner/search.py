@@ -71,13 +71,13 @@ def search(
     """Plan, build and judge; ``directory``, if given, receives ``model.so``.
 
     See `tvm_lowrank.plan` for the parameters and errors. With a ``fleet`` kernels are measured on
-    its devices; the network is tried and judged here. ``unlabelled`` inputs are for recovery.
+    its devices; the network is tried and judged here. ``unlabelled`` inputs fit factors.
     """
     options = options or Options()
-    if unlabelled is not None and (data is None or not options.recover):
+    if unlabelled is not None and data is None:
         raise LowRankError(
-            "unlabelled inputs are for recovery, which needs data to choose by: give data and the "
-            "minutes to recover too, or leave them out"
+            "unlabelled inputs fit factors, but do not choose among plans: give data too, with "
+            "labels where there are any"
         )
     with ExitStack() as stack:
         if directory is None:
