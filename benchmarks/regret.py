@@ -42,7 +42,9 @@ Read the table with this in mind: what took 15 % longer on these layers than the
 expected was measured again, once or twice, and the least time kept; the constants of the analytic
 level were fitted on the shipped survey for AVX-512; how many trees there are a round was settled on
 its networks, how many rounds on its other shapes. The best time is the best on record; where the
-best schedules of all algorithms ran in turns, these times tell the regret of the algorithm.
+best schedules of all algorithms ran in turns, these times tell the regret of the algorithm. Where
+they did several times the least times do, and a last row tells what picking by one of these races
+costs by the others: how far this machine agrees with itself.
 
 """
 _READ_GPU = """
@@ -61,13 +63,13 @@ ISAS = {isa.name: isa for isa in MACHINES}
 class Layer:
     """A workload with what was measured of it at the place.
 
-    ``turns`` are the microseconds of each algorithm's best schedule, if these ran in turns.
+    ``races`` are the microseconds of each algorithm's best schedule whenever these ran in turns.
     """
 
     workload: ConvWorkload
     schedules: list[dict[str, Any]]
     microseconds: np.ndarray
-    turns: Mapping[str, float] | None = None
+    races: Sequence[Mapping[str, float]] = ()
 
     @property
     def classes(self) -> list[str]:
@@ -93,16 +95,31 @@ class Layer:
         Of times in turns, if there are any.
         """
         picked = algorithm_class(self.schedules[int(np.argmin(scores))])
-        times = self.turns
-        if times is None:
+        times = _least(self.races)
+        if not times:
             best = best_of_each(self.schedules, self.microseconds)
             times = {name: float(self.microseconds[index]) for name, index in best.items()}
         return times[picked] / min(times.values()) - 1
+
+    def race_regrets(self) -> list[float]:
+        """What picking by one race costs by the others, of each race, if there are several."""
+        found = []
+        for index, race in enumerate(self.races):
+            if times := _least([*self.races[:index], *self.races[index + 1 :]]):
+                found.append(
+                    times[min(race, key=lambda name: race[name])] / min(times.values()) - 1
+                )
+        return found
 
     def schedule_regret(self, scores: np.ndarray) -> float:
         """The time of the picked schedule over the best of all, less one."""
         picked = self.microseconds[int(np.argmin(scores))]
         return float(picked / self.microseconds.min() - 1)
+
+
+def _least(races: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The least time of each algorithm; empty without races."""
+    return {name: min(race[name] for race in races) for name in (races[0] if races else ())}
 
 
 def main() -> int:
@@ -176,9 +193,10 @@ def _layers(
         workload = ConvWorkload.from_json(json.loads(key))
         if workload.geometry in geometries:
             best = best_of_each(schedules, times)
-            raced = records.race(key, [schedules[index] for index in best.values()], place)
-            turns = None if raced is None else dict(zip(best, raced, strict=True))
-            layers.append(Layer(workload, schedules, np.array(times), turns))
+            rivals = [schedules[index] for index in best.values()]
+            races = records.race_by_race(key, rivals, place)
+            named = [dict(zip(best, race, strict=True)) for race in races]
+            layers.append(Layer(workload, schedules, np.array(times), named))
     return layers
 
 
@@ -313,6 +331,11 @@ def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
             cells[3:] = []
         row = [f"{cell:.1%}" for cell in cells] + ["-"] * (5 - len(cells))
         lines.append(f"| {model} | {' | '.join(row)} |")
+    layers_of = [n.layers[index] for n in judged for index in n.choices]
+    if noise := [regret for layer in layers_of for regret in layer.race_regrets()]:
+        cells = [np.median(noise), np.percentile(noise, 95), max(noise)]
+        row = [*(f"{cell:.1%}" for cell in cells), "-", "-"]
+        lines.append(f"| one race, by the others | {' | '.join(row)} |")
     lines += ["", *_budgets(judged)]
     lines += [
         "",

@@ -36,9 +36,9 @@ def workload(kernel=3, size=32):
     return ConvWorkload(geometry, 16, ("bias",))
 
 
-def layer(turns=None):
+def layer(*races):
     schedules = [DIRECT, winograd(2), {**winograd(2), "rows": 8}, winograd(4)]
-    return regret.Layer(workload(), schedules, np.array([30.0, 15.0, 12.0, 10.0]), turns)
+    return regret.Layer(workload(), schedules, np.array([30.0, 15.0, 12.0, 10.0]), races)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,20 @@ def test_algorithms_that_ran_in_turns_are_told_apart_by_that():
     for scores, algorithm in (([9, 9, 9, 1], 1 / 12), ([9, 1, 2, 9], 0.0), ([1, 9, 9, 9], 2 / 3)):
         assert raced.algorithm_regret(np.array(scores)) == pytest.approx(algorithm)
     assert raced.schedule_regret(np.array([9, 1, 2, 9])) == pytest.approx(0.5)
+    assert raced.race_regrets() == []
+
+
+def test_of_several_races_the_least_times_judge_and_each_is_judged_by_the_others():
+    calm = {"direct": 20.0, "winograd 2x2": 12.0, "winograd 4x4": 13.0}
+    disturbed = {"direct": 21.0, "winograd 2x2": 15.0, "winograd 4x4": 12.5}
+    raced = layer(calm, disturbed)
+    assert raced.algorithm_regret(np.array([9, 9, 9, 1])) == pytest.approx(0.5 / 12)
+    assert raced.race_regrets() == [pytest.approx(2.5 / 12.5), pytest.approx(1 / 12)]
+    assert layer(calm, disturbed, calm).race_regrets() == [
+        pytest.approx(0.0),
+        pytest.approx(1 / 12),
+        pytest.approx(0.0),
+    ]
 
 
 def test_the_error_of_a_network_is_that_of_its_picks():

@@ -98,7 +98,7 @@ def test_the_algorithms_of_a_networks_layers_run_in_turns(
         half = len(best) // 2
         expected = [us * (low if i < half else 1.0) for i, (_, us) in enumerate(best.values())]
         assert turns == pytest.approx(expected, rel=1e-3)
-        assert worker.races[layer.key()] == records.races(layer.key(), rivals) == races
+        assert worker.races[layer.key()] == len(records.race_by_race(layer.key(), rivals)) == races
     assert len(choices) > 1 and choices == {*worker.races}
     assert len(steps) == sum(worker.races.values())
     # What was settled is so for good.

@@ -221,20 +221,17 @@ class TuningRecords:
 
         At a place, by default here. Of several races the least times count.
         """
-        found = self._in_turns(workload, schedules, place)
-        return [min(times) for times in found] if all(found) else None
+        found = self.race_by_race(workload, schedules, place)
+        return [min(times) for times in zip(*found, strict=True)] if found else None
 
-    def races(self, workload: str, schedules: Sequence[dict[str, Any]]) -> int:
-        """How many times these schedules, and no others, ran in turns here."""
-        return min(map(len, self._in_turns(workload, schedules)), default=0)
-
-    def _in_turns(
+    def race_by_race(
         self, workload: str, schedules: Sequence[dict[str, Any]], place: Place | None = None
-    ) -> list[list[float]]:
-        """The times of each schedule in all races of these, and no others."""
+    ) -> list[tuple[float, ...]]:
+        """Microseconds of schedules in each race of these, and no others; see `race`."""
         texts = [_text(schedule) for schedule in schedules]
         times = self._races.get((workload, place or self.here), {}).get(_race_name(texts), {})
-        return [times.get(text, []) for text in texts]
+        # What was cut off in the middle of a race is none.
+        return list(zip(*(times.get(text, []) for text in texts), strict=False))
 
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""

@@ -236,7 +236,7 @@ def settle(
             times = [math.inf if us is None else us for us in known]
             best = [i for i in best_of_each(data, times).values() if times[i] < math.inf]
             rivals, alone = [data[i] for i in best], [times[i] for i in best]
-            if len(best) > 1 and timer.records.races(workload.key(), rivals) == count:
+            if len(best) > 1 and len(timer.records.race_by_race(workload.key(), rivals)) == count:
                 raced = timer.records.race(workload.key(), rivals)
                 if raced is None or _is_disputed(alone, raced):
                     contests.append((workload, [schedules[i] for i in best], alone))
