@@ -52,6 +52,18 @@ def test_the_module_equals_onnx_runtime_for_any_number_of_samples(net):
     assert module.borders == (1, 3, 4, 5, 6)
 
 
+def test_the_module_can_begin_at_a_border(net):
+    _, mod, layers, x = net
+    module = RelaxModule(mod, layers)
+    with torch.no_grad():
+        whole, ends = module.run(torch.from_numpy(x[:7]))
+        for border in module.borders:
+            given, seen = module.run(ends[border], begin=border)
+            assert torch.equal(given, whole)
+            assert [*seen] == [other for other in module.borders if other > border]
+            assert all(torch.equal(value, ends[other]) for other, value in seen.items())
+
+
 @pytest.mark.parametrize("name", ["vgg6-cifar10", "resnet20-cifar10", "crepe-tiny"])
 def test_trained_networks_run_as_modules(name):
     path = shared("models", f"{name}.onnx")
@@ -143,6 +155,23 @@ def test_training_that_does_not_help_changes_nothing(net, monkeypatch):
     found = recover(mod, layers, choice, x[:64], 0.03, True)["conv3"]
     before, after = choice["conv3"].weight, found.weight
     assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
+
+
+def test_what_is_before_the_first_factored_layer_stays(net, monkeypatch):
+    clock = itertools.count(0.0, 0.07)
+    monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(clock))
+    _, mod, layers, x = net
+    by_name = {layer.name: layer for layer in layers}
+    choice = {"conv3": made(by_name["conv3"], "tucker2", (16, 16))}
+    for name in ("conv1", "conv4"):
+        layer = by_name[name]
+        choice[name] = Candidate(
+            "dense", 0, (layer.geometry,), (layer.weight,), layer.bias, 0.0, 1.0, 1.0
+        )
+    found = recover(mod, layers, choice, x[:64], 0.05, True)
+    assert found["conv1"] is choice["conv1"]
+    for name in ("conv3", "conv4"):
+        assert not np.array_equal(found[name].factors[0], choice[name].factors[0])
 
 
 def _module(name, candidate, by_name):

@@ -78,28 +78,32 @@ class RelaxModule(nn.Module):
             if index > 1 and len(piece.takes) == 1
         )
         self._steps = [self._step(binding) for binding in bindings]
+        self._places = [i for i, binding in enumerate(bindings) if self._is_layer(binding)]
 
     def forward(self, x: Any) -> Any:
         """The network's first output (samples, ...)."""
         return self.run(x)[0]
 
-    def run(self, x: Any, detach: bool = False) -> tuple[Any, dict[int, Any]]:
+    def run(
+        self, x: Any, detach: bool = False, begin: int | None = None
+    ) -> tuple[Any, dict[int, Any]]:
         """The output, and the input of the layers that ``borders`` names.
 
         With ``detach`` no gradient passes a border, so that each block learns from its own output.
+        With ``begin``, one of ``borders``, x is what that layer reads: only what is behind runs.
         """
-        values = {self._function.params[0]: x}
+        start = 0 if begin is None else self._places[begin]
+        entry = self._function.params[0]
+        values = {entry if begin is None else self._bindings[start].value.args[0]: x}
+        ends = {self._places[layer]: layer for layer in self.borders if layer != begin}
         seen: dict[int, Any] = {}
-        layer = 0
-        for binding, step in zip(self._bindings, self._steps, strict=True):
-            if self._is_layer(binding):
-                if layer in self.borders:
-                    source = binding.value.args[0]
-                    seen[layer] = values[source]
-                    if detach:
-                        values[source] = values[source].detach()
-                layer += 1
-            values[binding.var] = step(values, len(x))
+        for place in range(start, len(self._steps)):
+            if place in ends:
+                source = self._bindings[place].value.args[0]
+                seen[ends[place]] = values[source]
+                if detach:
+                    values[source] = values[source].detach()
+            values[self._bindings[place].var] = self._steps[place](values, len(x))
         found = self._value(self._function.body.body, values)
         return (found[0] if isinstance(found, tuple) else found), seen
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,7 +69,7 @@ def recover(
     at the ends of blocks, which say more of each sample. Samples are mixed in pairs, and images
     moved and mirrored, since few are given. Of all weights on the way those are kept that come
     nearest to the original on samples that were set aside: training that does not help changes
-    nothing.
+    nothing. Layers before the block of the first factored one stay as they are.
 
     Parameters
     ----------
@@ -103,7 +103,9 @@ def recover(
     geometries = {layer.name: layer.geometry for layer in layers}
     chains = {name: _chain(found, name, geometries[name]) for name, found in choice.items()}
     student = RelaxModule(mod, layers, chains).eval().requires_grad_(False)
-    chains = {name: chain for name, chain in chains.items() if _is_chain(choice[name])}
+    begin = _begin(student.borders, layers, choice)
+    after = {layer.name for layer in layers[begin or 0 :]}
+    chains = {n: chain for n, chain in chains.items() if n in after and _is_chain(choice[n])}
     for chain in chains.values():
         chain.requires_grad_(True)
     if torch.cuda.is_available():
@@ -112,9 +114,9 @@ def recover(
     best = _Best(teacher, student, chains, inputs[held] if len(held) else inputs, classifier)
     inputs = np.delete(inputs, held, axis=0)
     trained = [p for chain in chains.values() for p in chain.parameters()]
-    lessons = _lessons(teacher, inputs, trained[0].device, rng)
-    begin = time.monotonic()
-    share = _BLOCKS if student.borders else 0.0
+    lessons = _lessons(teacher, inputs, trained[0].device, rng, begin)
+    first = time.monotonic()
+    share = _BLOCKS if any(border > (begin or 0) for border in student.borders) else 0.0
     for low, high, blocks in ((0.0, share, True), (share, 1.0, False)):
         span = 60.0 * minutes * (high - low)
         optimiser = torch.optim.Adam(trained, lr=_STEP)
@@ -124,7 +126,7 @@ def recover(
                 rise = min(1.0, spent / (_RISE * span))
                 group["lr"] = _STEP * rise * 0.5 * (1 + np.cos(np.pi * spent / span))
             x, wanted, ends = next(lessons)
-            given, own = student.run(x, detach=blocks)
+            given, own = student.run(x, detach=blocks, begin=begin)
             loss = _output_loss(given, wanted, classifier)
             if own:
                 differences = [_difference(own[i], ends[i]) for i in own]
@@ -133,7 +135,7 @@ def recover(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
             optimiser.step()
-            report(int(time.monotonic() - begin), round(60 * minutes))
+            report(int(time.monotonic() - first), round(60 * minutes))
             if spent > looks / _LOOKS * span:
                 best.look()
                 looks += 1
@@ -145,6 +147,20 @@ def recover(
         )
         for name, chain in chains.items()
     }
+
+
+def _begin(borders: Sequence[int], layers: Sequence[ConvLayer], choice: Choice) -> int | None:
+    """The last border before which no layer is factored; None if there is none.
+
+    What is before it gives what the original's does, and can do little for what is behind: it is
+    left as it is, and is not even run.
+    """
+    factored = [
+        index
+        for index, layer in enumerate(layers)
+        if layer.name in choice and choice[layer.name].form != "dense"
+    ]
+    return max((b for b in borders if b <= min(factored, default=0)), default=None)
 
 
 class _Best:
@@ -208,9 +224,16 @@ def _is_chain(candidate: Candidate) -> bool:
 
 
 def _lessons(
-    teacher: Any, inputs: np.ndarray, device: Any, rng: np.random.Generator
+    teacher: Any,
+    inputs: np.ndarray,
+    device: Any,
+    rng: np.random.Generator,
+    begin: int | None = None,
 ) -> Iterator[tuple[Any, Any, dict[int, Any]]]:
-    """Batches without end, each with the original's output and its values at borders."""
+    """Batches without end, each with the original's output and its values at borders.
+
+    With ``begin`` a batch is what that layer reads, and borders are those behind it.
+    """
     while True:
         kept: list[Any] = []
         size = 0
@@ -218,6 +241,9 @@ def _lessons(
             x = _tensor(_batch(inputs, rng), device)
             with torch.no_grad():
                 wanted, ends = teacher.run(x)
+            if begin is not None:
+                x = ends[begin]
+                ends = {border: value for border, value in ends.items() if border > begin}
             size += sum(value.nbytes for value in (x, wanted, *ends.values()))
             kept.append((x, wanted, ends))
             yield kept[-1]
