@@ -157,6 +157,27 @@ def test_training_that_does_not_help_changes_nothing(net, monkeypatch):
     assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_loss_is_the_divergence_of_softened_probabilities(temperature):
+    from tvm_lowrank.planner.recover import _output_loss
+
+    rng = np.random.default_rng(0)
+    wanted, given = 5 * rng.standard_normal((2, 6, 10))
+
+    def softened(scores):
+        raised = np.exp(scores / temperature)
+        return raised / raised.sum(axis=1, keepdims=True)
+
+    p, q = softened(wanted), softened(given)
+    expected = temperature**2 * (p * np.log(p / q)).sum(axis=1).mean()
+    for change in (lambda scores: scores, lambda scores: np.log(softened(scores)) * temperature):
+        pair = (torch.from_numpy(change(x)) for x in (given, wanted))
+        assert float(_output_loss(*pair, True, temperature)) == pytest.approx(expected)
+    # A network may end in a softmax.
+    pair = (torch.from_numpy(np.exp(x) / np.exp(x).sum(1, keepdims=True)) for x in (given, wanted))
+    assert float(_output_loss(*pair, True, temperature)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_what_is_before_the_first_factored_layer_stays(net, monkeypatch):
     clock = itertools.count(0.0, 0.07)
     monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(clock))

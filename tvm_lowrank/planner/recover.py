@@ -39,6 +39,9 @@ _RISE = 0.1
 # judged on them.
 _HELD, _MOST_HELD = 1 / 8, 512
 _LOOKS = 10
+# Of the class probabilities in training: of inputs that a network was trained on it is nearly sure,
+# so that at 1 they tell little but the class.
+_TEMPERATURE = 3.0
 # Share of the time in which every block learns from its own output alone, before the gradient of
 # the network's output and of all later blocks reaches it too.
 _BLOCKS = 0.1
@@ -127,7 +130,7 @@ def recover(
                 group["lr"] = _STEP * rise * 0.5 * (1 + np.cos(np.pi * spent / span))
             x, wanted, ends = next(lessons)
             given, own = student.run(x, detach=blocks, begin=begin)
-            loss = _output_loss(given, wanted, classifier)
+            loss = _output_loss(given, wanted, classifier, _TEMPERATURE)
             if own:
                 differences = [_difference(own[i], ends[i]) for i in own]
                 loss = loss + sum(differences) / len(own)
@@ -284,13 +287,12 @@ def _difference(given: Any, wanted: Any) -> Any:
     return F.mse_loss(given, wanted) / wanted.var().clamp_min(1e-12)
 
 
-def _output_loss(given: Any, wanted: Any, classifier: bool) -> Any:
+def _output_loss(given: Any, wanted: Any, classifier: bool, temperature: float = 1.0) -> Any:
+    """Divergence of class probabilities at a temperature, times its square, or the difference."""
     if not classifier:
         return _difference(given, wanted)
     scores, logits = wanted.flatten(1), given.flatten(1)
-    probabilities = bool((scores >= 0).all()) and bool((scores.sum(1) - 1).abs().max() < 1e-3)
-    if probabilities:
-        return F.kl_div(logits.clamp_min(1e-12).log(), scores, reduction="batchmean")
-    return F.kl_div(
-        logits.log_softmax(1), scores.log_softmax(1), log_target=True, reduction="batchmean"
-    )
+    if bool((scores >= 0).all()) and bool((scores.sum(1) - 1).abs().max() < 1e-3):  # probabilities
+        scores, logits = scores.clamp_min(1e-12).log(), logits.clamp_min(1e-12).log()
+    scores, logits = (x.div(temperature).log_softmax(1) for x in (scores, logits))
+    return temperature**2 * F.kl_div(logits, scores, log_target=True, reduction="batchmean")
