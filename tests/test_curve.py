@@ -129,6 +129,25 @@ def test_a_step_back_goes_no_further_than_what_was_tried(made):
     assert len(curve.points) == 2
 
 
+def test_a_step_back_tries_nothing_twice(made):
+    """What a trained choice falls back to may have been tried before it was trained."""
+    curve = made(0.5)
+    curve.candidates = {
+        "conv0": [
+            candidate("dense", 40.0, 0.02),
+            candidate("dense", 60.0, 0.01),
+            candidate("dense", 100.0, 0.0),
+        ]
+    }
+    curve.slowest = 100.0
+    fast, slower = ({"conv0": each} for each in curve.candidates["conv0"][:2])
+    tried = curve.judge(slower, 60.0)
+    trained = curve.judge(fast, 40.0, recovered=True)
+    assert not curve.keeps(tried)
+    assert curve.step_back(trained) is tried
+    assert curve.points == [tried, trained]
+
+
 def scaled(choice, factor):
     return {
         name: candidate("dense", c.measured_us, factor * float(c.factors[0].sum()))

@@ -139,7 +139,7 @@ class Curve:
             middle = self._guess(low, high, limit)
             choice = self._choice(middle)
             spent = allocate.microseconds(choice)
-            point = next((p for p in self.points if p.microseconds == spent), None)
+            point = self._tried(spent)
             if point is None and spent < self.slowest:
                 point = self._try(choice)
             if point is None or point.expected.cautious <= limit:
@@ -249,8 +249,9 @@ class Curve:
             if nearest is not None and nearest.microseconds <= microseconds:
                 return nearest
             choice = self._choice(microseconds)
-            if point.microseconds < allocate.microseconds(choice) < self.slowest:
-                found = self._try(choice)
+            spent = allocate.microseconds(choice)
+            if point.microseconds < spent < self.slowest:
+                found = self._tried(spent) or self._try(choice)
                 return found if nearest is None or self.keeps(found) else nearest
         return nearest
 
@@ -300,6 +301,11 @@ class Curve:
 
     def _choice(self, microseconds: float) -> Choice:
         return allocate.for_time(self.candidates, self.sensitivity, microseconds)
+
+    def _tried(self, microseconds: float) -> Point | None:
+        """The point of the choice for a time, untrained, if there is one."""
+        same = (p for p in self.points if p.microseconds == microseconds and not p.recovered)
+        return next(same, None)
 
     def _try(self, choice: Choice) -> Point:
         """A point for a choice, refitted if that helps.
