@@ -178,6 +178,18 @@ def test_the_loss_is_the_divergence_of_softened_probabilities(temperature):
     assert float(_output_loss(*pair, True, temperature)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_temperature_leaves_some_doubt():
+    from tvm_lowrank.planner.recover import _SURE, _temperature
+
+    scores = torch.from_numpy(np.random.default_rng(0).standard_normal((200, 10)))
+    assert _temperature(scores) == 1.0
+    for outputs in (8 * scores, (8 * scores).softmax(1)):
+        found = _temperature(outputs)
+        sure = float((8 * scores / found).softmax(1).amax(1).mean())
+        assert found > 1 and sure == pytest.approx(_SURE, abs=0.01)
+    assert _temperature(1e6 * scores) == pytest.approx(8.0)
+
+
 def test_what_is_before_the_first_factored_layer_stays(net, monkeypatch):
     clock = itertools.count(0.0, 0.07)
     monkeypatch.setattr("tvm_lowrank.planner.recover.time.monotonic", lambda: next(clock))

@@ -39,9 +39,9 @@ _RISE = 0.1
 # judged on them.
 _HELD, _MOST_HELD = 1 / 8, 512
 _LOOKS = 10
-# Of the class probabilities in training: of inputs that a network was trained on it is nearly sure,
-# so that at 1 they tell little but the class.
-_TEMPERATURE = 3.0
+# How sure of its class the original may be on average: a higher temperature makes it so. Of inputs
+# that it was trained on it may be nearly certain, and then tells little but the class.
+_SURE, _HOTTEST, _HALVINGS = 0.87, 8.0, 12
 # Share of the time in which every block learns from its own output alone, before the gradient of
 # the network's output and of all later blocks reaches it too.
 _BLOCKS = 0.1
@@ -118,6 +118,7 @@ def recover(
     inputs = np.delete(inputs, held, axis=0)
     trained = [p for chain in chains.values() for p in chain.parameters()]
     lessons = _lessons(teacher, inputs, trained[0].device, rng, begin)
+    temperature = _temperature(best.wanted) if classifier else 1.0
     first = time.monotonic()
     share = _BLOCKS if any(border > (begin or 0) for border in student.borders) else 0.0
     for low, high, blocks in ((0.0, share, True), (share, 1.0, False)):
@@ -130,7 +131,7 @@ def recover(
                 group["lr"] = _STEP * rise * 0.5 * (1 + np.cos(np.pi * spent / span))
             x, wanted, ends = next(lessons)
             given, own = student.run(x, detach=blocks, begin=begin)
-            loss = _output_loss(given, wanted, classifier, _TEMPERATURE)
+            loss = _output_loss(given, wanted, classifier, temperature)
             if own:
                 differences = [_difference(own[i], ends[i]) for i in own]
                 loss = loss + sum(differences) / len(own)
@@ -179,6 +180,7 @@ class _Best:
             x = _tensor(held[first : first + _BATCH], device)
             with torch.no_grad():
                 self._batches.append((x, teacher.run(x)[0]))
+        self.wanted = torch.cat([wanted for _, wanted in self._batches])
         self._least, self._kept = math.inf, dict[str, Any]()
         self.look()
 
@@ -287,12 +289,35 @@ def _difference(given: Any, wanted: Any) -> Any:
     return F.mse_loss(given, wanted) / wanted.var().clamp_min(1e-12)
 
 
+def _temperature(wanted: Any) -> float:
+    """The least temperature, from 1 on, at which class scores are not too sure of their class."""
+
+    def sure(temperature: float) -> float:
+        return float(scores.div(temperature).softmax(1).amax(1).mean())
+
+    scores, low, high = _logits(wanted), 1.0, _HOTTEST
+    if sure(low) <= _SURE:
+        return low
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sure(middle) <= _SURE else (middle, high)
+    return high
+
+
 def _output_loss(given: Any, wanted: Any, classifier: bool, temperature: float = 1.0) -> Any:
     """Divergence of class probabilities at a temperature, times its square, or the difference."""
     if not classifier:
         return _difference(given, wanted)
-    scores, logits = wanted.flatten(1), given.flatten(1)
-    if bool((scores >= 0).all()) and bool((scores.sum(1) - 1).abs().max() < 1e-3):  # probabilities
-        scores, logits = scores.clamp_min(1e-12).log(), logits.clamp_min(1e-12).log()
-    scores, logits = (x.div(temperature).log_softmax(1) for x in (scores, logits))
+    scores, logits = (
+        x.div(temperature).log_softmax(1) for x in (_logits(wanted), _logits(given, wanted))
+    )
     return temperature**2 * F.kl_div(logits, scores, log_target=True, reduction="batchmean")
+
+
+def _logits(outputs: Any, like: Any = None) -> Any:
+    """Class scores (samples, classes), of outputs that are probabilities where ``like`` is."""
+    flat = outputs.flatten(1)
+    known = flat if like is None else like.flatten(1)
+    if bool((known >= 0).all()) and bool((known.sum(1) - 1).abs().max() < 1e-3):
+        return flat.clamp_min(1e-12).log()
+    return flat
