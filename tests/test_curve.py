@@ -111,10 +111,8 @@ def test_a_step_back_takes_what_was_tried(made):
         assert slower.microseconds == min(us for us in kept if us > found.microseconds)
 
 
-def test_a_step_back_goes_no_further_than_what_was_tried(made):
-    """Where no choice is near enough, one that kept the budget comes before half of the gain."""
-    curve = made(3.3)
-    # A layer that takes nearly all of the time: nothing lies between the choices but one.
+def of_one_layer(curve):
+    """Leaves a curve one layer, of 100 us; its faster choices: 40 us at 2 %, 60 at 1 %."""
     curve.candidates = {
         "conv0": [
             candidate("dense", 40.0, 0.02),
@@ -123,7 +121,13 @@ def test_a_step_back_goes_no_further_than_what_was_tried(made):
         ]
     }
     curve.slowest = 100.0
-    fast, kept = ({"conv0": each} for each in curve.candidates["conv0"][:2])
+    return [{"conv0": each} for each in curve.candidates["conv0"][:2]]
+
+
+def test_a_step_back_goes_no_further_than_what_was_tried(made):
+    """Where no choice is near enough, one that kept the budget comes before half of the gain."""
+    curve = made(3.3)
+    fast, kept = of_one_layer(curve)
     tried = [curve.judge(choice, us) for choice, us in ((fast, 40.0), (kept, 60.0))]
     assert curve.step_back(tried[0]) is tried[1]
     assert len(curve.points) == 2
@@ -132,15 +136,7 @@ def test_a_step_back_goes_no_further_than_what_was_tried(made):
 def test_a_step_back_tries_nothing_twice(made):
     """What a trained choice falls back to may have been tried before it was trained."""
     curve = made(0.5)
-    curve.candidates = {
-        "conv0": [
-            candidate("dense", 40.0, 0.02),
-            candidate("dense", 60.0, 0.01),
-            candidate("dense", 100.0, 0.0),
-        ]
-    }
-    curve.slowest = 100.0
-    fast, slower = ({"conv0": each} for each in curve.candidates["conv0"][:2])
+    fast, slower = of_one_layer(curve)
     tried = curve.judge(slower, 60.0)
     trained = curve.judge(fast, 40.0, recovered=True)
     assert not curve.keeps(tried)
