@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regret_page
 import rules_of_thumb
+from regret_page import ELSEWHERE, LEARNED, TRIALS
 from rules_of_thumb import Score
 from train_cost_model import MACHINES
 from tvm_lowrank.schedules.cuda.arch import CudaArch
@@ -34,28 +36,7 @@ from tvm_lowrank.cost.sampling import algorithm_class, best_of_each, recorded_la
 from tvm_lowrank.cost.trees import Trees, signature
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.records import Place, TuningRecords, shipped_records, survey_records
-from tvm_lowrank.report import svg
 
-BUDGETS = (1, 2, 4)
-_READ = """
-Read the table with this in mind: what took 15 % longer on these layers than the trained trees
-expected was measured again, once or twice, and the least time kept; the constants of the analytic
-level were fitted on the shipped survey for AVX-512; how many trees there are a round was settled on
-its networks, how many rounds on its other shapes. The best time is the best on record; where the
-best schedules of all algorithms ran in turns, these times tell the regret of the algorithm. Where
-they did several times the least times do, and a last row tells what picking by one of these races
-costs by the others: how far this machine agrees with itself.
-
-"""
-_READ_GPU = """
-Networks at batch 1, kernels in float32. The best time is the best on record.
-
-"""
-# The model of all records, and that of records of other machines.
-LEARNED = "learned"
-ELSEWHERE = "learned elsewhere"
-# Kernels of a layer that a search measures at most.
-TRIALS = 4
 ISAS = {isa.name: isa for isa in MACHINES}
 
 
@@ -151,18 +132,18 @@ def main() -> int:
         for name in names if geometry.batch == 1 else ():
             networks.setdefault(name, set()).add(geometry)
     judged = _judge(records, isa, place, networks, args.seed)
-    text = _table(judged, place, len(records))
+    text = regret_page.table(judged, place, len(records))
     print(text)
     if args.markdown:
         command = f"python benchmarks/regret.py --isa {isa.name} --markdown {args.markdown}"
         command += f" --machine '{args.machine}'" if args.machine else ""
         command += f" --svg {args.svg}" if args.svg else ""
-        read = _READ_GPU if isinstance(isa, CudaArch) else _READ
+        read = regret_page.READ_GPU if isinstance(isa, CudaArch) else regret_page.READ
         title = f"# Regret of the cost model, {isa.name}\n\nWritten by `{command}`.\n{read}"
         plot = f"\n\n![predicted against measured]({args.svg.name})" if args.svg else ""
         args.markdown.write_text(f"{title}{text}{plot}\n", encoding="utf-8")
     if args.svg:
-        args.svg.write_text(_plot(judged), encoding="utf-8")
+        args.svg.write_text(regret_page.plot(judged), encoding="utf-8")
     return 0
 
 
@@ -306,104 +287,6 @@ def _guided(
         taken += min(looked)
         best += float(layer.microseconds.min())
     return count, taken / best - 1
-
-
-def _table(judged: Sequence[Judged], place: Place, count: int) -> str:
-    layers = sum(len(network.choices) for network in judged)
-    lines = [
-        f"{place[0]}, {place[1]} threads; {count} records. {layers} layers with a choice of "
-        f"algorithm in {len(judged)} networks; the trees that predict one saw none of its layers.",
-        "",
-        "| picks by | regret of the algorithm, median | 95th percentile | worst | of the schedule, "
-        "median | 95th percentile |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model in judged[0].scores if judged else ():
-        algorithm, schedule = [], []
-        for network in judged:
-            for index in network.choices:
-                scores = network.scores[model][index]
-                algorithm.append(network.layers[index].algorithm_regret(scores))
-                schedule.append(network.layers[index].schedule_regret(scores))
-        cells = [np.median(algorithm), np.percentile(algorithm, 95), max(algorithm)]
-        cells += [np.median(schedule), np.percentile(schedule, 95)]
-        if model in rules_of_thumb.NAMES:
-            cells[3:] = []
-        row = [f"{cell:.1%}" for cell in cells] + ["-"] * (5 - len(cells))
-        lines.append(f"| {model} | {' | '.join(row)} |")
-    layers_of = [n.layers[index] for n in judged for index in n.choices]
-    if noise := [regret for layer in layers_of for regret in layer.race_regrets()]:
-        cells = [np.median(noise), np.percentile(noise, 95), max(noise)]
-        row = [*(f"{cell:.1%}" for cell in cells), "-", "-"]
-        lines.append(f"| one race, by the others | {' | '.join(row)} |")
-    lines += ["", *_budgets(judged)]
-    lines += [
-        "",
-        "Time predicted over measured, of each network in the kernels that the model picks:",
-        "",
-        f"| network | layers | with a choice | learned | {ELSEWHERE} | analytic |",
-        "|---|---|---|---|---|---|",
-    ]
-    for network in judged:
-        errors = [
-            f"{network.network_error(model):+.1%}" if model in network.scores else "-"
-            for model in (LEARNED, ELSEWHERE, "analytic")
-        ]
-        choice = len(network.choices)
-        lines.append(
-            f"| {network.name} | {len(network.layers)} | {choice} | {' | '.join(errors)} |"
-        )
-    return "\n".join(lines)
-
-
-def _budgets(judged: Sequence[Judged]) -> list[str]:
-    """What a network loses where only the best predicted kernels of each layer are measured."""
-    lines = [
-        "Where only the best predicted kernels of each layer are measured, and the fastest of them "
-        "is taken: its time over that of the best on record, and in brackets the share of all "
-        "candidates that was measured. *On record* says how many of them the survey measured.",
-        "",
-        "| network | candidates | on record | "
-        + " | ".join(f"{count} a layer" for count in BUDGETS)
-        + f" | a search with {TRIALS} trials | {ELSEWHERE} |",
-        "|---|---|---|" + "---|" * (len(BUDGETS) + 2),
-    ]
-    for network in judged:
-        if LEARNED not in network.scores:
-            continue
-        sizes = [len(layer.schedules) for layer in network.layers]
-        best = sum(layer.microseconds.min() for layer in network.layers)
-        cells = []
-        for count in BUDGETS:
-            taken = sum(
-                layer.microseconds[np.argsort(scores)[:count]].min()
-                for layer, scores in zip(network.layers, network.scores[LEARNED], strict=True)
-            )
-            share = sum(min(size, count) for size in sizes) / network.candidates
-            cells.append(f"{taken / best - 1:.1%} ({share:.1%})")
-        for model in (LEARNED, ELSEWHERE):
-            count, loss = network.guided.get(model, (0, 0.0))
-            cells.append(f"{loss:.1%} ({count / network.candidates:.1%})" if count else "-")
-        known = f"{sum(sizes) / network.candidates:.0%}"
-        lines.append(f"| {network.name} | {network.candidates} | {known} | {' | '.join(cells)} |")
-    return lines
-
-
-def _plot(judged: Sequence[Judged]) -> str:
-    """Predicted against measured microseconds of every kernel, a panel for each model."""
-    size, left, top, parts = 380.0, 60.0, 30.0, list[str]()
-    for panel, model in enumerate((LEARNED, "analytic")):
-        points = [
-            (us, score)
-            for network in judged
-            if model in network.scores
-            for layer, scores in zip(network.layers, network.scores[model], strict=True)
-            for us, score in zip(layer.microseconds, scores, strict=True)
-        ]
-        if points:
-            x = left + panel * (size + 90)
-            parts += svg.scatter(points, x, top, size, "measured us", f"{model}: predicted us")
-    return svg.document(left + 2 * (size + 90), top + size + 60, parts)
 
 
 if __name__ == "__main__":

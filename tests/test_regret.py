@@ -17,6 +17,7 @@ from tvm_lowrank.report import svg
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import regret
+import regret_page
 import rules_of_thumb
 
 DIRECT = {"kernel": "direct", "tile": 7, "vectors": 2}
@@ -80,7 +81,7 @@ def test_the_error_of_a_network_is_that_of_its_picks():
 
 def test_what_a_budget_of_measurements_loses():
     scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
-    table = regret._budgets(
+    table = regret_page.budgets(
         [regret.Judged("net", [layer()], scores, [0], 8, {"learned": (3, 0.1)})]
     )
     assert table[-1] == (
