@@ -80,6 +80,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help=f"{', '.join(ALGORITHMS)}; on a GPU also {', '.join(REDUCED)}",
     )
+    add(
+        "--also",
+        action="append",
+        default=[],
+        metavar="A,B",
+        help="on a GPU: our library of these --algorithms, too, against the same runs of others",
+    )
     add("--trials", type=int, default=4, help="schedules we try a kernel (default: 4)")
     add("--seconds", type=float, default=3.0, help="timing of each runtime (default: 3)")
     add("--records", type=Path, help="our tuning records (default: in the cache folder)")
@@ -102,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         args.against = against
         known = (*ALGORITHMS, *REDUCED) if gpu else ALGORITHMS
         args.algorithms = names("--algorithms", args.algorithms, known)
+        args.also = [names("--also", also, known) for also in args.also]
         check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")
         check_folder(args.markdown)
         check_folder(args.rows)

@@ -12,17 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cudnn_layers
 import numpy as np
 import tvm
 from cases import BadInput, Case, find_case
-from cudnn_layers import fastest
-from tvm_lowrank.passes.lower import lower
+from gpu_runtimes import PRECISIONS
+from tvm_lowrank.passes.lower import lower, survey
 from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.schedules.kernels import emit
 from tvm_lowrank.schedules.machine import machine_of
 from zoo import NETWORKS, cache_folder
 
 from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.cost import layouts
 from tvm_lowrank.cost.guide import guide_for
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.measure_batch import time_candidate
@@ -43,9 +45,10 @@ _PATIENCE = 1800
 def build_only(args: argparse.Namespace) -> None:
     """Fill ``args.libraries``; a machine without a GPU can, by records and predictions."""
     for case in _cases(args):
-        folder = _folder(case, args, args.libraries)
-        _build(case, args, folder)
-        print(f"{case}: {folder / _LIBRARY}", flush=True)
+        for algorithms in _sets(args):
+            folder = _folder(case, algorithms, args.libraries)
+            _build(case, args, algorithms, folder)
+            print(f"{case}: {folder / _LIBRARY}", flush=True)
 
 
 def compare(args: argparse.Namespace) -> list[str]:
@@ -62,7 +65,8 @@ def compare(args: argparse.Namespace) -> list[str]:
         f"{gpu_name()}. Medians and minima of single runs in milliseconds by CUDA events (ONNX "
         "Runtime: by the clock), each runtime in a process of its own, one after the other. "
         "*Ratio*: its median over ours; more than 1 is slower than ours. Layers: microseconds of "
-        "one of many runs in a row, cuDNN's from a CUDA graph, in the faster of its two layouts."
+        "one of many runs in a row, cuDNN's from a CUDA graph, in the faster of its two layouts; "
+        "turning maps from one layout to another is in none of them."
     )
     print(heading, flush=True)
     sections = [heading]
@@ -70,33 +74,46 @@ def compare(args: argparse.Namespace) -> list[str]:
     kept = args.rows is not None and args.rows.exists()
     rows = json.loads(args.rows.read_text(encoding="utf-8")) if kept else []
     for case in _cases(args):
-        row: dict[str, Any] = {
-            "network": case.name,
-            "batch": case.batch,
-            "gpu": gpu_name(),
-            "algorithms": list(args.algorithms),
-            "runtimes": {},
-            "layers": [],
-        }
-
-        def tell(so_far: Mapping[str, dict[str, Any] | str], row: dict[str, Any] = row) -> None:
-            _write(args.rows, [*rows, {**row, "runtimes": check(so_far)}])
-
         with tempfile.TemporaryDirectory(prefix="compare-") as scratch:
-            folder = _folder(case, args, args.libraries or Path(scratch))
-            _build(case, args, folder)
-            found = measure_all(
-                {OURS: folder / _LIBRARY, **dict.fromkeys(args.against, case.path)},
-                case.shape,
-                tell,
-            )
-            row["runtimes"] = check(found)
-            row["layers"] = layers(folder)
-        rows.append(row)
+            parent = args.libraries or Path(scratch)
+            folders = {tried: _folder(case, tried, parent) for tried in _sets(args)}
+            for tried, folder in folders.items():
+                _build(case, args, tried, folder)
+            # Runtimes that tune for minutes come last, and ours stays if they are cut off.
+            ours = {
+                tried: (measure_all({OURS: folder / _LIBRARY}, case.shape)[OURS], layers(folder))
+                for tried, folder in folders.items()
+            }
+
+            def made(
+                peers: Mapping[str, dict[str, Any] | str],
+                case: Case = case,
+                ours: Mapping[tuple[str, ...], tuple[Any, list[dict[str, Any]]]] = ours,
+            ) -> list[dict[str, Any]]:
+                """The rows of a case."""
+                return [
+                    {
+                        "network": case.name,
+                        "batch": case.batch,
+                        "gpu": gpu_name(),
+                        "algorithms": list(tried),
+                        "runtimes": check({OURS: answer, **peers}),
+                        "layers": by_layer,
+                    }
+                    for tried, (answer, by_layer) in ours.items()
+                ]
+
+            def tell(peers: Mapping[str, dict[str, Any] | str], made: Any = made) -> None:
+                _write(args.rows, [*rows, *made(peers)])
+
+            peers = measure_all(dict.fromkeys(args.against, case.path), case.shape, tell)
+        for row in made(peers):
+            rows.append(row)
+            images.setdefault(case.name, {}).setdefault(case.batch, row["runtimes"])
+            title = f"{case}, kernels: {', '.join(row['algorithms'])}"
+            sections += [table(title, row["runtimes"]), layer_table(row["layers"])]
+            print("\n".join(sections[-2:]), flush=True)
         _write(args.rows, rows)
-        images.setdefault(case.name, {})[case.batch] = row["runtimes"]
-        sections += [table(str(case), row["runtimes"]), layer_table(row["layers"])]
-        print("\n".join(sections[-2:]), flush=True)
     for name, batches in images.items():
         sections.append(per_image(name, batches))
         print(sections[-1], flush=True)
@@ -106,7 +123,7 @@ def compare(args: argparse.Namespace) -> list[str]:
 def measure_all(
     files: Mapping[str, Path],
     shape: Sequence[int],
-    tell: Callable[[dict[str, dict[str, Any] | str]], None],
+    tell: Callable[[dict[str, dict[str, Any] | str]], None] = lambda _: None,
 ) -> dict[str, dict[str, Any] | str]:
     """The answer of each variant, printed, and with those before it told, as soon as it is there.
 
@@ -130,8 +147,13 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     return [find_case(n, b) for n in args.networks or NETWORKS for b in args.batch or BATCHES]
 
 
-def _folder(case: Case, args: argparse.Namespace, parent: Path) -> Path:
-    return parent / "-".join([f"{case.path.stem}-batch{case.batch}-gpu", *args.algorithms])
+def _sets(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """The sets of algorithms that libraries of ours are built of."""
+    return [tuple(args.algorithms), *map(tuple, args.also)]
+
+
+def _folder(case: Case, algorithms: Sequence[str], parent: Path) -> Path:
+    return parent / "-".join([f"{case.path.stem}-batch{case.batch}-gpu", *algorithms])
 
 
 def per_image(title: str, batches: Mapping[int, Mapping[str, dict[str, Any] | str]]) -> str:
@@ -148,7 +170,7 @@ def per_image(title: str, batches: Mapping[int, Mapping[str, dict[str, Any] | st
     return "\n".join(lines)
 
 
-def _build(case: Case, args: argparse.Namespace, folder: Path) -> None:
+def _build(case: Case, args: argparse.Namespace, algorithms: Sequence[str], folder: Path) -> None:
     """Leave in ``folder``, unless it is there, our library and one with each distinct layer.
 
     Nothing is approximated; kernels are tuned on this GPU, or predicted where there is none.
@@ -164,8 +186,14 @@ def _build(case: Case, args: argparse.Namespace, folder: Path) -> None:
     make = KernelTimer if is_measurable(target) else PredictingTimer
     trees, _ = find(None, machine)
     guide = guide_for(records, machine)
-    timer = make(target, records, args.trials, args.algorithms, trees=trees, guide=guide)
+    timer = make(target, records, args.trials, algorithms, trees=trees, guide=guide)
     mod = normalise(load_model(case.path, case.batch))
+    for workload in dict.fromkeys(survey(mod, machine, timer.choose)):
+        if timer.known(workload) is None:
+            timer.microseconds(workload)
+    chosen = {workload: timer.choose(workload) for workload in survey(mod, machine, timer.choose)}
+    chosen = layouts.settle(mod, timer, chosen)
+    used = {workload.geometry: schedule for workload, schedule in chosen.items()}
     found: dict[Any, dict[str, Any]] = {}
     functions: dict[str, Any] = {}
     for layer in collect_layers(mod):
@@ -175,8 +203,7 @@ def _build(case: Case, args: argparse.Namespace, folder: Path) -> None:
             found[layer.geometry]["times"] += 1
             continue
         (workload,) = timer.workloads([layer.geometry])
-        timer.microseconds(workload)
-        schedule = timer.choose(workload)
+        schedule = used[layer.geometry]
         program = emit(workload, schedule, machine)
         names = [f"layer{len(found)}_{index}" for index in range(len(program.stages))]
         functions |= program.named(names)
@@ -188,7 +215,7 @@ def _build(case: Case, args: argparse.Namespace, folder: Path) -> None:
             "schedule": schedule.to_json(),
             "program": program.to_json(names),
         }
-    export(compile_module(lower(mod, machine, timer.choose), target), folder / _LIBRARY)
+    export(compile_module(lower(mod, machine, chosen.__getitem__), target), folder / _LIBRARY)
     export(compile_module(tvm.IRModule(functions), target), folder / _KERNELS)
     (folder / _LAYERS).write_text(json.dumps(list(found.values())), encoding="utf-8")
 
@@ -253,20 +280,25 @@ def layers(folder: Path) -> list[dict[str, Any]]:
     module = tvm.runtime.load_module(str(folder / _KERNELS))
     rows = json.loads((folder / _LAYERS).read_text(encoding="utf-8"))
     for row in rows:
-        row["us"] = time_candidate(module, row.pop("program"), tvm.cuda())["us"]
-        for precision in ("float32", "tf32"):
-            row[f"cudnn_{precision}"] = fastest(row["geometry"], precision == "tf32")
+        answer = time_candidate(module, row.pop("program"), tvm.cuda())
+        row["us"] = answer.get("alone", answer["us"])
+        for precision, us in cudnn_layers.times(gpu_name(), row["geometry"]).items():
+            row[f"cudnn_{precision}"] = us
     return list(rows)
 
 
 def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `layers` as a table."""
     lines = [
-        "\n| first layer | so shaped | shape | ours, us | cuDNN float32 | cuDNN TF32 | kernel |",
-        "|---|---|---|---|---|---|---|",
+        "\n| first layer | so shaped | shape | ours, us | "
+        + " | ".join(f"cuDNN {label}" for label in PRECISIONS.values())
+        + " | kernel |",
+        "|---" * (5 + len(PRECISIONS)) + "|",
     ]
     for row in rows:
-        cells = [f"{row[name]:.1f}" for name in ("us", "cudnn_float32", "cudnn_tf32")]
+        names = [f"cudnn_{precision}" for precision in PRECISIONS]
+        # Rows that are older than a column have none.
+        cells = [f"{row[name]:.1f}" if name in row else "-" for name in ("us", *names)]
         lines.append(
             f"| {row['layer']} | {row['times']} | {row['shape']} | {' | '.join(cells)} | "
             f"{row['schedule']['kernel'].removeprefix('cuda_')} |"

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+# Of networks and layers, with what rows say of them.
+PRECISIONS = {"float32": "float32", "tf32": "TF32", "half": "float16"}
 RUNS = 50
 _WARM_UP = 10
 # Convolutions of a CUDA graph, when one layer is timed.
@@ -76,22 +78,26 @@ def _of_tvm(library: Any, shape: tuple[int, ...], about: str) -> dict[str, Any]:
 
 
 def torch_variant(
-    path: str, shape: tuple[int, ...], tf32: bool, channels_last: bool, compiled: bool
+    path: str, shape: tuple[int, ...], precision: str, channels_last: bool, compiled: bool
 ) -> dict[str, Any]:
-    """PyTorch with cuDNN's own choice of algorithms by measurement."""
+    """PyTorch with cuDNN's own choice of algorithms by measurement.
+
+    ``precision`` is one of `PRECISIONS`. In float16 the input is, too.
+    """
     import torch
     from torch_model import load_torch
 
-    _use_tf32(tf32)
+    _use(precision)
+    dtype = torch.float16 if precision == "half" else torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model: Any = load_torch(path).cuda().to(memory_format=layout)
+    model: Any = load_torch(path).cuda().to(dtype, memory_format=layout)
     if compiled:
         model = torch.compile(model, mode="max-autotune")
-    x = torch.from_numpy(_noise(shape)).cuda().to(memory_format=layout)
+    x = torch.from_numpy(_noise(shape)).cuda().to(dtype, memory_format=layout)
     with torch.inference_mode():
-        output = model(x).cpu().numpy()
+        output = model(x).float().cpu().numpy()
         times = _events(lambda: model(x))
-    parts = [f"PyTorch {torch.__version__}", "TF32" if tf32 else "float32"]
+    parts = [f"PyTorch {torch.__version__}", PRECISIONS[precision]]
     parts += ["channels last"] * channels_last + ["torch.compile"] * compiled
     return _answer(times, ", ".join(parts), output)
 
@@ -121,18 +127,25 @@ def onnxruntime_cuda(path: str, shape: tuple[int, ...]) -> dict[str, Any]:
 VARIANTS: dict[str, Callable[[str, tuple[int, ...]], dict[str, Any]]] = {
     "tvm_lowrank": ours,
     "tvm-cudnn-cublas": tvm_libraries,
-    "torch": lambda path, shape: torch_variant(path, shape, False, False, False),
-    "torch-tf32": lambda path, shape: torch_variant(path, shape, True, False, False),
-    "torch-channels-last": lambda path, shape: torch_variant(path, shape, False, True, False),
-    "torch-tf32-channels-last": lambda path, shape: torch_variant(path, shape, True, True, False),
-    "torch-compile": lambda path, shape: torch_variant(path, shape, False, False, True),
-    "torch-compile-tf32": lambda path, shape: torch_variant(path, shape, True, False, True),
+    "torch": lambda path, shape: torch_variant(path, shape, "float32", False, False),
+    "torch-tf32": lambda path, shape: torch_variant(path, shape, "tf32", False, False),
+    "torch-channels-last": lambda path, shape: torch_variant(path, shape, "float32", True, False),
+    "torch-tf32-channels-last": lambda path, shape: torch_variant(path, shape, "tf32", True, False),
+    "torch-half-channels-last": lambda path, shape: torch_variant(path, shape, "half", True, False),
+    "torch-compile": lambda path, shape: torch_variant(path, shape, "float32", False, True),
+    "torch-compile-tf32": lambda path, shape: torch_variant(path, shape, "tf32", False, True),
+    "torch-compile-tf32-channels-last": lambda path, shape: torch_variant(
+        path, shape, "tf32", True, True
+    ),
+    "torch-compile-half-channels-last": lambda path, shape: torch_variant(
+        path, shape, "half", True, True
+    ),
     "onnxruntime-cuda": onnxruntime_cuda,
 }
 
 
 def cudnn_layer(
-    geometry: Mapping[str, Any], tf32: bool = False, channels_last: bool = False
+    geometry: Mapping[str, Any], precision: str = "float32", channels_last: bool = False
 ) -> float:
     """Median microseconds of one convolution by cuDNN, without bias or activation.
 
@@ -140,16 +153,17 @@ def cudnn_layer(
     """
     import torch
 
-    _use_tf32(tf32)
+    _use(precision)
+    dtype = torch.float16 if precision == "half" else torch.float32
     layout = torch.channels_last if channels_last else torch.contiguous_format
     top, left, bottom, right = geometry["padding"]
     if (top, left) != (bottom, right):
         raise ValueError("cuDNN pads both sides alike")
     g = geometry
     x = torch.randn(g["batch"], g["in_channels"], g["height"], g["width"], device="cuda")
-    x = x.to(memory_format=layout)
+    x = x.to(dtype, memory_format=layout)
     shape = (g["out_channels"], g["in_channels"] // g["groups"], *g["kernel"])
-    weight = torch.randn(shape, device="cuda").to(memory_format=layout)
+    weight = torch.randn(shape, device="cuda").to(dtype, memory_format=layout)
     options = {"padding": (top, left), "groups": g["groups"]}
     options |= {"stride": tuple(g["stride"]), "dilation": tuple(g["dilation"])}
     with torch.inference_mode():
@@ -164,9 +178,10 @@ def cudnn_layer(
     return 1e3 * statistics.median(times) / _IN_A_ROW
 
 
-def _use_tf32(enabled: bool) -> None:
+def _use(precision: str) -> None:
     import torch
 
+    enabled = precision == "tf32"
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = enabled
 

@@ -1,6 +1,7 @@
 """Transformed networks on a GPU: planned on any machine, raced and judged where the GPU is.
 
     python benchmarks/results_gpu.py plan vgg6-cifar10 --batch 1 128 --folder planned
+    python benchmarks/results_gpu.py plan vgg6-cifar10 --batch 128 --folder planned --half
     python benchmarks/results_gpu.py race --folder planned
     python benchmarks/results_gpu.py page
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import gpu_page
@@ -23,6 +25,7 @@ import results_page
 import tvm
 from compare_gpu import OURS, measure
 from networks import NETWORKS, Network, keep_lossless
+from tvm_lowrank.schedules.kernels import ALGORITHMS, REDUCED
 
 from tvm_lowrank.cuda import gpu_name
 from tvm_lowrank.data import Samples, input_shape, split
@@ -43,6 +46,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="networks (default: all)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--target", default="cuda:sm_90")
+    parser.add_argument("--half", action="store_true", help="allow TF32 and float16 kernels")
     parser.add_argument("--folder", type=Path, default=Path("planned"))
     args = parser.parse_args()
     if args.step == "race" and not tvm.cuda(0).exist:
@@ -55,16 +59,23 @@ def main() -> int:
             continue
         for batch in args.batch:
             folder = args.folder / f"{network.name}-batch{batch}"
-            if args.step == "plan":
-                _plan(network, batch, args.target, folder)
-            elif folder.exists():
-                _race(network, batch, folder)
+            half = folder.with_name(folder.name + "-half")
+            if args.step == "plan" and args.half:
+                _plan(network, batch, args.target, half, (*ALGORITHMS, *REDUCED))
+            elif args.step == "plan":
+                _plan(network, batch, args.target, folder, ALGORITHMS)
+            else:
+                for planned in (folder, half):
+                    if planned.exists():
+                        _race(network, batch, planned)
     DOCS.write_text(gpu_page.render(*gpu_page.read()), encoding="utf-8")
     results_page.write()
     return 0
 
 
-def _plan(network: Network, batch: int, target: str, folder: Path) -> None:
+def _plan(
+    network: Network, batch: int, target: str, folder: Path, algorithms: Sequence[str]
+) -> None:
     """Leave the transformed library, the one with no form changed, and the plan in the folder."""
     print(f"== {network.name}, batch {batch}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +86,9 @@ def _plan(network: Network, batch: int, target: str, folder: Path) -> None:
         target,
         Samples(*data),
         None if final is None else Samples(*final),
-        Options(max_drop=network.budget(judged), metric=network.metric),
+        Options(
+            max_drop=network.budget(judged), metric=network.metric, algorithms=tuple(algorithms)
+        ),
         folder / "records.jsonl",
         folder,
     )
@@ -99,14 +112,17 @@ def _race(network: Network, batch: int, folder: Path) -> None:
     times |= {name: measure(name, network.model, shape) for name in gpu_page.PEERS}
     samples = parts.final
     outputs = {name: run_all(load(path), samples.inputs, batch) for name, path in jobs.items()}
-    original, labels = outputs["lossless"], samples.labels
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    reduced = {*REDUCED} & {name for layer in plan["layers"] for name in layer["algorithms"]}
+    # What rounds is judged by the network that does not.
+    original = network.reference(samples.inputs) if reduced else outputs["lossless"]
+    labels = samples.labels
     quality = judge(
         outputs["transformed"],
         original,
         labels,
         metric_of(network.metric, labels is not None, parts.synthetic),
     )
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     rows, _ = gpu_page.read()
     rows[folder.name] = {
         "network": network.name,
@@ -117,8 +133,9 @@ def _race(network: Network, batch: int, folder: Path) -> None:
         "interval": quality.interval,
         "agreement": quality.agreement,
         "samples": quality.samples,
+        "rounds": sorted(reduced),
         "error": _against_onnxruntime(
-            network, samples.inputs[: gpu_page.CHECKED], original[: gpu_page.CHECKED]
+            network, samples.inputs[: gpu_page.CHECKED], outputs["lossless"][: gpu_page.CHECKED]
         ),
         "predicted_ms": plan["result"]["latency_after_ms"],
         "forms": dict(Counter(layer["form"] for layer in plan["layers"])),

@@ -145,7 +145,7 @@ class _Lowerer(BlockedRewriter):
         elif name in ACTIVATIONS:
             result = append_step(self, value.args[0], ACTIVATIONS[name](value), [])
         elif name in ("nn.max_pool2d", "nn.avg_pool2d"):
-            result = lower_pool(self, name, value)
+            result = lower_pool(self, value)
         elif name in ("mean", "nn.adaptive_avg_pool2d"):
             result = lower_global_pool(self, name, value)
         elif name in ("reshape", "squeeze", "permute_dims"):

@@ -21,7 +21,9 @@ from tvm_lowrank.passes.graph import (
 )
 from tvm_lowrank.passes.grow_epilogues import ACTIVATIONS, append_channelwise
 from tvm_lowrank.passes.kernel_calls import Convolution
+from tvm_lowrank.passes.lower_reductions import pool_workload
 from tvm_lowrank.schedules import kernels
+from tvm_lowrank.schedules.cuda import pooling, turn
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.cuda.epilogue import map_shape
 from tvm_lowrank.schedules.cuda.program import WEIGHTS, Program, X, Y
@@ -68,6 +70,46 @@ def survey(
     return lowerer.workloads
 
 
+@dataclass(frozen=True)
+class KernelCall:
+    """A convolution's kernels in a network, or pooling (no ``workload``) in its input's layout.
+
+    ``read_elsewhere`` tells whether something that is neither reads the result.
+    """
+
+    workload: ConvWorkload | None
+    reads: tuple[Map, ...]
+    writes: Map
+    read_elsewhere: bool = False
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map between kernels: its number in the network, and its NCHW shape."""
+
+    number: int
+    shape: tuple[int, ...]
+
+
+def calls_of(
+    mod: tvm.IRModule, arch: CudaArch, choose: Callable[[ConvWorkload], Schedule]
+) -> list[KernelCall]:
+    """The convolutions that `LowerForCuda` gives kernels, in order, with the maps between them."""
+    lowerer = _Lowerer(mod, arch, choose, only_survey=True)
+    lowerer.run()
+    # What stands for these reads nothing, so all that is read is read by others.
+    lowered = Rewriter(lowerer.builder.get())
+    numbers: dict[Any, int] = {}
+
+    def of(value: relax.Expr) -> Map:
+        return Map(numbers.setdefault(value, len(numbers)), static_shape(value) or ())
+
+    return [
+        KernelCall(workload, tuple(map(of, reads)), of(result), result in lowered.users)
+        for workload, reads, result in lowerer.calls
+    ]
+
+
 @dataclass
 class _Pending:
     """A convolution whose kernel is not written yet, because what follows may join it."""
@@ -94,10 +136,12 @@ class _Lowerer(Rewriter):
         self.only_survey = only_survey
         self.made = {binding.var: binding.value for binding in self.bindings or []}
         self.workloads: list[ConvWorkload] = []
+        self.calls: list[tuple[ConvWorkload | None, list[relax.Expr], relax.Expr]] = []
         self.count = 0
         self.programs: dict[Any, tuple[Program, list[tvm.ir.GlobalVar]]] = {}
-        # NCHW maps that are there with channels last too; which of the two nobody reads goes.
-        self.twins: dict[Any, relax.Expr] = {}
+        # NCHW maps that are there with channels last too, with values of a kind; which of them
+        # nobody reads goes.
+        self.twins: dict[tuple[Any, str], relax.Expr] = {}
         self.activations = find_activations(self.bindings or [], self.users)
         self.skipped = {var for found in self.activations.values() for var in found.inner}
         for found in self.activations.values():
@@ -117,6 +161,8 @@ class _Lowerer(Rewriter):
             result = self._dense(value)
         elif name in ("add", "multiply"):
             result = self._binary(name, value)
+        elif name == "nn.max_pool2d":
+            result = self._pool(value)
         elif name in ACTIVATIONS:
             result = self._append(value.args[0], ACTIVATIONS[name](value), [])
         if result is not None:
@@ -147,6 +193,29 @@ class _Lowerer(Rewriter):
             return None
         weight = np.ascontiguousarray(constant_array(value.args[1]).T)
         return self._wait(value, geometry, weight.reshape(geometry.weight_shape), None)
+
+    def _pool(self, value: relax.Call) -> relax.Expr | None:
+        """Pooling of a map that has its channels last; None if it has not."""
+        source = self.substitute(value.args[0])
+        shape = static_shape(source)
+        if shape is None or len(shape) != 4:
+            return None
+        n, c, h, w = shape
+        workload = pool_workload(value, (n, c, h, w))
+        if workload is None or pooling.refuse(workload):
+            return None
+        if self.only_survey:
+            result = self.builder.emit(relax.op.zeros(value.ty.shape, "float32"))
+            self.calls.append((None, [source], result))
+            return result
+        kind = next(
+            (k for k in (turn.HALF, turn.TF32, turn.PLAIN) if (source, k) in self.twins), ""
+        )
+        if not kind:
+            return None
+        if (workload, kind) not in self.programs:
+            self._keep((workload, kind), pooling.emit(workload, kind, self.arch), "cuda_pool")
+        return self._call(*self.programs[workload, kind], {X: source})
 
     def _wait(
         self, value: relax.Call, geometry: ConvGeometry, weight: np.ndarray, layer: str | None
@@ -212,7 +281,12 @@ class _Lowerer(Rewriter):
         workload = convolution.workload(self.arch.block)
         self.workloads.append(workload)
         if self.only_survey:
-            return self.builder.emit(relax.op.zeros(pending.type.shape, "float32"))
+            result = self.builder.emit(relax.op.zeros(pending.type.shape, "float32"))
+            added = [given for step, given in convolution.steps if step == "residual"]
+            self.calls.append(
+                (workload, [pending.source, *(m for given in added for m in given)], result)
+            )
+            return result
         schedule = self.choose(workload)
         program, functions = self._program(workload, schedule)
         weight = np.asarray(convolution.weight, np.float32)
@@ -225,20 +299,30 @@ class _Lowerer(Rewriter):
             for operand in given
         ]
         values.update(zip(program.operands, operands, strict=True))
+        result = self._call(program, functions, values)
+        return self._reshape(result, [int(extent) for extent in pending.type.shape])
+
+    def _call(
+        self,
+        program: Program,
+        functions: Sequence[tvm.ir.GlobalVar],
+        values: dict[str, relax.Expr],
+    ) -> relax.Expr:
+        """Call the kernels of a program on what is given; the NCHW map that they make."""
         for stage, gvar in zip(program.stages, functions, strict=True):
             name = stage.writes
             turned = values[stage.reads[0]] if program.twins.get(stage.reads[0]) == name else None
-            if turned in self.twins:
-                values[name] = self.twins[turned]
+            if (turned, program.kind) in self.twins:
+                values[name] = self.twins[turned, program.kind]
                 continue
             type = relax.TensorType(program.shapes[name], program.dtype(name))
             call = relax.call_tir(gvar, [values[read] for read in stage.reads], type)
             values[name] = self.emit(call)
             if turned is not None:
-                self.twins[turned] = values[name]
+                self.twins[turned, program.kind] = values[name]
         if Y in program.twins:
-            self.twins[values[Y]] = values[program.twins[Y]]
-        return self._reshape(values[Y], [int(extent) for extent in pending.type.shape])
+            self.twins[values[Y], program.kind] = values[program.twins[Y]]
+        return values[Y]
 
     def _reshape(self, value: relax.Expr, shape: Sequence[int]) -> relax.Expr:
         """The same memory as a tensor of another shape: dense layers are convolutions of maps."""
@@ -252,12 +336,15 @@ class _Lowerer(Rewriter):
         """The kernels of a workload, which are added to the module once."""
         if (workload, schedule) not in self.programs:
             program = kernels.emit(workload, schedule, self.arch)
-            functions = [
-                self.builder.add_func(stage.func, f"lowrank_{schedule.kernel}")
-                for stage in program.stages
-            ]
-            self.programs[workload, schedule] = program, functions
+            self._keep((workload, schedule), program, schedule.kernel)
         return self.programs[workload, schedule]
+
+    def _keep(self, key: Any, program: Program, name: str) -> None:
+        """Add the kernels of a program to the module."""
+        functions = [
+            self.builder.add_func(stage.func, f"lowrank_{name}") for stage in program.stages
+        ]
+        self.programs[key] = program, functions
 
 
 def _channel_vector(const: relax.Expr, pending: _Pending) -> np.ndarray | None:

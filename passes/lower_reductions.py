@@ -8,19 +8,30 @@ from typing import Any
 from tvm import relax
 from tvm_lowrank.passes.blocked import CHW, NCHW, NHWC, BlockedTensor, of_map
 from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter
-from tvm_lowrank.passes.graph import constant_array, is_constant, static_shape
+from tvm_lowrank.passes.graph import constant_array, is_constant, op_name, static_shape
 from tvm_lowrank.schedules.x86 import pooling
 
 
-def lower_pool(rewriter: BlockedRewriter, name: str, value: relax.Call) -> BlockedTensor | None:
+def lower_pool(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
     """Max and average pooling in one kernel; None for what it does not cover."""
     source = rewriter.blocked_map(value.args[0])
-    attrs = value.attrs
-    if source is None or str(attrs.layout) != "NCHW" or str(attrs.out_layout) != "NCHW":
+    workload = None if source is None else pool_workload(value, source.map)
+    if source is None or workload is None:
         return None
-    batch, channels, height, width = source.map
+    shape = (workload.batch, workload.channels, workload.out_height, workload.out_width)
+    return of_map(shape, blocked=rewriter.calls.pool(rewriter.blocked(source), workload))
+
+
+def pool_workload(
+    value: relax.Call, source: tuple[int, int, int, int]
+) -> pooling.PoolWorkload | None:
+    """Max or average pooling of an NCHW map of such a shape; None for what has no kernel."""
+    attrs = value.attrs
+    if str(attrs.layout) != "NCHW" or str(attrs.out_layout) != "NCHW":
+        return None
+    batch, channels, height, width = source
     workload = pooling.PoolWorkload(
-        kind="max" if name == "nn.max_pool2d" else "avg",
+        kind="max" if op_name(value) == "nn.max_pool2d" else "avg",
         batch=batch,
         channels=channels,
         height=height,
@@ -38,8 +49,7 @@ def lower_pool(rewriter: BlockedRewriter, name: str, value: relax.Call) -> Block
         if workload.kind == "avg":
             return None  # how taps beyond the padding count is not settled
         workload = replace(workload, out_size=shape[2:])
-    n, c, h, w = shape
-    return of_map((n, c, h, w), blocked=rewriter.calls.pool(rewriter.blocked(source), workload))
+    return workload
 
 
 def lower_global_pool(

@@ -75,13 +75,21 @@ class EmulatedPrograms:
 def _asynchronous(kernels: str) -> str:
     """Kernels with the names of `wgmma`'s functions put into what the emulator has for them."""
     names = (
+        (r"tvm_lowrank_copy_line_\d+", "start_copy<16>"),
         (r"tvm_lowrank_copy_(\d+)", r"start_copy<\1>"),
         (r"tvm_lowrank_barriers_prepare_(\d+)_(\d+)_(\d+)", r"prepare_barriers<\1, \2, \3>"),
         (r"tvm_lowrank_send_(\d+)", r"send<\1>"),
         (r"tvm_lowrank_registers_(?:inc|dec)_\d+\(\);", ""),
         (r"tvm_lowrank_wgmma_read_(\w+?)_(\d+)_(\d+)", r"read_rows<\1, \2, \3>"),
         (r"tvm_lowrank_wgmma_(tf32|half)_(\d+)x(\d+)", r"start_product<\1, \2, \3>"),
+        (
+            r"tvm_lowrank_wgmma_shared_(tf32|half)_(\d+)x(\d+)x(\d+)_(\d+)",
+            r"start_shared_product<\1, \2, \3, \4, \5>",
+        ),
         (r"<tf32, ", "<float, "),
+        (r"tvm_lowrank_(fetch|store)_channels_\d+", r"\1_channels"),
+        (r"tvm_lowrank_unpack_channels_2", "unpack_channels<half>"),
+        (r"tvm_lowrank_unpack_channels_4", "unpack_channels<float>"),
         (r"tvm_lowrank_wgmma_finish_\d+\(.*\)", "wait_for_products(0)"),
     )
     for pattern, name in names:

@@ -15,6 +15,7 @@ import tvm
 import tvm_ffi
 from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.cuda.arch import ARCHITECTURES
+from tvm_lowrank.schedules.cuda.channels_last import LastHalfSchedule, LastTF32Schedule
 from tvm_lowrank.schedules.cuda.program import Program
 from tvm_lowrank.schedules.cuda.warpgroup import WarpgroupHalfSchedule, WarpgroupTF32Schedule
 from tvm_lowrank.schedules.family import Schedule
@@ -26,7 +27,8 @@ from tvm_lowrank.build import compile_module
 
 SM80, SM90 = ARCHITECTURES["sm_80"], ARCHITECTURES["sm_90"]
 # Families of sm_90 alone.
-HOPPER = {WarpgroupTF32Schedule.kernel, WarpgroupHalfSchedule.kernel}
+LAST = {LastTF32Schedule.kernel, LastHalfSchedule.kernel}
+HOPPER = {WarpgroupTF32Schedule.kernel, WarpgroupHalfSchedule.kernel, *LAST}
 LOOPS = replace(SM90, loops=True)
 _PLAIN = VectorISA("plain", 1, 1)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")

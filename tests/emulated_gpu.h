@@ -238,8 +238,8 @@ static inline void tvm_lowrank_mma_tf32(float &c0, float &c1, float &c2, float &
 
 /* Copies and products that run on by themselves are done as late as they may be: when a thread
    waits for them. So what reads too early, or is overwritten too early, gives a wrong result. */
-template <int BYTES>
-static inline void start_copy(void *to, const float *from, int offset, int inside) {
+template <int BYTES, typename T>
+static inline void start_copy(void *to, const T *from, int offset, int inside) {
   gpu::fibers[gpu::current].copies.push_back({to, from + offset, BYTES, bool(inside)});
 }
 
@@ -338,6 +338,49 @@ static inline void start_product(float *sums, const unsigned *own, const void *c
       }
   });
   wait_for_products(1);
+}
+
+/* The same where rows are in shared memory too, in core matrices of 8 rows by 16 bytes, of which the
+   next along the sum is LINE * 16 bytes on; each warp has 16 rows of every 64. A piece of STEPS such
+   products is one group. */
+template <typename T, int TILES, int N, int STEPS, int LINE>
+static inline void start_shared_product(float *sums, const void *rows, const void *columns) {
+  constexpr int K = STEPS * 32 / sizeof(T), CORE = 16 / sizeof(T);
+  int group = gpu::current % gpu::WARP / 4, t = gpu::current % 4;
+  int first = gpu::current / gpu::WARP % 4 * 16 + group;
+  auto factor = [](const void *from, int place) {
+    T value = ((const T *)from)[place];
+    return sizeof(T) == 4 ? tf32(value, 0) : float(value);
+  };
+  gpu::fibers[gpu::current].products.push_back([=] {
+    for (int tile = 0; tile < TILES; ++tile)
+      for (int i = 0; i < N / 2; ++i) {
+        int row = tile * 64 + first + i / 2 % 2 * 8, column = i / 4 * 8 + 2 * t + i % 2;
+        float sum = 0;
+        for (int k = 0; k < K; ++k)
+          sum += factor(rows, (k / CORE * LINE + row) * CORE + k % CORE) *
+                 factor(columns, (k / CORE * N + column) * CORE + k % CORE);
+        sums[tile * N / 2 + i] += sum;
+      }
+  });
+  wait_for_products(1);
+}
+
+/* A thread's 16 bytes, read as they are. */
+template <typename T>
+static inline void fetch_channels(unsigned *held, const T *from, int offset) {
+  memcpy(held, from + offset, 16);
+}
+
+template <typename T>
+static inline void unpack_channels(float *values, const unsigned *held) {
+  for (int i = 0; i < int(16 / sizeof(T)); ++i) values[i] = float(((const T *)held)[i]);
+}
+
+template <typename T>
+static inline void store_channels(T *to, int offset, const float *values) {
+  for (int i = 0; i < int(16 / sizeof(T)); ++i)
+    to[offset + i] = sizeof(T) == 4 ? T(tf32(values[i], 0x1000)) : T(values[i]);
 }
 
 /* Fragments of 16 x 16; here every lane has all of them. */

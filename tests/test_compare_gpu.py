@@ -122,7 +122,16 @@ def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
     }
     compared = [
         {"network": "resnet50", "batch": 1, "algorithms": ["direct"], "runtimes": runtimes},
-        {"network": "resnet50", "batch": 1, "algorithms": ["tf32"], "runtimes": runtimes},
+        {
+            "network": "resnet50",
+            "batch": 128,
+            "algorithms": ["direct", "tf32", "half"],
+            "runtimes": {
+                **runtimes,
+                "torch-tf32": {"median_ms": 3.0},
+                "torch-half": {"median_ms": 2.5},
+            },
+        },
     ]
     geometry = {"batch": 128, "kernel": [3, 3], "height": 56}
     shape = {
@@ -132,6 +141,7 @@ def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
         "half": 15.0,
         "cudnn_float32": 30.0,
         "cudnn_tf32": 12.0,
+        "cudnn_half": 18.0,
     }
     shapes = [
         shape,
@@ -144,12 +154,14 @@ def test_the_page_says_what_was_reached_and_what_was_not_measured() -> None:
     rows = {"a": row, "b": {**row, "lossless": "original.so"}}
     layers, network, transformed = gpu_page.goals(rows, compared, shapes)[2:]
     assert "float32: 1 of 2 shapes, cuDNN's time over ours 0.50 to 1.50, median 1.00" in layers
-    assert "TF32: 0 of 2 shapes, cuDNN's time over ours 0.80 to 0.80" in layers
-    assert network.count("torch: 2.50 times") == 1 and "compile" not in network
+    assert "TF32: 0 of 2 shapes, cuDNN's time over ours 0.75 to 0.75" in layers
+    assert "float16: 2 of 2 shapes, cuDNN's time over ours 1.20 to 1.20" in layers
+    said = "batch 1, float32: 2.50 times (torch); batch 128, float16: 1.25 times (torch-half) |"
+    assert said in network
     assert "1.75 times at a drop of 0.50; " in transformed
     assert "1.75 times (direct kernels only) at a drop of 0.50 |" in transformed
     table = compare_gpu.layer_table([LAYER]).splitlines()[-1]
-    assert table == "| conv0 | 3 | 64->64 3x3 @56x56 | 20.0 | 30.0 | 10.0 | winograd |"
+    assert table == "| conv0 | 3 | 64->64 3x3 @56x56 | 20.0 | 30.0 | 10.0 | - | winograd |"
 
 
 @pytest.mark.skipif(tvm.cuda(0).exist, reason="this machine has a GPU")

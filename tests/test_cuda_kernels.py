@@ -34,6 +34,7 @@ from tvm_lowrank.schedules.cuda.arch import (
     REGISTERS_A_THREAD,
     STATIC_SHARED_BYTES,
 )
+from tvm_lowrank.schedules.cuda.channels_last import LastHalfSchedule, LastTF32Schedule
 from tvm_lowrank.schedules.cuda.dense import DenseSchedule
 from tvm_lowrank.schedules.cuda.depthwise import DepthwiseSchedule
 from tvm_lowrank.schedules.cuda.direct import DirectSchedule
@@ -64,6 +65,13 @@ WIDE = ConvGeometry(12, 130, 7, 6, (3, 3), padding=(1, 1, 1, 1))
 UNEVEN = ConvGeometry(20, 24, 13, 11, (3, 3), padding=(1, 0, 1, 2), batch=2)
 LARGE = ConvGeometry(6, 12, 20, 17, (5, 7), padding=(2, 3, 2, 3))
 ROW = ConvGeometry(20, 24, 13, 11, (1, 5), padding=(0, 2, 0, 2), batch=2)
+BY_EIGHTS = ConvGeometry(64, 248, 9, 10, (3, 3), padding=(1, 1, 1, 1))
+STRIDED = ConvGeometry(24, 40, 13, 11, (3, 5), (2, 1), (1, 0, 1, 2), batch=2)
+GROUPS_OF_EIGHT = ConvGeometry(32, 64, 9, 10, (3, 3), (1, 1), (1, 1, 1, 1), (2, 1), groups=4)
+# Of more tiles than blocks that stay, not of as many in each.
+LARGER = ConvGeometry(64, 96, 88, 96, (1, 1), batch=2)
+SPLIT = ConvGeometry(3, 32, 14, 18, (7, 5), (2, 2), (3, 2, 3, 2), batch=2)
+FEW = ConvGeometry(11, 32, 9, 8, (3, 2), (2, 2), (1, 0, 1, 1), batch=2)
 DENSE = ConvGeometry(100, 33, 1, 1, (1, 1), batch=3)
 FLATTENED = ConvGeometry(6, 20, 5, 7, (5, 7), batch=2)
 LARGE_DEPTHWISE = ConvGeometry(8, 8, 12, 12, (9, 9), padding=(4, 4, 4, 4), groups=8)
@@ -112,6 +120,20 @@ CASES = [
     (WIDE, WarpgroupHalfSchedule(256, 64, 32, 1, 3), ("bias", "residual")),
     (UNEVEN, WarpgroupHalfSchedule(16, 128, 64, 1, 2, split_k=2), ("bias", "residual", "relu")),
     (POINTWISE, WarpgroupHalfSchedule(48, 256, 32, 2, 4), ("affine", "residual")),
+    (BY_EIGHTS, LastHalfSchedule(32, 64, 64, 1, 3), ("bias", "relu")),
+    (STRIDED, LastHalfSchedule(64, 128, 32, 2, 3), ("bias", "residual", "relu")),
+    (POINTWISE, LastHalfSchedule(64, 128, 32, 1, 2, copying=8), ("affine", "residual")),
+    (GROUPS_OF_EIGHT, LastHalfSchedule(32, 64, 16, 1, 3), ("residual", "silu")),
+    (BY_EIGHTS, LastTF32Schedule(256, 128, 32, 1, 3), ("bias", "relu")),
+    (STRIDED, LastTF32Schedule(64, 128, 16, 2, 3), ("bias", "residual", "relu")),
+    (POINTWISE, LastTF32Schedule(64, 128, 16, 1, 2, copying=8), ("affine",)),
+    (GROUPS_OF_EIGHT, LastTF32Schedule(32, 64, 8, 1, 4), ()),
+    (LARGER, LastHalfSchedule(32, 64, 64, 1, 2, stays=True), ("bias", "residual")),
+    (LARGER, LastTF32Schedule(32, 64, 32, 1, 3, stays=True), ("bias", "relu")),
+    (SPLIT, LastHalfSchedule(32, 128, 64, 1, 3), ("bias", "relu")),
+    (replace(SPLIT, padding=(2, 1, 1, 3)), LastTF32Schedule(32, 128, 16, 1, 3), ("bias",)),
+    (FEW, LastHalfSchedule(32, 128, 32, 1, 3), ("residual",)),
+    (FEW, LastTF32Schedule(64, 64, 16, 1, 2), ("bias", "relu")),
     (DENSE, DenseSchedule(4, 2), ("bias", "affine", "relu")),
     (FLATTENED, DenseSchedule(2, 1), ("bias", "residual")),
     (DEPTHWISE, DepthwiseSchedule(64, 2), ("bias", "affine", "relu")),

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from cuda_support import HOPPER, SM80, SM90, needs_nvcc, resources_of, source_of
+from cuda_support import (
+    HOPPER,
+    LAST,
+    SM80,
+    SM90,
+    Case,
+    launch_of,
+    needs_nvcc,
+    resources_of,
+    run_on_host,
+    source_of,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.cuda import mma, wgmma
 from tvm_lowrank.schedules.cuda.arch import ARCHITECTURES
+from tvm_lowrank.schedules.cuda.channels_last import LastHalfSchedule
 from tvm_lowrank.schedules.cuda.gemm import round_up
 from tvm_lowrank.schedules.cuda.warpgroup import WarpgroupHalfSchedule, WarpgroupTF32Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from x86_support import relative_error
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -32,13 +50,16 @@ def test_warpgroups_compile_within_the_limits(tmp_path) -> None:
     for geometry in SHAPES:
         workload = ConvWorkload(geometry, 1, ("bias", "residual", "relu"))
         found = kernels.spaces(workload, SM90, algorithms)
-        assert set(found) >= HOPPER
-        most = [max(found[name], key=lambda s: (s.sums, s.threads)) for name in sorted(HOPPER)]
-        for schedule in [*(found[name][0] for name in sorted(HOPPER)), *most]:
+        names = sorted(HOPPER if geometry.out_channels % 8 == 0 else HOPPER - LAST)
+        assert set(found) & HOPPER == set(names)
+        most = [max(found[name], key=lambda s: (s.sums, s.threads)) for name in names]
+        for schedule in [*(found[name][0] for name in names), *most]:
             assert schedule.shared_bytes <= SM90.shared_bytes - 1024
             programs.append(kernels.emit(workload, schedule, SM90))
-            shared_out |= {len(threads)} if schedule.shares else set()
-            threads += [schedule.threads, 256][: len(programs[-1].stages)]
+            stages = programs[-1].stages
+            first = next(index for index, stage in enumerate(stages) if not stage.turns)
+            shared_out |= {len(threads) + first} if schedule.shares else set()
+            threads += [math.prod(launch_of(stage.func)[0]) for stage in stages]
     source = source_of(programs, SM90.name)
     found = resources_of(source, ("sm_90a",), tmp_path)["sm_90a"]
     assert len(found) == len(threads)
@@ -126,3 +147,45 @@ def test_columns_and_sums_of_a_warpgroup_have_a_place_each(factor) -> None:
             for register in range(columns // 2)
         ]
         assert sorted(places) == list(range(tiles * columns // 2))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_any_schedule_with_channels_last_computes_the_convolution(data) -> None:
+    """Few channels and many, with strides that split pixels and paddings that do not let them."""
+    groups = data.draw(st.sampled_from([1, 1, 2]))
+    kernel = (data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4)))
+    geometry = ConvGeometry(
+        8 * groups if groups > 1 else data.draw(st.integers(1, 40)),
+        8 * groups * data.draw(st.integers(1, 5)),
+        kernel[0] + data.draw(st.integers(1, 10)),
+        kernel[1] + data.draw(st.integers(1, 10)),
+        kernel,
+        stride=data.draw(st.sampled_from([(1, 1), (2, 2), (2, 1)])),
+        padding=tuple(data.draw(st.integers(0, 3)) for _ in range(4)),
+        groups=groups,
+        batch=data.draw(st.integers(1, 3)),
+    )
+    workload = ConvWorkload(geometry, 1, data.draw(st.sampled_from([("bias",), ("residual",)])))
+    name = data.draw(st.sampled_from(sorted(LAST)))
+    schedule = data.draw(st.sampled_from(kernels.FAMILIES[name].space(workload, SM90)))
+    case = Case(workload, schedule)
+    error = relative_error(run_on_host(case.program, case.inputs), case.expected)
+    assert error < kernels.error_bound(workload, schedule)
+
+
+def test_what_channels_last_cannot_be_is_refused() -> None:
+    def reason(**changed) -> str | None:
+        workload = ConvWorkload(replace(SAME3, **changed), 1)
+        return kernels.FAMILIES["cuda_last_half"].refuse(workload, SM90)
+
+    assert reason() is None
+    assert "written by 8" in str(reason(out_channels=30))
+    assert "written by 8" in str(reason(groups=4))
+    assert "32 bits" in str(reason(height=4096, width=4096, batch=8))
+    assert "15 taps" in str(reason(kernel=(1, 17), width=40))
+    workload = ConvWorkload(SAME3, 1)
+    with pytest.raises(ValueError, match="more than 8 pixels"):
+        kernels.emit(workload, LastHalfSchedule(128, 256, 64, 2, 2), SM90)
+    with pytest.raises(ValueError, match="sm_90 alone has"):
+        kernels.emit(workload, LastHalfSchedule(32, 64, 64, 1, 3), SM80)

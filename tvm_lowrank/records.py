@@ -35,11 +35,11 @@ class TuningRecords:
     """Measured times of kernels for one instruction set, kept in text files.
 
     Each line holds ``{"format", "isa", "threads", "machine", "mcpu", "workload", "schedule",
-    "us"}``, ``"spread"`` and ``"slower"`` if they are known (see `add`), ``"device"`` if another
-    machine measured, and ``"in_turns"``, the name of a race, if others ran in turns with it. It is
-    flushed to the disk as it is written, so a run that is killed loses at most the kernel it was
-    at. A last line that was cut off by that is dropped on reading; any other damage is an error,
-    and the file is then left as it is.
+    "us"}``, ``"spread"``, ``"slower"`` and ``"alone"`` if they are known (see `add`), ``"device"``
+    if another machine measured, and ``"in_turns"``, the name of a race, if others ran in turns with
+    it. It is flushed to the disk as it is written, so a run that is killed loses at most the kernel
+    it was at. A last line that was cut off by that is dropped on reading; any other damage is an
+    error, and the file is then left as it is.
 
     Of two measurements of one candidate the lesser time counts; `disagreements` knows those that
     differ by more than 10 %. Times in turns are compared with those of the same race only, to
@@ -84,6 +84,8 @@ class TuningRecords:
     # Of candidates that ran in turns, by workload and place, then by the name of the race: one time
     # for each time that it was run.
     _races: dict[tuple[str, Place], dict[str, dict[str, list[float]]]] = field(default_factory=dict)
+    # Of kernels that are given and leave maps in a layout of their own: the time without that.
+    _alone: dict[tuple[str, Place, str], float] = field(default_factory=dict)
     # How often a candidate was measured, where that is more than once.
     _looks: dict[tuple[str, Place, str], int] = field(default_factory=dict)
 
@@ -128,9 +130,19 @@ class TuningRecords:
             times = races.setdefault(str(record["in_turns"]), {})
             times.setdefault(schedule, []).append(microseconds)
         else:
-            self._keep(workload, place, schedule, microseconds)
+            self._keep(workload, place, schedule, microseconds, record.get("alone"))
 
-    def _keep(self, workload: str, place: Place, schedule: str, microseconds: float) -> None:
+    def _keep(
+        self,
+        workload: str,
+        place: Place,
+        schedule: str,
+        microseconds: float,
+        alone: float | None = None,
+    ) -> None:
+        if alone is not None:
+            name = (workload, place, schedule)
+            self._alone[name] = min(float(alone), self._alone.get(name, math.inf))
         times = self._times.setdefault(workload, {}).setdefault(place, {})
         known = times.get(schedule)
         times[schedule] = microseconds if known is None else min(microseconds, known)
@@ -154,16 +166,18 @@ class TuningRecords:
         spread: float | None = None,
         device: str | None = None,
         slower: float | None = None,
+        alone: float | None = None,
     ) -> None:
         """Append one measurement; an infinite time says that the candidate failed.
 
         ``spread`` is the share by which repeated minima differed, ``device`` which of several
         machines of this name measured, ``slower`` how many times as slow as usual the machine was,
-        which the time allows for.
+        which the time allows for, ``alone`` the microseconds without turning maps.
         """
         microseconds = round(microseconds, 3)  # as it will be read again
-        self._keep(workload, self.here, _text(schedule), microseconds)
-        more: dict[str, Any] = {}
+        alone = None if alone is None else round(alone, 3)
+        self._keep(workload, self.here, _text(schedule), microseconds, alone)
+        more: dict[str, Any] = {} if alone is None else {"alone": alone}
         if spread is not None:
             more["spread"] = round(spread, 3)
         if device is not None:
@@ -206,9 +220,22 @@ class TuningRecords:
                 f"tuning records {self.path} cannot be written ({error}); check space and rights"
             ) from error
 
-    def remember(self, workload: str, schedule: dict[str, Any], microseconds: float) -> None:
-        """Take a time for one of this place, in memory only."""
-        self._keep(workload, self.here, _text(schedule), microseconds)
+    def remember(
+        self,
+        workload: str,
+        schedule: dict[str, Any],
+        microseconds: float,
+        place: Place | None = None,
+    ) -> None:
+        """Take a time for one of this place, in memory only; see ``place`` for what else is."""
+        known = None if place is None else self.alone(workload, schedule, place)
+        self._keep(workload, self.here, _text(schedule), microseconds, known)
+
+    def alone(
+        self, workload: str, schedule: dict[str, Any], place: Place | None = None
+    ) -> float | None:
+        """Microseconds of a schedule without those of turning maps, None if it turns none."""
+        return self._alone.get((workload, place or self.here, _text(schedule)))
 
     def time(self, workload: str, schedule: dict[str, Any]) -> float | None:
         """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""

@@ -14,6 +14,8 @@ MOST_BLOCKS_YZ = 65535
 # Shared memory that a kernel may declare without asking the driver for more.
 STATIC_SHARED_BYTES = 48 << 10
 REGISTERS_A_THREAD = 255
+# Of a multiprocessor.
+REGISTERS = 65536
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class CudaArch:
     gigabytes: float
     threads: int
     shared_bytes: int
-    registers: int = 65536
+    registers: int = REGISTERS
     blocks: int = 32
     lanes: int = 16
     block: int = 1

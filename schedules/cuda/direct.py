@@ -161,14 +161,14 @@ def program_of(product: Convolution, func: tirx.PrimFunc, arch: CudaArch) -> Pro
     workload, g = product.workload, product.geometry
     operands = operand_shapes(g, workload.epilogue)
     shapes = {
-        X: (g.batch, g.in_channels, g.height, g.width),
+        X: (g.batch, product.given.in_channels, product.given.height, product.given.width),
         WEIGHTS: product.weight_shape,
         **operands,
         Y: map_shape(g),
     }
     names = tuple(operands)
     if product.channels_last:
-        return turn.program(func, shapes, names, arch)
+        return turn.program(func, shapes, names, arch, product.kind, product.splits)
     if product.split == 1:
         return Program((Stage(func, (X, WEIGHTS, *names), Y),), shapes, names)
     shapes["parts"] = product.parts
@@ -197,11 +197,16 @@ class Convolution(Operands):
     """The product's operands: rows are packed weights, columns the pixels of the output map."""
 
     weight_dtype = "float32"
+    #: Of `turn`, where maps have channels last.
+    kind = turn.PLAIN
 
     def __init__(self, workload: ConvWorkload, schedule: Tiles) -> None:
         """Of a workload; where the sum is split, they are parts of it and there is no epilogue."""
         self.workload = workload
         self.geometry = g = workload.geometry
+        # What callers know, where the product is another convolution than theirs.
+        self.given = g
+        self.splits = False
         self.split = schedule.split_k
         self.steps = workload.epilogue if self.split == 1 else ()
         self.gemm = gemm_of(g, schedule.block_k)
@@ -233,14 +238,15 @@ class Convolution(Operands):
     def declare(self) -> None:
         """Input, weights, operands of the epilogue, output (or parts of the sums)."""
         g = self.geometry
-        self.x = T.arg(X, T.buffer(self._shape(g.in_channels, g.height, g.width), "float32"))
+        dtype = turn.dtype_of(self.kind)
+        self.x = T.arg(X, T.buffer(self._shape(g.in_channels, g.height, g.width), dtype))
         self.w = T.arg(WEIGHTS, T.buffer(self.weight_shape, self.weight_dtype))
         if self.split > 1:
             self.y = T.arg("parts", T.buffer(self.parts, "float32"))
             return
-        self.epilogue = Epilogue(g, self.steps, self.channels_last)
+        self.epilogue = Epilogue(g, self.steps, self.channels_last, dtype)
         y = self._shape(g.out_channels, g.out_height, g.out_width)
-        self.y = T.arg(Y, T.buffer(y, "float32"))
+        self.y = T.arg(Y, T.buffer(y, dtype))
 
     def _shape(self, channels: int, height: int, width: int) -> Shape:
         shape = (self.geometry.batch, channels, height, width)
@@ -267,7 +273,7 @@ class Convolution(Operands):
     def read(self, batch: Index, k: Index, j: Index) -> ir.Expr:
         """The input that a tap and a channel take for a pixel."""
         place, inside = self.source(batch, k, j)
-        value = self.x[tuple(place)]
+        value = self.x[tuple(place)].astype("float32")
         if not inside:
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, "float32"))
@@ -319,7 +325,8 @@ class Convolution(Operands):
                 pixel % g.out_width,
             ]
             where = turn.indices(place, self.channels_last)
-            T.buffer_store(self.y, self.epilogue.apply(value, place), where)
+            result = turn.rounded(self.epilogue.apply(value, place), self.kind, loops=True)
+            T.buffer_store(self.y, result, where)
 
         if not inside:
             store()

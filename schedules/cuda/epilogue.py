@@ -43,20 +43,25 @@ class Epilogue:
     """
 
     def __init__(
-        self, geometry: ConvGeometry, steps: Sequence[str], channels_last: bool = False
+        self,
+        geometry: ConvGeometry,
+        steps: Sequence[str],
+        channels_last: bool = False,
+        map_dtype: str = "float32",
     ) -> None:
         """Add the parameters of ``steps``; maps among them may have channels last."""
         self._steps = steps
         self._channels_last = channels_last
-        self._buffers = {}
+        self.buffers = {}
         for name, shape in operand_shapes(geometry, steps).items():
-            if channels_last and len(shape) == 4:
+            is_map = len(shape) == 4
+            if channels_last and is_map:
                 shape = (shape[0], *shape[2:], shape[1])
-            self._buffers[name] = T.arg(name, T.buffer(shape, "float32"))
+            self.buffers[name] = T.arg(name, T.buffer(shape, map_dtype if is_map else "float32"))
 
     def apply(self, value: ir.Expr, place: Sequence[ir.Expr]) -> ir.Expr:
         """The steps on the value at ``place``, its NCHW indices."""
-        return apply_steps(self._steps, self._buffers, value, place, self._channels_last)
+        return apply_steps(self._steps, self.buffers, value, place, self._channels_last)
 
 
 def apply_steps(
@@ -74,7 +79,7 @@ def apply_steps(
         if name == "bias":
             value = value + buffers[f"bias{index}"][channel]
         elif name == "residual":
-            value = value + buffers[f"residual{index}"][in_map]
+            value = value + buffers[f"residual{index}"][in_map].astype("float32")
         elif name == "affine":
             scale, shift = buffers[f"scale{index}"], buffers[f"shift{index}"]
             value = value * scale[channel] + shift[channel]

@@ -11,7 +11,8 @@ from typing import Any
 from tvm_lowrank.schedules.family import KernelFamily
 from tvm_lowrank.schedules.x86.accuracy import direct_error
 
-from . import dense, depthwise, direct, fft, tensor, tf32, warpgroup, winograd
+from . import channels_last, dense, depthwise, direct, fft, tensor, tf32, warpgroup, winograd
+from .channels_last import LastHalfSchedule, LastSchedule, LastTF32Schedule
 from .dense import DenseSchedule
 from .depthwise import DepthwiseSchedule
 from .direct import DirectSchedule
@@ -44,6 +45,12 @@ def _warpgroups(algorithm: str, schedule: type[WarpgroupSchedule]) -> KernelFami
     return replace(family, space=functools.partial(warpgroup.space, schedule))
 
 
+def _last(algorithm: str, schedule: type[LastSchedule]) -> KernelFamily:
+    """The family of one kind of maps with channels last."""
+    family = _family(algorithm, channels_last, schedule, channels_last.error_bound)
+    return replace(family, space=functools.partial(channels_last.space, schedule))
+
+
 # Of one algorithm the more special first: where nothing is known, the first that can is taken.
 FAMILIES: dict[str, KernelFamily] = {
     DenseSchedule.kernel: _family("direct", dense, DenseSchedule, direct_error),
@@ -55,4 +62,6 @@ FAMILIES: dict[str, KernelFamily] = {
     TF32Schedule.kernel: _family("tf32", tf32, TF32Schedule, tensor.error_bound),
     WarpgroupHalfSchedule.kernel: _warpgroups("half", WarpgroupHalfSchedule),
     WarpgroupTF32Schedule.kernel: _warpgroups("tf32", WarpgroupTF32Schedule),
+    LastHalfSchedule.kernel: _last("half", LastHalfSchedule),
+    LastTF32Schedule.kernel: _last("tf32", LastTF32Schedule),
 }

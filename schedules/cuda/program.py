@@ -16,11 +16,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Stage:
-    """One kernel: the names of the values it reads, in order, and of the one it writes."""
+    """One kernel: the names of the values it reads, in order, and of the one it writes.
+
+    One that ``turns`` gives a map another layout, which is left out where it has that already.
+    """
 
     func: tirx.PrimFunc
     reads: tuple[str, ...]
     writes: str
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Program:
     ``shapes`` holds the shape and ``dtypes`` the type (float32 where it is not listed) of every
     value: ``x``, ``weights``, ``y``, the ``operands`` of the epilogue in the order of its steps,
     and what the stages hand on to each other. Where kernels work on maps with channels last,
-    ``twins`` names for each NCHW map the value that is the same in that layout; the stages that
-    turn one into the other are among ``stages``.
+    ``twins`` names for each NCHW map the value that is the same in that layout, with the values of
+    a kind of `turn`; the stages that turn one into the other are among ``stages``.
     """
 
     stages: tuple[Stage, ...]
@@ -39,6 +43,7 @@ class Program:
     operands: tuple[str, ...] = ()
     dtypes: Mapping[str, str] | None = None
     twins: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
 
     @classmethod
     def of_function(cls, func: tirx.PrimFunc) -> Program:
@@ -67,7 +72,12 @@ class Program:
         """What the script of a batch has to know: stages under the given names, and all values."""
         return {
             "stages": [
-                {"function": name, "reads": list(stage.reads), "writes": stage.writes}
+                {
+                    "function": name,
+                    "reads": list(stage.reads),
+                    "writes": stage.writes,
+                    "turns": stage.turns,
+                }
                 for name, stage in zip(names, self.stages, strict=True)
             ],
             "values": {

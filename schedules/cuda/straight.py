@@ -67,6 +67,7 @@ def emit_threads(
     parameters: Mapping[str, Shape],
     body: Callable[[ir.Expr, Values], None],
     arch: CudaArch,
+    dtypes: Mapping[str, str] | None = None,
 ) -> tirx.PrimFunc:
     """A kernel of ``count`` threads.
 
@@ -74,17 +75,23 @@ def emit_threads(
     ----------
     count : int
     parameters : mapping
-        Names and shapes of the float32 parameters, in order.
+        Names and shapes of the parameters, in order.
     body : callable
         Emits the code of a thread, given its number and `Values`.
     arch : CudaArch
         With ``loops`` the threads are iterations of a loop.
+    dtypes : mapping, optional
+        Types of parameters that are not float32.
     """
+    dtypes = dtypes or {}
     blocks = -(-count // THREADS)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         values = Values(
-            {name: T.arg(name, T.buffer(shape, "float32")) for name, shape in parameters.items()}
+            {
+                name: T.arg(name, T.buffer(shape, dtypes.get(name, "float32")))
+                for name, shape in parameters.items()
+            }
         )
         with T.sblock("root"), ExitStack() as stack:
             if arch.loops:

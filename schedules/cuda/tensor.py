@@ -27,7 +27,7 @@ SKEW = 8
 # Of a thread, by the rough count here: with more, the compiler puts sums into memory.
 MOST_REGISTERS = 200
 # Half an ulp of float16 at 1, of weights and of inputs.
-_ROUNDING = 2.0**-11
+ROUNDING = 2.0**-11
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def predict_tiles(
 
 def error_bound(workload: ConvWorkload, schedule: TensorSchedule) -> float:
     """The stated max|error| / max|result|: both factors of each product are rounded to float16."""
-    return 2 * _ROUNDING
+    return 2 * ROUNDING
 
 
 def pack(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from tvm import ir, tirx
 from tvm.script.ir_builder import IRBuilder
@@ -79,18 +81,29 @@ class WarpgroupProduct(Convolution):
 
 def kernel(product: WarpgroupProduct) -> tirx.PrimFunc:
     """The kernel as threads."""
+    return build(product, _Block)
+
+
+def build(product: Any, block: type[Block], most_blocks: int = 0) -> tirx.PrimFunc:
+    """The kernel whose blocks compute so.
+
+    With ``most_blocks`` no more are started, and each takes one tile of the result after the other.
+    """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8})
         product.declare()
         with T.sblock("root"), ExitStack() as stack:
-            _Block(product, stack).compute()
+            block(product, stack, most_blocks).compute()
     return builder.get()
 
 
-class _Block:
-    """What a block of threads does."""
+class Block:
+    """What a block of threads does: warps that copy pieces, and warps that multiply them.
 
-    def __init__(self, product: WarpgroupProduct, stack: ExitStack) -> None:
+    What pieces of pixels look like in shared memory is told by those who inherit.
+    """
+
+    def __init__(self, product: Any, stack: ExitStack, most_blocks: int = 0) -> None:
         """Bind blocks and threads, and allocate memory."""
         s, whole = product.schedule, product.whole
         self.product, self.schedule = product, s
@@ -101,28 +114,39 @@ class _Block:
         def bound(extent: int, axis: str) -> Index:
             return stack.enter_context(T.thread_binding(extent, axis, annotations=text))
 
-        # Blocks that read the same pixels run side by side.
+        self.tiles = self.row_blocks * (whole.n // s.block_n)
+        self.started = min(self.tiles, most_blocks or self.tiles)
         self.batch = bound(whole.batch, "blockIdx.z")
-        self.block = bound(self.row_blocks * (whole.n // s.block_n), "blockIdx.x")
+        self.first = bound(self.started, "blockIdx.x")
         self.warp = bound(s.threads // WARP, "threadIdx.y")
         self.lane = bound(WARP, "threadIdx.x")
-        self.first_column = self.block // self.row_blocks * s.block_n
-        # A lane's pixels in the block are neighbours.
-        self.own = self.warp * (16 * s.tiles) + self.lane // 4 * (2 * s.tiles)
-        # Pixels of one copy, and those that a lane writes as one vector.
-        self.copied = product.vector
-        rows = 2 * s.tiles
-        self.written = rows if not (product.gemm.n % rows or product.pixels % rows) else 1
+        self.take(self.first)
         self.piece_of_weights = s.block_k * s.block_m
         shared = {"scope": "shared.dyn"}
-        self.columns = T.alloc_buffer((s.stages * s.block_k * s.line,), **shared)
         self.weights = T.alloc_buffer(
             (s.stages * self.piece_of_weights,), product.weight_dtype, **shared
         )
         # Of each stage: that it is full, and that it is free again.
         self.barriers = T.alloc_buffer((2 * s.stages,), "uint64", **shared)
-        self.rows = T.alloc_buffer((2 * 4 * s.tiles,), "uint32", scope="local")
         self.sums = T.alloc_buffer((s.sums,), scope="local")
+
+    def take(self, tile: Index) -> None:
+        """Turn to a tile of the result; those of the same pixels follow each other."""
+        self.block = tile
+        self.first_column = tile // self.row_blocks * self.schedule.block_n
+
+    def for_tiles(self, do: Callable[[Index], None]) -> None:
+        """Do something for each tile of the block, given how many pieces were before."""
+        rounds = -(-self.tiles // self.started)
+        if rounds == 1:
+            do(tirx.const(0, "int32"))
+            return
+        with T.serial(rounds, unroll=False) as number, ExitStack() as stack:
+            self.take(number * self.started + self.first)
+            if self.tiles % self.started:
+                stack.enter_context(T.If(self.block < self.tiles))
+                stack.enter_context(T.Then())
+            do(number * self.pieces)
 
     def compute(self) -> None:
         """Warps that copy pieces, and warps that multiply them."""
@@ -130,58 +154,54 @@ class _Block:
         multiplying = s.warpgroups * wgmma.WARPS
         copying = s.copying * WARP
         T.evaluate(
-            wgmma.prepare(_at(self.barriers, 0), s.stages, full=copying + 1, free=multiplying)
+            wgmma.prepare(at(self.barriers, 0), s.stages, full=copying + 1, free=multiplying)
         )
         with T.If(self.warp >= multiplying):
             with T.Then():
                 if s.shares:
                     T.evaluate(wgmma.share_registers("dec", COPIES_IN))
-                self.copy((self.warp - multiplying) * WARP + self.lane)
+                thread = (self.warp - multiplying) * WARP + self.lane
+                self.for_tiles(lambda before: self.copy(thread, before))
             with T.Else():
                 if s.shares:
                     T.evaluate(wgmma.share_registers("inc", MULTIPLIES_IN))
-                self.multiply()
+                self.for_tiles(self.multiply)
 
-    def multiply(self) -> None:
+    def multiply(self, before: Index) -> None:
         """Multiply piece by piece as they come, and write the sums."""
-        s, factor = self.schedule, self.schedule.factor
-        steps = s.block_k // factor.k
+        s = self.schedule
+        self.begin()
         with T.unroll(s.sums) as i:
             T.buffer_store(self.sums, tirx.const(0, "float32"), [i])
         with T.serial(self.pieces, unroll=False) as piece:
-            stage = piece % s.stages
-            T.evaluate(wgmma.wait(_at(self.barriers, stage), piece // s.stages % 2))
-            self.read(stage, 0)
-            for step in range(steps):
-                place = (stage * s.block_k + step * factor.k) * s.block_m
-                T.evaluate(
-                    wgmma.multiply(
-                        factor,
-                        s.tiles,
-                        s.block_m,
-                        _at(self.sums, 0),
-                        _at(self.rows, step % 2 * 4 * s.tiles),
-                        _at(self.weights, place),
-                    )
-                )
-                if step + 1 < steps:
-                    self.read(stage, step + 1)
-                if step == 0:
-                    # Products of the piece before are done.
-                    before = s.stages + (piece + s.stages - 1) % s.stages
-                    mine = tirx.all(piece > 0, self.lane < 1)
-                    T.evaluate(wgmma.arrive(_at(self.barriers, before), mine))
-        T.evaluate(wgmma.finish(s.sums, _at(self.sums, 0)))
+            number = before + piece
+            stage = number % s.stages
+            T.evaluate(wgmma.wait(at(self.barriers, stage), number // s.stages % 2))
+            self.multiply_piece(piece, stage)
+        T.evaluate(wgmma.finish(s.sums, at(self.sums, 0)))
+        if self.started < self.tiles:
+            # The next tile's pieces come while these sums are written.
+            last = (before + self.pieces - 1) % s.stages
+            T.evaluate(wgmma.arrive(at(self.barriers, s.stages + last), self.lane < 1))
         self.write()
 
-    def copy(self, thread: Index) -> None:
+    def leave_piece_before(self, piece: Index, stage: Index) -> None:
+        """Tell that the products of the tile's piece before are done."""
+        s = self.schedule
+        before = s.stages + (stage + s.stages - 1) % s.stages
+        mine = tirx.all(piece > 0, self.lane < 1)
+        T.evaluate(wgmma.arrive(at(self.barriers, before), mine))
+
+    def copy(self, thread: Index, before: Index) -> None:
         """Start the copies of a piece as soon as there is a free stage."""
         s = self.schedule
+        self.start_copying(thread)
         with T.serial(self.pieces, unroll=False) as piece:
-            stage = piece % s.stages
-            full = _at(self.barriers, stage)
-            free = _at(self.barriers, s.stages + stage)
-            T.evaluate(wgmma.wait(free, (piece // s.stages + 1) % 2))
+            number = before + piece
+            stage = number % s.stages
+            full = at(self.barriers, stage)
+            free = at(self.barriers, s.stages + stage)
+            T.evaluate(wgmma.wait(free, (number // s.stages + 1) % 2))
             self.send_weights(piece, stage, full, thread)
             self.gather(piece, stage, thread)
             T.evaluate(wgmma.arrive_copied(full))
@@ -193,13 +213,69 @@ class _Block:
         source = product.w[group, self.block % self.row_blocks, part * self.pieces + piece, 0]
         T.evaluate(
             wgmma.send(
-                _at(self.weights, stage * self.piece_of_weights),
+                at(self.weights, stage * self.piece_of_weights),
                 tirx.address_of(source),
                 self.piece_of_weights * self.schedule.factor.bytes,
                 full,
                 thread < 1,
             )
         )
+
+    def begin(self) -> None:
+        """What a thread that multiplies does before the first piece."""
+
+    def start_copying(self, thread: Index) -> None:
+        """What a thread that copies does before the first piece."""
+
+    def gather(self, piece: Index, stage: Index, thread: Index) -> None:
+        """Start a thread's copies of a piece's columns."""
+        raise NotImplementedError
+
+    def multiply_piece(self, piece: Index, stage: Index) -> None:
+        """Add a piece's products, and leave the piece before as soon as its own are done."""
+        raise NotImplementedError
+
+    def write(self) -> None:
+        """Apply the epilogue to the sums and store them."""
+        raise NotImplementedError
+
+
+class _Block(Block):
+    """Pieces are lines of pixels, in float32; a lane takes its rows of them to registers."""
+
+    def __init__(self, product: WarpgroupProduct, stack: ExitStack, most_blocks: int = 0) -> None:
+        super().__init__(product, stack, most_blocks)
+        s = product.schedule
+        # A lane's pixels in the block are neighbours.
+        self.own = self.warp * (16 * s.tiles) + self.lane // 4 * (2 * s.tiles)
+        # Pixels of one copy, and those that a lane writes as one vector.
+        self.copied = product.vector
+        rows = 2 * s.tiles
+        self.written = rows if not (product.gemm.n % rows or product.pixels % rows) else 1
+        self.columns = T.alloc_buffer((s.stages * s.block_k * s.line,), scope="shared.dyn")
+        self.rows = T.alloc_buffer((2 * 4 * s.tiles,), "uint32", scope="local")
+
+    def multiply_piece(self, piece: Index, stage: Index) -> None:
+        """Start the products step by step, while the rows of the next are read."""
+        s, factor = self.schedule, self.schedule.factor
+        steps = s.block_k // factor.k
+        self.read(stage, 0)
+        for step in range(steps):
+            place = (stage * s.block_k + step * factor.k) * s.block_m
+            T.evaluate(
+                wgmma.multiply(
+                    factor,
+                    s.tiles,
+                    s.block_m,
+                    at(self.sums, 0),
+                    at(self.rows, step % 2 * 4 * s.tiles),
+                    at(self.weights, place),
+                )
+            )
+            if step + 1 < steps:
+                self.read(stage, step + 1)
+            if step == 0:
+                self.leave_piece_before(piece, stage)
 
     def gather(self, piece: Index, stage: Index, thread: Index) -> None:
         """Start a thread's copies of a piece's columns."""
@@ -221,7 +297,7 @@ class _Block:
                 offset = known * step
             T.evaluate(
                 wgmma.copy(
-                    _at(self.columns, (stage * s.block_k + line) * s.line + j),
+                    at(self.columns, (stage * s.block_k + line) * s.line + j),
                     tirx.address_of(product.x[tuple(place)]),
                     offset,
                     4 * lanes,
@@ -243,8 +319,8 @@ class _Block:
                 s.factor,
                 s.tiles,
                 s.line,
-                _at(self.rows, step % 2 * 4 * s.tiles),
-                _at(self.columns, line * s.line + self.own),
+                at(self.rows, step % 2 * 4 * s.tiles),
+                at(self.columns, line * s.line + self.own),
             )
         )
 
@@ -262,6 +338,6 @@ class _Block:
                 product.write(self.batch, row, column_of, self.sums[column * rows + j])
 
 
-def _at(buffer: tirx.Buffer, offset: Index | int) -> ir.Expr:
+def at(buffer: tirx.Buffer, offset: Index | int) -> ir.Expr:
     """An address, told as read, for barriers are set here."""
     return buffer.access_ptr("r", offset=offset, extent=1)

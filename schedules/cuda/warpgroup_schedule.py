@@ -14,9 +14,9 @@ _SKEW = 8
 # Sums of a thread: at most so many, or so many for which registers are shared out.
 MOST_SUMS, SCARCE_SUMS = 96, 128
 # What a thread that copies and one of two warpgroups that multiply have of the registers where they
-# share them out. Together that is what 384 threads of `_GIVEN` registers, all that nvcc can give
+# share them out. Together that is what 384 threads of `GIVEN` registers, all that nvcc can give
 # them, have at the start; with fewer a block would wait for ever, which the tests exclude.
-_GIVEN = 168
+GIVEN = 168
 COPIES_IN, MULTIPLIES_IN = 40, 232
 
 
@@ -76,7 +76,7 @@ class WarpgroupSchedule:
 
         Where these are too many for every thread of a block, those that copy give some up.
         """
-        return _GIVEN if self.shares else self.sums + 16 * self.tiles + 24
+        return GIVEN if self.shares else self.sums + 16 * self.tiles + 24
 
     @property
     def shares(self) -> bool:

@@ -179,24 +179,24 @@ def copy(to: ir.Expr, source: ir.Expr, offset: ir.Expr, size: int, inside: ir.Ex
     What is copied lies ``offset`` float32 values after the address ``source``.
     """
     text = _COPY.format(bytes=size)
-    return _call(f"tvm_lowrank_copy_{size}", text, to, source, offset, inside.astype("int32"))
+    return call(f"tvm_lowrank_copy_{size}", text, to, source, offset, inside.astype("int32"))
 
 
 def prepare(barriers: ir.Expr, count: int, full: int, free: int) -> ir.Expr:
     """Set up ``count`` barriers that turn after ``full`` arrivals, and as many after ``free``."""
     name = f"tvm_lowrank_barriers_prepare_{count}_{full}_{free}"
-    return _call(name, _PREPARE.format(count=count, full=full, free=free), barriers)
+    return call(name, _PREPARE.format(count=count, full=full, free=free), barriers)
 
 
 def share_registers(change: str, count: int) -> ir.Expr:
     """Have a warpgroup's threads give up registers (``dec``) or get more (``inc``)."""
     text = _SHARE.format(change=change, count=count)
-    return _call(f"tvm_lowrank_registers_{change}_{count}", text)
+    return call(f"tvm_lowrank_registers_{change}_{count}", text)
 
 
 def wait(barrier: ir.Expr, parity: ir.Expr) -> ir.Expr:
     """Wait until a barrier has turned from ``parity``; a fresh one has turned from 1."""
-    return _call("tvm_lowrank_barrier_wait", _WAIT, barrier, parity)
+    return call("tvm_lowrank_barrier_wait", _WAIT, barrier, parity)
 
 
 def arrive(barrier: ir.Expr, mine: ir.Expr) -> ir.Expr:
@@ -204,12 +204,12 @@ def arrive(barrier: ir.Expr, mine: ir.Expr) -> ir.Expr:
 
     Not by way of a branch, before which the compiler would let all products end.
     """
-    return _call("tvm_lowrank_barrier_arrive", _ARRIVE, barrier, mine.astype("int32"))
+    return call("tvm_lowrank_barrier_arrive", _ARRIVE, barrier, mine.astype("int32"))
 
 
 def arrive_copied(barrier: ir.Expr) -> ir.Expr:
     """One arrival for each thread, as soon as all copies that it has started are there."""
-    return _call("tvm_lowrank_copies_arrive", _ARRIVE_COPIED, barrier)
+    return call("tvm_lowrank_copies_arrive", _ARRIVE_COPIED, barrier)
 
 
 def send(to: ir.Expr, source: ir.Expr, size: int, barrier: ir.Expr, mine: ir.Expr) -> ir.Expr:
@@ -219,7 +219,7 @@ def send(to: ir.Expr, source: ir.Expr, size: int, barrier: ir.Expr, mine: ir.Exp
     """
     name = f"tvm_lowrank_send_{size}"
     text = _SEND.format(bytes=size)
-    return _call(name, text, to, source, barrier, mine.astype("int32"))
+    return call(name, text, to, source, barrier, mine.astype("int32"))
 
 
 def read(factor: Factor, tiles: int, line: int, own: ir.Expr, rows: ir.Expr) -> ir.Expr:
@@ -245,7 +245,7 @@ def read(factor: Factor, tiles: int, line: int, own: ir.Expr, rows: ir.Expr) -> 
         line=line,
         convert=factor.convert,
     )
-    return _call(name, text, own, rows)
+    return call(name, text, own, rows)
 
 
 def multiply(
@@ -288,7 +288,7 @@ def multiply(
         across=CORE_COLUMNS * CORE_BYTES >> 4,
         products="\n".join(products),
     )
-    return _call(name, text, sums, own, shared)
+    return call(name, text, sums, own, shared)
 
 
 def place_of_sum(register: int, tile: int, tiles: int) -> int:
@@ -299,8 +299,9 @@ def place_of_sum(register: int, tile: int, tiles: int) -> int:
 
 def finish(count: int, sums: ir.Expr) -> ir.Expr:
     """Wait for all products; only then may the sums be read."""
-    return _call(f"tvm_lowrank_wgmma_finish_{count}", _FINISH.format(sums=count), sums)
+    return call(f"tvm_lowrank_wgmma_finish_{count}", _FINISH.format(sums=count), sums)
 
 
-def _call(name: str, text: str, *arguments: ir.Expr) -> ir.Expr:
+def call(name: str, text: str, *arguments: ir.Expr) -> ir.Expr:
+    """A call of a function that the text of CUDA source defines, with the kernel's source."""
     return tirx.call_intrin("void", "tirx.cuda.func_call", name, *arguments, text)

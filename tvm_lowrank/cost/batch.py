@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 
 from tvm_lowrank.build import compile_module, export
 from tvm_lowrank.cost import measure_batch
@@ -125,7 +126,7 @@ def export_batch(
         functions: dict[str, Any] = {}
         for candidate in candidates[start : start + _A_LIBRARY]:
             program = _program(candidate, machine)
-            names = [f"c{len(entries)}_{index}" for index in range(len(program.stages))]
+            names = _names(program, len(entries))
             functions |= program.named(names)
             entries.append(_entry(candidate, program, names, library))
         export(compile_module(tvm.IRModule(functions), target), folder / library)
@@ -143,6 +144,16 @@ def export_batch(
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
         file.write(json.dumps(manifest, indent=1))
     Path(file.name).rename(folder / measure_batch.MANIFEST)
+
+
+def _names(program: Program, number: int) -> list[str]:
+    """Names for the kernels of a candidate; those that turn maps alike have the same."""
+    return [
+        f"turn_{tvm_ffi.structural_hash(stage.func) % 2**64:x}"
+        if stage.turns
+        else f"c{number}_{index}"
+        for index, stage in enumerate(program.stages)
+    ]
 
 
 def _program(candidate: Candidate, machine: Machine) -> Program:
@@ -190,7 +201,9 @@ def import_results(folder: Path, path: Path) -> tuple[int, int]:
         machines = {str(result["machine"]) for result in results if result["us"] is not None}
         if not machines:
             raise ValueError("no candidate was measured")
-        times = [(entries[index], _microseconds(r)) for index, r in measured.items()]
+        times = [
+            (entries[index], _microseconds(r), r.get("alone")) for index, r in measured.items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise LowRankError(
             f"{folder} holds no measured batch ({error}); run measure.py in it first"
@@ -204,10 +217,10 @@ def import_results(folder: Path, path: Path) -> tuple[int, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     records = TuningRecords(path, manifest["isa"], threads, machine=machine)
     added = 0
-    for entry, us in times:
+    for entry, us, alone in times:
         key = ConvWorkload.from_json(entry["workload"]).key()
         if records.time(key, entry["schedule"]) is None:
-            records.add(key, entry["schedule"], us)
+            records.add(key, entry["schedule"], us, alone=alone)
             added += 1
     return added, len(entries) - len(measured)
 

@@ -259,6 +259,12 @@ class KernelTimer:
         times = [self.records.time(w.key(), schedule.to_json()) for w in other_epilogues(workload)]
         return next((time for time in times if time is not None), None)
 
+    def alone(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
+        """The same without turning maps, None if it turns none or that is not on record."""
+        data = schedule.to_json()
+        times = [self.records.alone(w.key(), data) for w in other_epilogues(workload)]
+        return next((time for time in times if time is not None), None)
+
     def recorded(self, stages: Sequence[ConvGeometry]) -> float | None:
         """Time of a chain as `chain` gives it, if the records hold all of it, else None."""
         times = [self._best(workload)[0] for workload in self.workloads(stages)]
@@ -386,7 +392,10 @@ class KernelTimer:
         self.disputed += apart > AGREEMENT
         self.apart = max(self.apart, apart)
         device = None if answer is None else answer.get("device")
-        self.records.add(workload.key(), schedule.to_json(), microseconds, spread, device, slower)
+        alone = None if answer is None else answer.get("alone")
+        self.records.add(
+            workload.key(), schedule.to_json(), microseconds, spread, device, slower, alone
+        )
         return microseconds
 
     def ask(self, workload: Any, schedule: Any) -> Any:

@@ -135,13 +135,15 @@ def time_candidate(
 ) -> dict[str, float]:
     """``us``, the sum of the medians of a candidate's kernels, and ``spread``, the largest of any.
 
-    ``kept``: see `tensors`.
+    Where some of them turn maps, ``alone`` is the sum of the others. ``kept``: see `tensors`.
     """
     times = time_stages(module, candidate, device, {} if kept is None else kept)
-    return {
-        "us": sum(statistics.median(stage) for stage in times),
-        "spread": max(max(stage) / min(stage) for stage in times) - 1,
-    }
+    medians = [statistics.median(stage) for stage in times]
+    answer = {"us": sum(medians), "spread": max(max(stage) / min(stage) for stage in times) - 1}
+    turns = [stage["turns"] for stage in candidate["stages"]]
+    if any(turns):
+        answer["alone"] = sum(us for us, turned in zip(medians, turns, strict=True) if not turned)
+    return answer
 
 
 def time_stages(
@@ -149,16 +151,21 @@ def time_stages(
 ) -> list[list[float]]:
     """Microseconds of each kernel of a candidate, measured a few times (on a GPU by its events).
 
-    ``kept``: see `tensors`.
+    One that turns a map is measured for the first candidate that has it. ``kept``: see `tensors`.
     """
     values = tensors(candidate, device, kept)
     times = []
     for stage in candidate["stages"]:
+        if stage["function"] in kept:
+            times.append(kept[stage["function"]])
+            continue
         arguments = [values[name] for name in (*stage["reads"], stage["writes"])]
         function: Callable[..., Any] = module.time_evaluator(
             stage["function"], device, number=1, repeat=REPEATS, min_repeat_ms=MILLISECONDS
         )
         times.append([1e6 * seconds for seconds in function(*arguments).results])
+        if stage["turns"]:
+            kept[stage["function"]] = times[-1]
     return times
 
 
@@ -166,7 +173,7 @@ def tensors(candidate: dict[str, Any], device: Any, kept: dict[Any, Any]) -> dic
     """A tensor for every value of a candidate: small random numbers, or what its kernels write.
 
     ``kept`` holds those of the candidate before, of which equal ones are used again: large maps
-    take longer to make than kernels to time.
+    take longer to make than kernels to time. By name it holds the times of what turns maps.
     """
     import numpy as np
     import tvm
@@ -178,7 +185,7 @@ def tensors(candidate: dict[str, Any], device: Any, kept: dict[Any, Any]) -> dic
         name: (name, tuple(value["shape"]), value["dtype"], name in written)
         for name, value in candidate["values"].items()
     }
-    for key in set(kept) - set(keys.values()):
+    for key in [key for key in kept if isinstance(key, tuple) and key not in keys.values()]:
         del kept[key]
     for key in set(keys.values()) - set(kept):
         _, shape, dtype, is_written = key

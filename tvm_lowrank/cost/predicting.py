@@ -91,9 +91,10 @@ class PredictingTimer(KernelTimer):
         super().__init__(*args, **options)
         records = self.records
         self._asked: set[ConvWorkload] = set()
-        for key, (card, _, shipped), schedule, us in list(records.rows()):
+        for key, place, schedule, us in list(records.rows()):
+            card, _, shipped = place
             if shipped and card == records.machine and records.time(key, schedule) is None:
-                records.remember(key, schedule, us)
+                records.remember(key, schedule, us, place)
         # Timers share records, and what another one predicts gets into them later.
         self._measured = {key for key, place, *_ in records.rows() if place == records.here}
         self._scales = self._learnt_scales()

@@ -11,6 +11,7 @@ from typing import Any
 
 import tvm
 
+from tvm_lowrank.cost import layouts
 from tvm_lowrank.cost.chains import choose_chains
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import FORMS
@@ -23,6 +24,7 @@ from tvm_lowrank.plan import LayerPlan, Plan
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.memory import Option, within_bytes
 from tvm_lowrank.planner.survey import Survey
+from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.kernels import algorithm_of, weight_bytes
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -147,6 +149,8 @@ class Assembler:
         limit = self.survey.options.max_weight_bytes
         if limit is not None and timer is self.survey.timer:
             chosen = _bounded(Counter(workloads), limit, timer)
+        elif isinstance(timer.isa, CudaArch):
+            chosen = layouts.settle(factored, timer, chosen)
         return _as_json(chosen)
 
 

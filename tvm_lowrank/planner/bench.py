@@ -11,13 +11,12 @@ import numpy as np
 import tvm
 
 from tvm_lowrank.build import compile_module, network_of
+from tvm_lowrank.cost import layouts
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import PredictingTimer
-from tvm_lowrank.passes.lower import survey
 from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import verify
-from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import REDUCED
 from tvm_lowrank.target import host_target
 
@@ -134,10 +133,8 @@ class PredictingBench:
         return [self._latency(plan) for plan, _ in entries]
 
     def _latency(self, plan: Plan) -> verify.Latency:
-        machine: Machine = self.timer.isa
-        choose = plan.scheduler()
-        workloads = survey(factor(self.normalised, plan.chains()), machine, choose)
-        total = sum(self.timer.time(workload, choose(workload)) for workload in workloads)
+        factored = factor(self.normalised, plan.chains())
+        total = layouts.total(factored, self.timer, plan.scheduler())
         return verify.Latency(total / 1e3, total / 1e3, 0)
 
     def one_thread(self, path: Path) -> float | None:
