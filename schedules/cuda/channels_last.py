@@ -21,15 +21,11 @@ from .few_channels import inner, inner_weight
 from .gemm import define, refuse_grid, round_up
 from .program import WEIGHTS, Program
 from .threads import ThreadSchedule
-from .warpgroup_schedule import MOST_SUMS, SCARCE_SUMS
 
 __all__ = ["LastHalfSchedule", "LastSchedule", "LastTF32Schedule"]
 
 _ARCHITECTURE = 90
 _MOST_SCHEDULES = 24
-_LEAST_CHANNELS = 32
-# Shared memory that the driver gives a block where it is asked to, less for alignment.
-_MOST_SHARED = (227 << 10) - 1024
 # Pixels whose places a thread that copies keeps, and taps along an axis that it knows of each.
 _MOST_PIXELS, _MOST_WHERE_SCARCE, _MOST_TAPS = 12, 8, 15
 # What `predict` adds up, in cycles of a multiprocessor, as measured on an H200: a copy by a warp,
@@ -66,31 +62,14 @@ def is_legal(workload: ConvWorkload, schedule: LastSchedule, arch: CudaArch) -> 
     if problem:
         return problem
     s = schedule
-    if min(s.block_m, s.block_n, s.block_k) < 1 or s.tiles not in (1, 2):
-        return "tiles are 1 or 2, blocks positive"
-    if (
-        s.block_m % _LEAST_CHANNELS
-        or s.block_m > 256
-        or (s.sums > MOST_SUMS and s.sums != SCARCE_SUMS)
-    ):
-        return (
-            f"channels must be multiples of {_LEAST_CHANNELS}, and a thread's sums at most "
-            f"{MOST_SUMS} or {SCARCE_SUMS}"
-        )
-    if s.block_n % (wgmma.ROWS * s.tiles) or s.block_k % s.factor.k:
-        return "blocks must be of whole warpgroups and pieces of whole instructions"
-    if s.copying not in (4, 8) or (s.shares and s.copying != 4):
-        return "4 or 8 warps copy, 4 where registers are scarce"
+    if problem := s.refuse():
+        return problem
     threads = s.copying * WARP
     if threads % s.lines or s.block_n * s.lines % threads:
         return "the threads that copy cannot share a piece evenly"
     most = _MOST_WHERE_SCARCE if s.shares else _MOST_PIXELS
     if s.block_n * s.lines // threads > most:
         return f"a thread would copy more than {most} pixels of a piece"
-    if s.stages < 2:
-        return "stages must be 2 or more: one is multiplied while another is on its way"
-    if s.shared_bytes > _MOST_SHARED:
-        return f"it needs {s.shared_bytes} of {_MOST_SHARED} bytes of shared memory"
     if not s.shares and s.registers * s.threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {s.threads} threads"
     return refuse_grid(direct.gemm_of(inner(workload).geometry, s.block_k), s)
@@ -99,7 +78,7 @@ def is_legal(workload: ConvWorkload, schedule: LastSchedule, arch: CudaArch) -> 
 def space(kind: type[LastSchedule], workload: ConvWorkload, arch: CudaArch) -> list[LastSchedule]:
     """Legal schedules of one kind, the one predicted fastest first."""
     g = inner(workload).geometry
-    channels = round_up(g.out_channels // g.groups, _LEAST_CHANNELS)
+    channels = round_up(g.out_channels // g.groups, LastSchedule.least_channels)
     sizes = [s for s in _SIZES if round_up(channels, s) <= _PADDED * channels]
     # Long ones save waiting, where the sum is not padded for them.
     pieces = (4 * kind.factor.k, 2 * kind.factor.k)

@@ -19,21 +19,12 @@ from .gemm import define, refuse_grid, round_up
 from .program import WEIGHTS, Program, moved_bytes
 from .threads import ThreadSchedule
 from .warpgroup_code import WarpgroupProduct, kernel, pixels_a_copy
-from .warpgroup_schedule import (
-    MOST_SUMS,
-    SCARCE_SUMS,
-    WarpgroupHalfSchedule,
-    WarpgroupSchedule,
-    WarpgroupTF32Schedule,
-)
+from .warpgroup_schedule import WarpgroupHalfSchedule, WarpgroupSchedule, WarpgroupTF32Schedule
 
 __all__ = ["WarpgroupHalfSchedule", "WarpgroupSchedule", "WarpgroupTF32Schedule"]
 
 _ARCHITECTURE = 90
-_LEAST_CHANNELS = 16
 _MOST_SCHEDULES = 16
-# Shared memory that the driver gives a block where it is asked to, less for alignment.
-_MOST_SHARED = (227 << 10) - 128
 # A copy of columns takes as long as so many multiply-adds of float32; one whose place in the map
 # is computed for itself, twice that.
 _COPY = 16
@@ -57,29 +48,15 @@ def is_legal(workload: ConvWorkload, schedule: WarpgroupSchedule, arch: CudaArch
     if problem:
         return problem
     s = schedule
-    if min(s.block_m, s.block_n, s.block_k, s.split_k) < 1 or s.tiles not in (1, 2):
-        return "tiles are 1 or 2, blocks and split_k positive"
-    if (
-        s.block_m % _LEAST_CHANNELS
-        or s.block_m > 256
-        or (s.sums > MOST_SUMS and s.sums != SCARCE_SUMS)
-    ):
-        return (
-            f"channels must be multiples of 16, and a thread's sums at most {MOST_SUMS} or "
-            f"{SCARCE_SUMS}"
-        )
-    steps = s.block_k // s.factor.k
-    if s.block_n % (wgmma.ROWS * s.tiles) or s.block_k % s.factor.k or steps % 2:
-        return "blocks must be of whole warpgroups and pieces of an even number of instructions"
-    if s.copying not in (4, 8) or (s.shares and s.copying != 4):
-        return "4 or 8 warps copy, 4 where registers are scarce"
+    if s.split_k < 1:
+        return "split_k must be positive"
+    if problem := s.refuse():
+        return problem
+    if s.block_k // s.factor.k % 2:
+        return "pieces must be of an even number of instructions"
     across, copying = s.block_n // pixels_a_copy(workload.geometry), s.copying * WARP
     if max(across, copying) % min(across, copying) or s.block_k * across % copying:
         return "the threads that copy cannot share a piece evenly"
-    if s.stages < 2:
-        return "stages must be 2 or more: one is multiplied while another is on its way"
-    if s.shared_bytes > _MOST_SHARED:
-        return f"it needs {s.shared_bytes} of {_MOST_SHARED} bytes of shared memory"
     if s.registers * s.threads > arch.registers:
         return f"it needs about {s.registers} registers for each of {s.threads} threads"
     return refuse_grid(direct.gemm_of(workload.geometry, s.block_k), s)
@@ -90,9 +67,9 @@ def space(
 ) -> list[WarpgroupSchedule]:
     """Legal schedules with one type of factors, the one predicted fastest first."""
     g = workload.geometry
-    channels = round_up(g.out_channels // g.groups, _LEAST_CHANNELS)
+    channels = round_up(g.out_channels // g.groups, WarpgroupSchedule.least_channels)
     sizes = [s for s in _SIZES if round_up(channels, s) <= _PADDED * channels]
-    short = direct.gemm_of(g, _LEAST_CHANNELS).k <= _SHORT_SUM
+    short = direct.gemm_of(g, WarpgroupSchedule.least_channels).k <= _SHORT_SUM
     piece = 2 * kind.factor.k if short else _PIECE
     legal = []
     for size, groups, tiles, stages, copying, split in itertools.product(
