@@ -14,7 +14,7 @@ from .warpgroup_schedule import GIVEN, WarpgroupTiles
 class LastSchedule(WarpgroupTiles):
     """`WarpgroupTiles` of a convolution between maps with channels last.
 
-    With ``stays`` no more blocks start than the card holds; each takes one tile after the other, and
+    With ``stays`` no more blocks start than the card holds. Each takes one tile after the other and
     copies the pieces of the next while it writes the results of one.
     """
 
