@@ -15,7 +15,8 @@ from tvm_lowrank.schedules.cuda.channels_last import LastHalfSchedule
 from tvm_lowrank.schedules.kernels import FAMILIES, REDUCED
 
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import TuningRecords, shipped_records, survey_records
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.shipped import shipped_records, survey_records
 
 HERE = Path(__file__).resolve().parent
 ROWS, COMPARED = HERE / "results_gpu.json", HERE / "compare_gpu.json"

@@ -35,7 +35,8 @@ from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.cost.sampling import algorithm_class, best_of_each, recorded_layers
 from tvm_lowrank.cost.trees import Trees, signature
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import Place, TuningRecords, shipped_records, survey_records
+from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.shipped import shipped_records, survey_records
 
 ISAS = {isa.name: isa for isa in MACHINES}
 

@@ -11,7 +11,8 @@ from tvm_lowrank.schedules.x86 import isa as instruction_sets
 
 from tvm_lowrank.cost.learned import train
 from tvm_lowrank.cost.trees import FILE, signature
-from tvm_lowrank.records import TuningRecords, shipped_records, survey_records
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.shipped import shipped_records, survey_records
 
 FOLDER = Path(__file__).resolve().parents[1] / "tuning_logs"
 MACHINES = (instruction_sets.AVX512, instruction_sets.AVX2, ARCHITECTURES["sm_90"])

@@ -8,7 +8,8 @@ import math
 import pytest
 
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.records import TuningRecords, condense
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.shipped import condense
 
 
 def test_records_survive_a_restart_and_keep_the_best_time(tmp_path):

@@ -17,7 +17,8 @@ from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.sampling import Survey, algorithm_class, form_stages, random_layers
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.shipped import shipped_records
 from tvm_lowrank.target import parse_target
 
 ROOFLINE = Roofline(200.0, 20.0)

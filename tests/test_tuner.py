@@ -28,7 +28,8 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.planner import Options
 from tvm_lowrank.planner.verify import Latency
-from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.shipped import shipped_records
 from tvm_lowrank.target import host_target, parse_target
 
 

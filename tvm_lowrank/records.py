@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -121,7 +120,7 @@ class TuningRecords:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}, expected {FORMAT}")
         place = (str(record["machine"]), int(record["threads"]), shipped)
-        workload, schedule = str(record["workload"]), _text(dict(record["schedule"]))
+        workload, schedule = str(record["workload"]), schedule_text(dict(record["schedule"]))
         microseconds = math.inf if record["us"] is None else float(record["us"])
         if record["isa"] != self.isa:
             return
@@ -176,7 +175,7 @@ class TuningRecords:
         """
         microseconds = round(microseconds, 3)  # as it will be read again
         alone = None if alone is None else round(alone, 3)
-        self._keep(workload, self.here, _text(schedule), microseconds, alone)
+        self._keep(workload, self.here, schedule_text(schedule), microseconds, alone)
         more: dict[str, Any] = {} if alone is None else {"alone": alone}
         if spread is not None:
             more["spread"] = round(spread, 3)
@@ -188,10 +187,10 @@ class TuningRecords:
 
     def add_race(self, workload: str, found: Sequence[tuple[dict[str, Any], float]]) -> None:
         """Append the times of all candidates of a workload that ran in turns with each other."""
-        name = _race_name([_text(schedule) for schedule, _ in found])
+        name = _race_name([schedule_text(schedule) for schedule, _ in found])
         times = self._races.setdefault((workload, self.here), {}).setdefault(name, {})
         for schedule, us in found:
-            times.setdefault(_text(schedule), []).append(round(us, 3))
+            times.setdefault(schedule_text(schedule), []).append(round(us, 3))
             self._append(workload, schedule, round(us, 3), {"in_turns": name})
 
     def _append(
@@ -229,17 +228,17 @@ class TuningRecords:
     ) -> None:
         """Take a time for one of this place, in memory only; see ``place`` for what else is."""
         known = None if place is None else self.alone(workload, schedule, place)
-        self._keep(workload, self.here, _text(schedule), microseconds, known)
+        self._keep(workload, self.here, schedule_text(schedule), microseconds, known)
 
     def alone(
         self, workload: str, schedule: dict[str, Any], place: Place | None = None
     ) -> float | None:
         """Microseconds of a schedule without those of turning maps, None if it turns none."""
-        return self._alone.get((workload, place or self.here, _text(schedule)))
+        return self._alone.get((workload, place or self.here, schedule_text(schedule)))
 
     def time(self, workload: str, schedule: dict[str, Any]) -> float | None:
         """Microseconds of a schedule here, infinite if it failed, None if it was not measured."""
-        return self._times.get(workload, {}).get(self.here, {}).get(_text(schedule))
+        return self._times.get(workload, {}).get(self.here, {}).get(schedule_text(schedule))
 
     def race(
         self, workload: str, schedules: Sequence[dict[str, Any]], place: Place | None = None
@@ -255,7 +254,7 @@ class TuningRecords:
         self, workload: str, schedules: Sequence[dict[str, Any]], place: Place | None = None
     ) -> list[tuple[float, ...]]:
         """Microseconds of schedules in each race of these, and no others; see `race`."""
-        texts = [_text(schedule) for schedule in schedules]
+        texts = [schedule_text(schedule) for schedule in schedules]
         times = self._races.get((workload, place or self.here), {}).get(_race_name(texts), {})
         # What was cut off in the middle of a race is none.
         return list(zip(*(times.get(text, []) for text in texts), strict=False))
@@ -263,7 +262,7 @@ class TuningRecords:
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""
         known = self.time(workload, schedule) is not None
-        return self._looks.get((workload, self.here, _text(schedule)), 1) if known else 0
+        return self._looks.get((workload, self.here, schedule_text(schedule)), 1) if known else 0
 
     def measured(self, workload: str) -> list[tuple[dict[str, Any], float]]:
         """Schedules that ran here with their microseconds, fastest first."""
@@ -347,65 +346,16 @@ def in_order(
     return [*near, *(each for _, each in found[len(near) :])]
 
 
-def shipped_records(isa: str) -> list[Path]:
-    """The files of records for an instruction set that are installed with the package."""
-    folder = Path(str(files("tvm_lowrank.tuning_logs"))) / isa
-    return sorted(folder.glob("*.jsonl"))
-
-
-def survey_records(isa: str) -> list[Path]:
-    """The files of surveys that are installed with the package: they teach the cost model only."""
-    folder = Path(str(files("tvm_lowrank.tuning_logs"))) / isa / "survey"
-    return sorted(folder.glob("*.jsonl"))
-
-
 def _race_name(schedules: Sequence[str]) -> str:
     """Tells races of a workload apart by who took part."""
     return hashlib.sha256("\n".join(sorted(schedules)).encode()).hexdigest()[:8]
 
 
-def _text(schedule: dict[str, Any]) -> str:
+def schedule_text(schedule: dict[str, Any]) -> str:
+    """A schedule's JSON as one text, by which records know it."""
     return json.dumps(schedule, sort_keys=True)
 
 
 def _ranked(times: dict[str, float]) -> list[tuple[dict[str, Any], float]]:
     ran = [(time, schedule) for schedule, time in times.items() if math.isfinite(time)]
     return [(json.loads(schedule), time) for time, schedule in sorted(ran)]
-
-
-def condense(source: Path, sink: Path, keep: int = 3) -> int:
-    """Write the fastest ``keep`` records of each workload, place and family of kernels, sorted.
-
-    Times in turns stay with what is kept.
-
-    Returns the number of records written.
-
-    Raises
-    ------
-    LowRankError
-        ``source`` does not hold records, or ``sink`` cannot be written.
-    """
-    groups: dict[tuple[Any, ...], list[tuple[float, str, str]]] = {}
-    races: dict[tuple[Any, ...], list[str]] = {}
-    try:
-        for line in source.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            names = ("isa", "threads", "machine", "workload")
-            family, schedule = record["schedule"].get("kernel", ""), _text(record["schedule"])
-            group = (*(record[name] for name in names), family)
-            if "in_turns" in record:
-                races.setdefault((*group, schedule), []).append(line)
-            elif record["us"] is not None:
-                groups.setdefault(group, []).append((record["us"], line, schedule))
-        best = []
-        for group in sorted(groups):
-            kept = sorted(groups[group])[:keep]
-            best += [line for _, line, _ in kept]
-            best += [race for *_, s in kept for race in races.get((*group, s), ())]
-        sink.parent.mkdir(parents=True, exist_ok=True)
-        sink.write_text("".join(f"{line}\n" for line in best), encoding="utf-8")
-    except OSError as error:
-        raise LowRankError(f"tuning records cannot be condensed ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise LowRankError(f"tuning records {source} are damaged ({error!r})") from error
-    return len(best)

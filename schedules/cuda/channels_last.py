@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
-from . import direct, mma, model, tensor, turn, wgmma, wgmma_shared
-from .arch import WARP, CudaArch, version_of
+from . import direct, mma, model, tensor, turn, warpgroup, wgmma, wgmma_shared
+from .arch import WARP, CudaArch
 from .channels_last_code import LastProduct, kernel
 from .channels_last_schedule import LastHalfSchedule, LastSchedule, LastTF32Schedule
 from .few_channels import inner, inner_weight
@@ -24,7 +24,6 @@ from .threads import ThreadSchedule
 
 __all__ = ["LastHalfSchedule", "LastSchedule", "LastTF32Schedule"]
 
-_ARCHITECTURE = 90
 _MOST_SCHEDULES = 24
 # Pixels whose places a thread that copies keeps, and taps along an axis that it knows of each.
 _MOST_PIXELS, _MOST_WHERE_SCARCE, _MOST_TAPS = 12, 8, 15
@@ -41,8 +40,8 @@ _SIZES, _PADDED = (32, 64, 96, 128, 192, 256), 1.15
 
 def refuse(workload: ConvWorkload, arch: CudaArch) -> str | None:
     """Why the kernel cannot compute ``workload``, or None if it can."""
-    if version_of(arch.name) != _ARCHITECTURE:
-        return f"{arch.name} has no warpgroups, which sm_{_ARCHITECTURE} alone has"
+    if problem := warpgroup.refuse(workload, arch):
+        return problem
     g = workload.geometry
     if (g.in_channels // g.groups % turn.EIGHT and g.groups > 1) or (
         g.out_channels // g.groups % turn.EIGHT
@@ -53,7 +52,7 @@ def refuse(workload: ConvWorkload, arch: CudaArch) -> str | None:
     pixels = g.batch * max(g.height * g.width, g.out_height * g.out_width)
     if pixels * max(g.in_channels, g.out_channels) >= 1 << 31:
         return "its maps have more values than an index of 32 bits counts"
-    return direct.refuse(workload, arch)
+    return None
 
 
 def is_legal(workload: ConvWorkload, schedule: LastSchedule, arch: CudaArch) -> str | None:

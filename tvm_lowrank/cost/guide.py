@@ -12,10 +12,11 @@ import numpy as np
 from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.cost.trees import Trees, find
-from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from tvm_lowrank.shipped import shipped_records
 
 # Predictions are good to about this factor (the 95th percentile of the regret of the algorithm).
 MARGIN = 1.15

@@ -110,7 +110,7 @@ class _Network:
         others = others and g.out_height * g.out_width > 1
         found: dict[str, _Option] = {}
         for schedule in (chosen, *(s for _, s in timer.measured_schedules(workload) if others)):
-            alone = timer.alone(workload, schedule)
+            alone = _alone(timer, workload, schedule)
             kind = _FIRST if alone is None else str(getattr(schedule, "kind", turn.PLAIN))
             if getattr(schedule, "channels_last", False) and alone is None and schedule != chosen:
                 continue
@@ -205,3 +205,10 @@ class _Network:
                         found.append((whole - alone) / turn.of_convolution(other, arch, kind))
             self._rates[kind] = statistics.median(found) if found else 1.0
         return self._rates[kind]
+
+
+def _alone(timer: KernelTimer, workload: ConvWorkload, schedule: Schedule) -> float | None:
+    """Microseconds of a schedule without turning maps, whatever the epilogue; None if unknown."""
+    data = schedule.to_json()
+    times = [timer.records.alone(w.key(), data) for w in other_epilogues(workload)]
+    return next((time for time in times if time is not None), None)

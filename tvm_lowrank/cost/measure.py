@@ -259,12 +259,6 @@ class KernelTimer:
         times = [self.records.time(w.key(), schedule.to_json()) for w in other_epilogues(workload)]
         return next((time for time in times if time is not None), None)
 
-    def alone(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
-        """The same without turning maps, None if it turns none or that is not on record."""
-        data = schedule.to_json()
-        times = [self.records.alone(w.key(), data) for w in other_epilogues(workload)]
-        return next((time for time in times if time is not None), None)
-
     def recorded(self, stages: Sequence[ConvGeometry]) -> float | None:
         """Time of a chain as `chain` gives it, if the records hold all of it, else None."""
         times = [self._best(workload)[0] for workload in self.workloads(stages)]

@@ -15,11 +15,12 @@ from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cuda import gpu_name
-from tvm_lowrank.records import TuningRecords, shipped_records
+from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.kernels import Schedule, predict, schedule_from_json, spaces
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from tvm_lowrank.shipped import shipped_records
 from tvm_lowrank.target import is_measurable
 
 # Share of its peak that a card's best kernels reach, for the roofline that proposes forms.

@@ -22,10 +22,11 @@ from tvm_lowrank.cost.rivals import race
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import AGREEMENT, shipped_records
+from tvm_lowrank.records import AGREEMENT
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import refuse, spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from tvm_lowrank.shipped import shipped_records
 
 # What random shapes are drawn from: those of real networks, and odd ones in between.
 _CHANNELS = (3, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
