@@ -174,7 +174,7 @@ def test_shared_basis_gradient_is_that_of_the_error(layer):
     point, direction = random.normal(size=(2, 4, 8))
     for outputs in (None, 6):
         ahead, behind = (shared._solve(point + s * 1e-5 * direction, outputs) for s in (1, -1))
-        slope = np.sum(shared._solve(point, outputs).gradient * direction)
+        slope = np.sum(shared._gradient(shared._solve(point, outputs)) * direction)
         assert (ahead.error - behind.error) / 2e-5 == pytest.approx(slope, rel=1e-5)
 
 
@@ -370,3 +370,19 @@ def test_zero_and_partly_zero_weights(name, with_data):
         pruned[2:], pruned[:, 3:] = 0, 0
         factors = form.fitter(pruned, geometry, given).fit(rank)
         assert np.isfinite(form.reconstruct(factors, geometry)).all()
+
+
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("name", sorted({"separable", "tucker2", "linear_combination", "cp"}))
+def test_error_that_falls_out_of_a_fit_is_that_of_the_factors(layer, name, refine):
+    geometry, weight, moments = layer
+    form = FORMS[name]
+    fitter = form.fitter(weight, geometry, moments, refine)
+    for rank in reversed(form.ranks(geometry, 1)):  # smaller ranks take over what larger ones left
+        factors, whole, error = form.fit(fitter, rank, weight, geometry, moments)
+        np.testing.assert_array_equal(whole, form.reconstruct(factors, geometry))
+        expected = form.error(weight, factors, geometry, moments)
+        assert error == pytest.approx(expected, rel=1e-8, abs=1e-8)
+        alone = form.fitter(weight, geometry, moments, refine).fit(rank)
+        same = relative_error(weight, form.reconstruct(alone, geometry), moments)
+        assert error == pytest.approx(same, rel=1e-6, abs=1e-8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,7 +42,7 @@ class DirectSchedule(GemmSchedule):
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self)}
+        return {"kernel": self.kernel, **vars(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DirectSchedule:
@@ -83,7 +83,7 @@ def refuse_last(geometry: ConvGeometry, schedule: Tiles, threads: int) -> str | 
 def space(workload: ConvWorkload, arch: CudaArch) -> list[DirectSchedule]:
     """Legal schedules, the one predicted fastest first; never empty unless refused."""
     rough = gemm_of(workload.geometry, 8)
-    found = {DirectSchedule(**asdict(tile)) for tile in tiles(rough, arch)}
+    found = {DirectSchedule(**vars(tile)) for tile in tiles(rough, arch)}
     found |= {replace(schedule, pipeline=False) for schedule in found}
     found |= {replace(schedule, channels_last=True) for schedule in found}
     legal = [s for s in found if is_schedule_legal(workload, s, arch) is None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,7 +46,7 @@ class FFTSchedule(GemmSchedule):
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self)}
+        return {"kernel": self.kernel, **vars(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FFTSchedule:
@@ -113,7 +113,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[FFTSchedule]:
         gemm = _Spectra(workload.geometry, side).gemm
         products = [tile for tile in tiles(gemm, arch) if tile.split_k == 1]
         products.sort(key=lambda tile: (model.of_gemm(gemm, tile, 0, arch, 0.3), str(tile)))
-        found += [FFTSchedule(**asdict(tile), tile=side) for tile in products[:_PRODUCTS]]
+        found += [FFTSchedule(**vars(tile), tile=side) for tile in products[:_PRODUCTS]]
     legal = [s for s in found if is_schedule_legal(workload, s, arch) is None]
     legal.sort(key=lambda schedule: (predict(workload, schedule, arch), str(schedule)))
     return legal[:_MOST_SCHEDULES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -76,7 +76,7 @@ class TensorSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self)}
+        return {"kernel": self.kernel, **vars(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorSchedule:

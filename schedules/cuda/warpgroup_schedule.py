@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from . import wgmma
@@ -97,7 +97,7 @@ class WarpgroupTiles:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self)}
+        return {"kernel": self.kernel, **vars(self)}
 
     @classmethod
     def from_json(cls: type[Self], data: Mapping[str, Any]) -> Self:

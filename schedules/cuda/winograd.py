@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,7 +45,7 @@ class WinogradSchedule(GemmSchedule):
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self), "outputs": list(self.outputs)}
+        return {"kernel": self.kernel, **vars(self), "outputs": list(self.outputs)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WinogradSchedule:
@@ -116,7 +116,7 @@ def space(workload: ConvWorkload, arch: CudaArch) -> list[WinogradSchedule]:
         products = [tile for tile in tiles(grid.gemm, arch) if tile.split_k == 1]
         products.sort(key=lambda tile: (model.of_gemm(grid.gemm, tile, 0, arch, 0.3), str(tile)))
         for tile in products[:_PRODUCTS]:
-            found.append(WinogradSchedule(**asdict(tile), outputs=grid.tile))
+            found.append(WinogradSchedule(**vars(tile), outputs=grid.tile))
     legal = [s for s in found if is_schedule_legal(workload, s, arch) is None]
     legal.sort(key=lambda schedule: (predict(workload, schedule, arch), str(schedule)))
     return legal[:_MOST_SCHEDULES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tvm import tirx
@@ -45,7 +45,7 @@ class DenseSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self)}
+        return {"kernel": self.kernel, **vars(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DenseSchedule:

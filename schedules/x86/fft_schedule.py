@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ class FFTSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self), "tile": list(self.tile)}
+        return {"kernel": self.kernel, **vars(self), "tile": list(self.tile)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FFTSchedule:

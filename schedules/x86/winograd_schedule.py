@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tvm_lowrank.schedules.transforms import tile_grid
@@ -42,7 +42,7 @@ class WinogradSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **asdict(self), "tile": list(self.tile)}
+        return {"kernel": self.kernel, **vars(self), "tile": list(self.tile)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WinogradSchedule:

@@ -9,7 +9,12 @@ from typing import TypeAlias
 
 from tvm_lowrank.cost.operations import multiplications
 from tvm_lowrank.decompose.compose import compose
-from tvm_lowrank.decompose.moments import Array, InputMoments, relative_error
+from tvm_lowrank.decompose.moments import (
+    Array,
+    InputMoments,
+    relative_error,
+    undamped_error,
+)
 from tvm_lowrank.geometry import ConvGeometry
 
 Rank: TypeAlias = int | tuple[int, ...]
@@ -38,6 +43,14 @@ class Fitter(ABC):
     @abstractmethod
     def fit(self, rank: Rank) -> list[Array]:
         """One OIHW float64 weight a stage, in the order of `Form.stages`; ValueError: bad rank."""
+
+    def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
+        """`fit`, and what its factors lose where that falls out of the fit, else None.
+
+        ``tr(D (S + d I) D')``, D what is missing of the weight, S + d I the damped moments that it
+        is fitted under (`InputMoments.damping`).
+        """
+        return self.fit(rank), None
 
 
 class Form(ABC):
@@ -147,6 +160,21 @@ class Form(ABC):
     ) -> float:
         """Share of the output's variance that the factors lose (see `moments.relative_error`)."""
         return relative_error(weight, self.reconstruct(factors, geometry), moments)
+
+    def fit(
+        self,
+        fitter: Fitter,
+        rank: Rank,
+        weight: Array,
+        geometry: ConvGeometry,
+        moments: InputMoments,
+    ) -> tuple[list[Array], Array, float]:
+        """Factors by a fitter of the weight, the dense weight they stand for, and their `error`."""
+        factors, lost = fitter.fit_and_lose(rank)
+        whole = self.reconstruct(factors, geometry)
+        if lost is None:
+            return factors, whole, self.error(weight, factors, geometry, moments)
+        return factors, whole, undamped_error(weight, whole, moments, lost)
 
     def gathers(self, geometry: ConvGeometry, rank: Rank) -> frozenset[int]:
         """Stages that only reorder channels: 1x1 weights of zeros and ones, no multiplications."""

@@ -63,14 +63,19 @@ class _Fitter(Fitter):
         flat = self._weight.reshape(len(weight), -1)
         self._limit = min(flat.shape)
         given = usable(moments, flat.shape[1])
-        self._vectors = _leading(flat, given)
+        self._values, self._vectors = _leading(flat, given)
 
     def fit(self, rank: Rank) -> list[Array]:
-        kept = self._vectors[:, : single(rank, self._limit, LinearCombination.name)]
-        return [
+        return self.fit_and_lose(rank)[0]
+
+    def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
+        limit = single(rank, self._limit, LinearCombination.name)
+        kept = self._vectors[:, :limit]
+        factors = [
             np.tensordot(kept.T, self._weight, axes=1),
             np.ascontiguousarray(kept)[:, :, None, None],
         ]
+        return factors, float(self._values[limit:].sum())
 
 
 def linear_combination(
@@ -87,22 +92,24 @@ def linear_combination(
     return filters, sums
 
 
-def _leading(flat: Array, moments: InputMoments | None) -> Array:
-    """Eigenvectors of ``W S W'`` of a weight (F, D) with eigenvalues that may differ from 0.
+def _leading(flat: Array, moments: InputMoments | None) -> tuple[Array, Array]:
+    """Eigenvalues of ``W S W'`` of a weight (F, D) that may differ from 0, and their vectors.
 
-    Of the larger ones first; where outputs outnumber inputs, from those of a (D, D) matrix.
+    The larger ones first; where outputs outnumber inputs, from those of a (D, D) matrix. S is
+    damped.
     """
     outputs, inputs = flat.shape
     if outputs <= inputs:
         seen = flat @ flat.T
         if moments is not None:
             seen = flat @ moments.covariance @ flat.T + moments.damping * seen
-        return np.asarray(np.linalg.eigh(seen)[1][:, ::-1])
+        values, vectors = np.linalg.eigh(seen)
+        return values[::-1], vectors[:, ::-1]
     if moments is not None:
         flat = flat @ np.linalg.cholesky(moments.covariance + moments.damping * np.eye(inputs))
-    turned = flat @ np.linalg.eigh(flat.T @ flat)[1][:, ::-1]
+    values, vectors = np.linalg.eigh(flat.T @ flat)
     # Orthogonal already, but for rounding where they are short.
-    return np.asarray(np.linalg.qr(turned)[0])
+    return values[::-1], np.linalg.qr(flat @ vectors[:, ::-1])[0]
 
 
 def _limit(geometry: ConvGeometry) -> int:

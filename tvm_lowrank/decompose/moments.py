@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +17,8 @@ CHUNK_BYTES = 64 << 20
 DAMPING_FLOOR = 1e-6
 DAMPING_PER_SHORTAGE = 1.0
 DAMPING_CEILING = 0.1
+# Share of the variance below which what is lost is rounding.
+ROUNDING = 1e-9
 # Samples for each input below which a covariance says too little of other samples.
 SCARCE = 2
 
@@ -45,8 +46,9 @@ class InputMoments:
     covariance: Array
     mean: Array
     samples: int
-    # Of a layer's own weight, which all its approximations are compared with, by its digest.
-    _energies: dict[bytes, float] = field(default_factory=dict, init=False, repr=False)
+    # Of the weight that was asked for last: a layer's own, which all its approximations are
+    # compared with.
+    _energy: list[tuple[Array, float]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the shapes."""
@@ -62,11 +64,10 @@ class InputMoments:
             raise ValueError("samples=0 is kept for the identity; give the number of patches seen")
 
     def energy(self, weight: Array) -> float:
-        """`output_energy` of a weight under these moments, worked out once."""
-        digest = hashlib.blake2b(np.ascontiguousarray(weight).data).digest()
-        if digest not in self._energies:
-            self._energies[digest] = output_energy(weight, self)
-        return self._energies[digest]
+        """`output_energy` of a weight, worked out once where the same array is asked for again."""
+        if not self._energy or self._energy[0][0] is not weight:
+            self._energy[:] = [(weight, output_energy(weight, self))]
+        return self._energy[0][1]
 
     @classmethod
     def identity(cls, geometry: ConvGeometry) -> InputMoments:
@@ -151,6 +152,18 @@ def relative_error(weight: Array, approximation: Array, moments: InputMoments) -
     if denominator <= 0.0:
         return 0.0 if numerator <= 0.0 else float("inf")
     return max(numerator, 0.0) / denominator
+
+
+def undamped_error(
+    weight: Array, approximation: Array, moments: InputMoments, lost: float
+) -> float:
+    """`relative_error` from ``lost``, the same variance under the damped moments."""
+    missing = np.asarray(weight, np.float64) - approximation
+    lost -= moments.damping * float(np.vdot(missing, missing))
+    energy = moments.energy(np.asarray(weight, np.float64))
+    if energy <= 0.0:
+        return relative_error(weight, approximation, moments)
+    return max(lost / energy, ROUNDING)
 
 
 def output_energy(weight: Array, moments: InputMoments) -> float:

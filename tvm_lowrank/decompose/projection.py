@@ -35,14 +35,40 @@ NEVER_DAMPED = 10**12
 
 
 @dataclass
-class _Solution:
-    """One basis with what is best given it; ``core`` is ``(outputs, q K)``, tap-major."""
+class _Seen:
+    """A basis ``(K, p)`` and what the regression on it needs, all for each tap.
+
+    ``seen`` is the basis times the covariance ``(q, K, q p)``, ``gram`` that times the basis
+    ``(q, K, q, K)``, ``cross`` the weight times the covariance times the basis ``(F, q, K)``.
+    """
 
     basis: Array
+    seen: Array
+    gram: Array
+    cross: Array
+
+    def leading(self, rank: int) -> _Seen:
+        """The same for the first rows of the basis."""
+        gram = self.gram[:, :rank, :, :rank]
+        return _Seen(self.basis[:rank], self.seen[:, :rank], gram, self.cross[..., :rank])
+
+
+@dataclass
+class _Solution:
+    """One basis with what is best given it; ``core`` is ``(outputs, q K)``, tap-major.
+
+    ``target`` is what the core is to give, times the covariance.
+    """
+
+    regressors: _Seen
     core: Array
     mixing: Array | None
     error: float
-    gradient: Array
+    target: Array
+
+    @property
+    def basis(self) -> Array:
+        return self.regressors.basis
 
 
 def weight_basis(weight: Array) -> Array:
@@ -98,6 +124,7 @@ class SharedBasis:
         """Take a weight ``(outputs, D)``, tap-major, and its product with the covariance."""
         self.outputs, self._flat, self._weighted = len(flat), flat, weighted
         self._energy = float(np.sum(weighted * flat))
+        self._known: _Seen | None = None
         rows = flat.reshape(-1, self.width) @ self._lower
         self._unfolded = rows.T @ rows
         if len(rows) < self.width:
@@ -118,14 +145,27 @@ class SharedBasis:
         section 3, fit the output side so); ``refine`` then lowers the error, in about ``budget``
         multiplications.
         """
+        return self.fit_and_lose(rank, outputs, refine, budget)[:3]
+
+    def fit_and_lose(
+        self,
+        rank: int,
+        outputs: int | None = None,
+        refine: bool = True,
+        budget: float = REFINE_BUDGET,
+    ) -> tuple[Array, Array, Array | None, float]:
+        """`fit`, and what is lost under the damped moments."""
         outputs = None if outputs == self.outputs else outputs
         start = np.ascontiguousarray(self._directions[:, :rank].T)
         iterations = self._affordable(rank, budget) if refine and rank < self.width else 0
-        best = self._solve(start, outputs)
+        # Of several ranks, each begins with the vectors of those below.
+        if self._known is None or len(self._known.basis) < rank:
+            self._known = self._see(start)
+        best = self._best(self._known.leading(rank), outputs)
         if iterations and best.error > EXACT * self._energy:
             best = self._descend(start, best, outputs, iterations, rank)
         core = best.core.reshape(len(best.core), self.taps, rank).transpose(0, 2, 1)
-        return best.basis, np.ascontiguousarray(core), best.mixing
+        return best.basis, np.ascontiguousarray(core), best.mixing, best.error
 
     def fit_blocks(self, rank: int, refine: bool = True) -> tuple[Array, Array]:
         """Basis ``(G K, p)`` with K rows for each of the G blocks, and core ``(F, G K, q)``.
@@ -188,18 +228,26 @@ class SharedBasis:
             tried = self._solve(whitened, outputs)
             if tried.error < best.error:
                 best = tried
-            return tried.error, mask * tried.gradient
+            return tried.error, mask * self._gradient(tried)
 
         minimise(objective, mixed, iterations, inverse_curvature=0.5)
         return best
 
     def _solve(self, whitened: Array, outputs: int | None) -> _Solution:
-        """Best core and mixing for the basis ``whitened @ inv(L)``, and the error's gradient."""
+        """Best core and mixing for the basis ``whitened @ inv(L)``."""
+        return self._best(self._see(whitened), outputs)
+
+    def _see(self, whitened: Array) -> _Seen:
         rank, width, taps = len(whitened), self.width, self.taps
         basis = whitened @ self._unwhitening
         seen = basis @ self._covariance.reshape(taps, width, taps * width)
-        gram = (seen.reshape(-1, width) @ basis.T).reshape(taps * rank, taps * rank)
-        cross = (self._weighted.reshape(-1, width) @ basis.T).reshape(self.outputs, taps * rank)
+        gram = (seen.reshape(-1, width) @ basis.T).reshape(taps, rank, taps, rank)
+        cross = (self._weighted.reshape(-1, width) @ basis.T).reshape(self.outputs, taps, rank)
+        return _Seen(basis, seen, gram, cross)
+
+    def _best(self, given: _Seen, outputs: int | None) -> _Solution:
+        size = self.taps * len(given.basis)
+        gram, cross = given.gram.reshape(size, size).copy(), given.cross.reshape(-1, size)
         gram[np.diag_indices_from(gram)] += GRAM_JITTER * np.trace(gram) / len(gram)
         core = solve_gram(gram, cross)
         mixing, target, explained = None, self._weighted, float(np.sum(core * cross))
@@ -208,10 +256,15 @@ class SharedBasis:
             mixing = np.ascontiguousarray(vectors[:, : -outputs - 1 : -1])
             core, target = mixing.T @ core, mixing.T @ self._weighted
             explained = float(values[-outputs:].sum())
-        residual = target - core @ seen.reshape(taps * rank, taps * width)
-        pull = core.reshape(-1, rank).T @ residual.reshape(-1, width)
-        gradient = -2.0 * pull @ self._unwhitening.T
-        return _Solution(basis, core, mixing, self._energy - explained, gradient)
+        error = self._energy - explained
+        return _Solution(given, core, mixing, error, target)
+
+    def _gradient(self, found: _Solution) -> Array:
+        """The error's gradient by the whitened basis."""
+        seen = found.regressors.seen.reshape(found.core.shape[1], -1)
+        residual = found.target - found.core @ seen
+        pull = found.core.reshape(-1, len(found.basis)).T @ residual.reshape(-1, self.width)
+        return -2.0 * pull @ self._unwhitening.T
 
 
 def solve_gram(gram: Array, cross: Array) -> Array:

@@ -72,15 +72,18 @@ class _Fitter(Fitter):
         self._basis = weight_basis(self._weight) if given is None else None
 
     def fit(self, rank: Rank) -> list[Array]:
+        return self.fit_and_lose(rank)[0]
+
+    def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
         inner = single(rank, _limit(self._shape), Separable.name)
-        _, c, x, _ = self._shape
+        (_, c, x, _), lost = self._shape, None
         if self._shared is not None:
-            columns, rows, _ = self._shared.fit(inner, refine=self._refine)
+            columns, rows, _, lost = self._shared.fit_and_lose(inner, refine=self._refine)
         else:
             assert self._basis is not None
             columns = np.ascontiguousarray(self._basis[:, :inner].T)
             rows = np.tensordot(self._weight, columns, axes=(1, 1)).transpose(0, 2, 1)
-        return [columns.reshape(inner, c, x, 1), np.ascontiguousarray(rows)[:, :, None, :]]
+        return [columns.reshape(inner, c, x, 1), np.ascontiguousarray(rows)[:, :, None, :]], lost
 
 
 def separable(

@@ -100,10 +100,13 @@ class _Fitter(Fitter):
         self._basis = weight_basis(flat) if given is None else None
 
     def fit(self, rank: Rank) -> list[Array]:
+        return self.fit_and_lose(rank)[0]
+
+    def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
         inner, outer = _pair(rank, self._shape)
-        f, c, x, y = self._shape
+        (f, c, x, y), lost = self._shape, None
         if self._shared is not None:
-            reduce, core, expand = self._shared.fit(inner, outer, self._refine)
+            reduce, core, expand, lost = self._shared.fit_and_lose(inner, outer, self._refine)
             core = core.reshape(outer, inner, x, y)
         elif outer < f:
             reduce, core, expand = _weight_only(self._weight, inner, outer)
@@ -112,7 +115,9 @@ class _Fitter(Fitter):
             reduce, expand = np.ascontiguousarray(self._basis[:, :inner].T), None
             core = np.tensordot(self._weight, reduce, axes=(1, 1)).transpose(0, 3, 1, 2)
         factors = [reduce.reshape(inner, c, 1, 1), np.ascontiguousarray(core)]
-        return factors if expand is None else [*factors, expand.reshape(f, outer, 1, 1)]
+        if expand is not None:
+            factors.append(expand.reshape(f, outer, 1, 1))
+        return factors, lost
 
 
 def tucker2(

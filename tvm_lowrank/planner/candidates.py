@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -117,30 +118,25 @@ def propose(
     exact = weight.astype(np.float64)
     algorithms = algorithms or dict.fromkeys(timer.algorithms, 1.0)
     dense_us = roofline.microseconds([geometry], timer.isa.lanes, algorithms)
-    refusals: list[str] = []
+    names = forms_for(layer, forms)
+    refusals = [f"{name}: {text}" for name in names if (text := FORMS[name].refuse(geometry))]
     plausible: dict[str, list[_Priced]] = {}
-    for name in forms_for(layer, forms):
-        form = FORMS[name]
-        gain = _NO_LOSS if form.keeps_memory else _PREDICTED_GAIN
-        if refusal := form.refuse(geometry):
-            refusals.append(f"{name}: {refusal}")
-            continue
+    for name in sorted(names, key=lambda name: name not in _QUICKLY_FITTED):
+        if plausible and name not in _QUICKLY_FITTED and weight[0].size > _WIDE:
+            break
+        gain = _NO_LOSS if FORMS[name].keeps_memory else _PREDICTED_GAIN
         priced = []
-        for rank in form.ranks(geometry, timer.isa.lanes):
-            stages = tuple(form.stages(geometry, rank))
-            moved = FLOAT32_BYTES * form.values_moved(geometry, rank)
-            extra = moved / (1e3 * roofline.gigabytes)
-            predicted = roofline.microseconds(stages, timer.isa.lanes, algorithms)
-            predicted += extra
+        for rank, stages, moved in _chains(name, geometry, timer.isa.lanes):
+            extra = FLOAT32_BYTES * moved / (1e3 * roofline.gigabytes)
+            predicted = roofline.microseconds(stages, timer.isa.lanes, algorithms) + extra
             if predicted < gain * dense_us:
                 priced.append(_Priced(rank, stages, predicted, extra))
         if priced:
             plausible[name] = sorted(priced, key=lambda p: p.microseconds)
-    quick = {name: priced for name, priced in plausible.items() if name in _QUICKLY_FITTED}
-    if quick and weight[0].size > _WIDE:
-        plausible = quick
     fits = {
-        name: _Fit(layer, moments, FORMS[name].fitter(exact, geometry, moments, refine=False), name)
+        name: _Fit(
+            layer, exact, moments, FORMS[name].fitter(exact, geometry, moments, refine=False), name
+        )
         for name in plausible
     }
     probes: dict[str, Candidate] = {}
@@ -150,13 +146,30 @@ def propose(
     tried = list(probes.values())
     for name in _most_promising(probes, _FORMS_FITTED):
         done = probes[name].rank
-        tried += [fits[name].candidate(p) for p in plausible[name] if p.rank != done]
+        # The largest first: what it needs of the moments, the others need a part of.
+        rest = [p for p in reversed(plausible[name]) if p.rank != done]
+        tried += [fits[name].candidate(p) for p in rest]
     found = [candidate for candidate in tried if candidate.error <= _WORST_ERROR]
     if found:
         return _thin(_front(found, lambda candidate: candidate.predicted_us), limit), None
-    if len(refusals) == len(forms_for(layer, forms)):
+    if len(refusals) == len(names):
         return [], "; ".join(refusals) or "no form is allowed"
     return [], "no form is predicted faster at a useful error"
+
+
+@functools.lru_cache(maxsize=256)
+def _chains(
+    name: str, geometry: ConvGeometry, lanes: int
+) -> list[tuple[Rank, tuple[ConvGeometry, ...], int]]:
+    """The useful ranks of a form, none where it is refused, with stages and values moved beside.
+
+    Kept, since many layers of a network are alike.
+    """
+    form = FORMS[name]
+    return [
+        (rank, tuple(form.stages(geometry, rank)), form.values_moved(geometry, rank))
+        for rank in form.ranks(geometry, lanes)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,22 +187,24 @@ class _Fit:
     """Makes candidates of one form for one layer."""
 
     layer: ConvLayer
+    exact: np.ndarray
     moments: InputMoments
     fitter: Fitter
     form: str
 
     def candidate(self, priced: _Priced) -> Candidate:
-        exact, factors = self.layer.weight.astype(np.float64), self.fitter.fit(priced.rank)
-        form, geometry = FORMS[self.form], self.layer.geometry
+        exact, geometry = self.exact, self.layer.geometry
         assert geometry is not None
-        whole = form.reconstruct(factors, geometry)
+        factors, whole, error = FORMS[self.form].fit(
+            self.fitter, priced.rank, exact, geometry, self.moments
+        )
         return Candidate(
             self.form,
             priced.rank,
             priced.stages,
             tuple(np.asarray(factor, np.float32) for factor in factors),
             self.layer.bias + bias_correction(exact, whole, self.moments),
-            form.error(exact, factors, geometry, self.moments),
+            error,
             priced.microseconds,
             fitted="weights" if self.moments.is_identity else "data",
             geometry=geometry,

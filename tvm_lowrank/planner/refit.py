@@ -291,9 +291,8 @@ class _Sums:
             whole, factors, error = target, [target], 0.0
         else:
             form = FORMS[candidate.form]
-            factors = form.fitter(target, self.geometry, moments).fit(candidate.rank)
-            whole = form.reconstruct(factors, self.geometry)
-            error = form.error(target, factors, self.geometry, moments)
+            fitter = form.fitter(target, self.geometry, moments)
+            factors, whole, error = form.fit(fitter, candidate.rank, target, self.geometry, moments)
         mean_output = self._shift_out.astype(np.float64) + offset_out
         return replace(
             candidate,
