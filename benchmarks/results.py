@@ -13,6 +13,9 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import tvm_lowrank  # noqa: F401 - before NumPy: see `tvm_lowrank.threads.let_blas_rest`
+
+# isort: split
 import numpy as np
 import results_page
 from machine import processor

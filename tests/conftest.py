@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import tvm_lowrank  # noqa: F401 - before NumPy: see `tvm_lowrank.threads.let_blas_rest`
+
+# isort: split
 import numpy as np
 import onnx
 import pytest

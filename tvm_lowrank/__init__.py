@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from tvm_lowrank._check import check_versions
+from tvm_lowrank.threads import let_blas_rest
 
 check_versions()
+let_blas_rest()
 
 # In a checkout the folders of `tvm_lowrank.passes` and `.schedules` stand beside this one; Python
 # run from there finds this folder before any installed copy.

@@ -1,4 +1,4 @@
-"""How many threads TVM's runtime uses.
+"""How many threads TVM's runtime uses, and which others it meets.
 
 TVM starts half as many threads as there are logical processors, taking the other half for
 hyper-threads; on machines without them that halves every speed. Its pool reads
@@ -16,6 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tvm_lowrank.errors import LowRankError
+
+# The logarithm of the cycles that a thread of OpenBLAS waits for work before it sleeps: 0.1 ms.
+_BLAS_ATTENTION = 18
 
 
 def physical_cores() -> int:
@@ -83,6 +86,17 @@ def set_threads(count: int | None = None) -> int:
             stacklevel=2,
         )
     return used
+
+
+def let_blas_rest() -> None:
+    """Have NumPy's threads sleep soon after each product; for before NumPy is imported.
+
+    OpenBLAS has them look out for the next product for a tenth of a second. Kernels that TVM runs
+    in that time share their processors with that: on two cores, some took ten times as long. Where
+    ``OPENBLAS_THREAD_TIMEOUT`` is set it stays as it is, and where NumPy was imported first it is
+    too late. (Waking threads costs products nothing that could be measured.)
+    """
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", str(_BLAS_ATTENTION))
 
 
 @contextmanager
