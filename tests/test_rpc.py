@@ -24,7 +24,7 @@ from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank import tune
-from tvm_lowrank.cost import device, fleet
+from tvm_lowrank.cost import device, fleet, sampling
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
@@ -118,6 +118,7 @@ def test_servers_without_a_gpu_are_named_where_kernels_need_one(tracker, tmp_pat
 
 def test_a_server_that_dies_midway_costs_nothing(tracker, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fleet, "_WAIT", 2.0)  # nothing takes the place of the dead one
+    monkeypatch.setattr(sampling, "_MOST", 1 << 24)  # of multiplications: one that is soon measured
     address, servers = tracker
     records = tmp_path / "records.jsonl"
     victim = []

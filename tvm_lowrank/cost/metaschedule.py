@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import tvm
@@ -80,6 +84,7 @@ def tune(
     outcome = Outcome(len(tasks), 0, 0)
     if not tasks:
         return outcome
+    _load_intrinsics()
     contexts = [
         ms.TuneContext(
             mod=task.dispatched[0],
@@ -124,6 +129,21 @@ def _database(folder: Path) -> Any:
 
 def _known(database: Any, mod: tvm.IRModule, target: tvm.target.Target) -> bool:
     return bool(database.query_tuning_record(mod, target, "main") is not None)
+
+
+def _load_intrinsics() -> None:
+    """Import TVM's tensor intrinsics, which `TuneContext` would, but in seconds.
+
+    For each of some hundred TVM asks `inspect` for the module of every frame of the call stack; the
+    frames of Python's own importer, not being in any file, have it look through all modules each
+    time, which takes a minute. So they are named beforehand, and a thread has no further frames.
+    """
+    modules: dict[str, str] = getattr(inspect, "modulesbyfile", {})
+    for name in ("importlib._bootstrap", "importlib._bootstrap_external"):
+        modules[os.path.abspath(f"<frozen {name}>")] = name
+    thread = Thread(target=importlib.import_module, args=("tvm.s_tir.tensor_intrin",))
+    thread.start()
+    thread.join()
 
 
 def _builder() -> Any:
