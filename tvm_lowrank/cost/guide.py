@@ -128,9 +128,12 @@ class Guide:
         ratios = [measured / predicted for predicted, measured in pairs]
         self._level = statistics.median(ratios) if ratios else 1.0
 
-    def best(self, workload: ConvWorkload, allowed: Mapping[str, Sequence[Any]]) -> float:
-        """Microseconds that the workload's best schedule is expected to take here."""
-        return self._level * next(iter(self.predictions(workload, allowed).values()))
+    def expected(
+        self, workload: ConvWorkload, allowed: Mapping[str, Sequence[Any]]
+    ) -> list[tuple[float, Any]]:
+        """Microseconds that schedules of the workload should take here, fastest first."""
+        found = self.predictions(workload, allowed)
+        return [(self._level * us, schedule) for schedule, us in found.items()]
 
 
 def guide_for(records: TuningRecords, isa: Machine, shipped: bool = True) -> Guide | None:

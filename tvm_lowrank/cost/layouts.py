@@ -17,6 +17,7 @@ import tvm
 
 from tvm_lowrank.cost.alike import other_epilogues
 from tvm_lowrank.cost.measure import KernelTimer
+from tvm_lowrank.cost.seams import FIRST, alone
 from tvm_lowrank.passes.lower import Choose
 from tvm_lowrank.passes.lower_for_cuda import KernelCall, Map, calls_of
 from tvm_lowrank.schedules.cuda import turn
@@ -25,9 +26,6 @@ from tvm_lowrank.schedules.cuda.channels_last import LastSchedule
 from tvm_lowrank.schedules.cuda.few_channels import splits
 from tvm_lowrank.schedules.family import Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
-
-# The kind of maps that are NCHW; all others are of `turn`.
-_FIRST = ""
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,11 @@ class _Network:
         others = others and g.out_height * g.out_width > 1
         found: dict[str, _Option] = {}
         for schedule in (chosen, *(s for _, s in timer.measured_schedules(workload) if others)):
-            alone = _alone(timer, workload, schedule)
-            kind = _FIRST if alone is None else str(getattr(schedule, "kind", turn.PLAIN))
-            if getattr(schedule, "channels_last", False) and alone is None and schedule != chosen:
+            own = alone(timer, workload, schedule)
+            kind = FIRST if own is None else str(getattr(schedule, "kind", turn.PLAIN))
+            if getattr(schedule, "channels_last", False) and own is None and schedule != chosen:
                 continue
-            us = alone or timer.time_of(workload, schedule) or timer.time(workload, schedule)
+            us = own or timer.time_of(workload, schedule) or timer.time(workload, schedule)
             if kind not in found or us < found[kind].us:
                 found[kind] = _Option(us, schedule)
         return found
@@ -130,7 +128,7 @@ class _Network:
                 w: kind if kind in options else next(iter(options))
                 for w, options in self.options.items()
             }
-            for kind in (_FIRST, turn.PLAIN, turn.TF32, turn.HALF)
+            for kind in (FIRST, turn.PLAIN, turn.TF32, turn.HALF)
         ]
         starts.append({w: next(iter(options)) for w, options in self.options.items()})
         return min((self._improved(start) for start in starts), key=self.microseconds)
@@ -154,21 +152,21 @@ class _Network:
         needed: dict[Map, set[str]] = {}
         for call in self.calls:
             if call.workload is None:
-                kind = made.get(call.reads[0].number, _FIRST)
+                kind = made.get(call.reads[0].number, FIRST)
             else:
                 kind = kinds[call.workload]
                 us += self.options[call.workload][kind].us
             for index, read in enumerate(call.reads):
                 # What splits pixels takes them from NCHW.
                 own = index == 0 and self._splits(call.workload, kind)
-                needed.setdefault(read, set()).add(_FIRST if own else kind)
+                needed.setdefault(read, set()).add(FIRST if own else kind)
             made[call.writes.number] = kind
-            needed.setdefault(call.writes, set()).update({_FIRST} if call.read_elsewhere else ())
+            needed.setdefault(call.writes, set()).update({FIRST} if call.read_elsewhere else ())
         for each, kinds_needed in needed.items():
-            there = made.get(each.number, _FIRST)
+            there = made.get(each.number, FIRST)
             others = kinds_needed - {there}
             # From one layout with channels last to another by way of NCHW.
-            turned = others - {_FIRST} | ({there} - {_FIRST} if others else set())
+            turned = others - {FIRST} | ({there} - {FIRST} if others else set())
             us += sum(self._turn(each, kind) for kind in turned)
         return us
 
@@ -200,15 +198,11 @@ class _Network:
                     continue
                 data = options[kind].schedule.to_json()
                 for other in other_epilogues(workload):
-                    alone, whole = records.alone(other.key(), data), records.time(other.key(), data)
-                    if alone is not None and whole is not None:
-                        found.append((whole - alone) / turn.of_convolution(other, arch, kind))
+                    single, whole = (
+                        records.alone(other.key(), data),
+                        records.time(other.key(), data),
+                    )
+                    if single is not None and whole is not None:
+                        found.append((whole - single) / turn.of_convolution(other, arch, kind))
             self._rates[kind] = statistics.median(found) if found else 1.0
         return self._rates[kind]
-
-
-def _alone(timer: KernelTimer, workload: ConvWorkload, schedule: Schedule) -> float | None:
-    """Microseconds of a schedule without turning maps, whatever the epilogue; None if unknown."""
-    data = schedule.to_json()
-    times = [timer.records.alone(w.key(), data) for w in other_epilogues(workload)]
-    return next((time for time in times if time is not None), None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import tvm
 
-from tvm_lowrank.cost import rivals
+from tvm_lowrank.cost import rivals, seams
 from tvm_lowrank.cost.alike import other_batches, other_epilogues
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.asking import Asker
@@ -120,23 +120,31 @@ class KernelTimer:
             found.append(ConvWorkload(stage, 1 if plain else self.isa.block, epilogue))
         return found
 
-    def chain(self, stages: Sequence[ConvGeometry]) -> float:
-        """Time of a chain of convolutions, infinite where one has no kernel."""
+    def chain(self, stages: Sequence[ConvGeometry], brief: bool = False) -> float:
+        """Time of a chain of convolutions, infinite where one has no kernel.
+
+        ``brief``: see `Tuner.propose`.
+        """
         if self.refuse(stages):
             return math.inf
         workloads = self.workloads(stages)
-        self._prepare(workloads)
-        return sum(self.microseconds(workload) for workload in workloads)
+        self._prepare(workloads, brief)
+        us = sum(self.microseconds(workload, brief) for workload in workloads)
+        return us if us == math.inf else self.recorded(stages) or us
 
     def within(self, stages: Sequence[ConvGeometry], limit: float) -> float:
         """Time of a chain as `chain` gives it, from a brief look at each stage with a guide.
 
         Infinite from the stage on where what is measured and what the guide expects of the rest
-        make clearly more than ``limit`` microseconds: the rest is then not measured.
+        make clearly more than ``limit`` microseconds: the rest is then not measured. On a GPU what
+        a stage takes depends on the next (`seams`), so that none or all of them are.
         """
         if self.guide is None or self.refuse(stages):
             return self.chain(stages)
         workloads, total = self.workloads(stages), 0.0
+        if isinstance(self.isa, CudaArch):
+            hopeless = self._expected(workloads) / MARGIN > limit
+            return math.inf if hopeless else self.chain(stages, brief=True)
         if self._expected(workloads) / MARGIN <= limit:
             self._prepare(workloads, brief=True)
         for index, workload in enumerate(workloads):
@@ -151,7 +159,8 @@ class KernelTimer:
 
     def _expected(self, workloads: Sequence[ConvWorkload]) -> float:
         assert self.guide is not None
-        return sum(self.guide.best(workload, self._spaces(workload)) for workload in workloads)
+        times = [self.guide.expected(w, self._spaces(w)) for w in workloads]
+        return seams.joined(self, workloads, times)
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time here of the workload under its best schedule, measuring what has to be.
@@ -248,11 +257,13 @@ class KernelTimer:
         """Predicted microseconds of a chain in the best schedules; infinite where one has none."""
         if self.refuse(stages):
             return math.inf
-        total = 0.0
-        for workload in self.workloads(stages):
-            schedules = [s.to_json() for space in self._spaces(workload).values() for s in space]
-            total += float(self.model.predict(workload, schedules).min())
-        return total
+        workloads, times = self.workloads(stages), []
+        for workload in workloads:
+            schedules = [s for space in self._spaces(workload).values() for s in space]
+            found = self.model.predict(workload, [schedule.to_json() for schedule in schedules])
+            order = found.argsort(kind="stable")
+            times.append([(float(found[i]), schedules[i]) for i in order])
+        return seams.joined(self, workloads, times)
 
     def time_of(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
         """Microseconds of a schedule here if they are on record, whatever the epilogue."""
@@ -261,8 +272,13 @@ class KernelTimer:
 
     def recorded(self, stages: Sequence[ConvGeometry]) -> float | None:
         """Time of a chain as `chain` gives it, if the records hold all of it, else None."""
-        times = [self._best(workload)[0] for workload in self.workloads(stages)]
-        return sum(times) if max(times) < math.inf else None
+        workloads = self.workloads(stages)
+        best = [self._best(workload) for workload in workloads]
+        if any(schedule is None for _, schedule in best):
+            return None
+        on_gpu = isinstance(self.isa, CudaArch)
+        times = [self.measured_schedules(w) for w in workloads] if on_gpu else [[b] for b in best]
+        return seams.joined(self, workloads, times)
 
     def choose(self, workload: ConvWorkload) -> Schedule:
         """Best schedule on record for this convolution, else the default."""
