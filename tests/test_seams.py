@@ -13,7 +13,7 @@ from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.cuda import turn
 
 from tvm_lowrank.cost.predicting import PredictingTimer
-from tvm_lowrank.cost.seams import FIRST, Time, joined, kind_of, total
+from tvm_lowrank.cost.seams import FIRST, Time, joined, kind_of, total, unturned
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import parse_target
@@ -96,3 +96,13 @@ def test_a_guide_expects_what_a_chain_saves(timer, monkeypatch):
     assert 30 < expected < 90
     assert timer.within(STAGES, expected / 2) == math.inf and timer.recorded(STAGES) is None
     assert timer.within(STAGES, expected) == timer.recorded(STAGES)
+
+
+def test_turning_is_predicted_where_no_time_without_it_is_on_record(timer):
+    workload = timer.workloads(STAGES)[1]
+    schedule = next(iter(kernels.spaces(workload, SM90, ("half",))["cuda_last_half"]))
+    turning = turn.of_convolution(workload, SM90, turn.HALF)
+    assert unturned(timer, workload, schedule, 3 * turning) == pytest.approx(2 * turning)
+    assert unturned(timer, workload, schedule, turning) == pytest.approx(0.1 * turning)
+    timer.records.add(workload.key(), schedule.to_json(), 3 * turning, alone=1.5 * turning)
+    assert unturned(timer, workload, schedule, 3 * turning) == 1.5 * turning

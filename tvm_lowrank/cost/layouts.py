@@ -17,7 +17,7 @@ import tvm
 
 from tvm_lowrank.cost.alike import other_epilogues
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.cost.seams import FIRST, alone
+from tvm_lowrank.cost.seams import FIRST, kind_of, unturned
 from tvm_lowrank.passes.lower import Choose
 from tvm_lowrank.passes.lower_for_cuda import KernelCall, Map, calls_of
 from tvm_lowrank.schedules.cuda import turn
@@ -108,11 +108,10 @@ class _Network:
         others = others and g.out_height * g.out_width > 1
         found: dict[str, _Option] = {}
         for schedule in (chosen, *(s for _, s in timer.measured_schedules(workload) if others)):
-            own = alone(timer, workload, schedule)
-            kind = FIRST if own is None else str(getattr(schedule, "kind", turn.PLAIN))
-            if getattr(schedule, "channels_last", False) and own is None and schedule != chosen:
-                continue
-            us = own or timer.time_of(workload, schedule) or timer.time(workload, schedule)
+            kind = kind_of(schedule)
+            us = timer.time_of(workload, schedule) or timer.time(workload, schedule)
+            if kind != FIRST:
+                us = unturned(timer, workload, schedule, us)
             if kind not in found or us < found[kind].us:
                 found[kind] = _Option(us, schedule)
         return found

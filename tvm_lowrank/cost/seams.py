@@ -66,11 +66,20 @@ def joined(
     return total([_fastest(timer, w, of) for w, of in zip(workloads, times, strict=True)])
 
 
-def alone(timer: KernelTimer, workload: ConvWorkload, schedule: Schedule) -> float | None:
-    """Microseconds of a schedule without turning maps, whatever the epilogue; None if unknown."""
+def unturned(
+    timer: KernelTimer, workload: ConvWorkload, schedule: Schedule, microseconds: float
+) -> float:
+    """Microseconds of a schedule that works on maps with channels last, without turning any.
+
+    On record, whatever the epilogue, or else what the whole takes less what turning should.
+    """
     data = schedule.to_json()
-    times = [timer.records.alone(w.key(), data) for w in other_epilogues(workload)]
-    return next((time for time in times if time is not None), None)
+    for other in other_epilogues(workload):
+        if (known := timer.records.alone(other.key(), data)) is not None:
+            return min(known, microseconds)
+    assert isinstance(timer.isa, CudaArch)
+    turning = turn.of_convolution(workload, timer.isa, kind_of(schedule))
+    return microseconds - min(turning, _MOST * microseconds)
 
 
 def _fastest(
@@ -82,14 +91,12 @@ def _fastest(
     for us, schedule in times:
         kind = kind_of(schedule)
         if kind not in found:
-            known = None if kind == FIRST else alone(timer, workload, schedule)
-            found[kind] = _time(workload, us, known, kind, timer.isa)
+            own = us if kind == FIRST else unturned(timer, workload, schedule, us)
+            found[kind] = _time(workload, us, us - own, kind, timer.isa)
     return found
 
 
-def _time(
-    workload: ConvWorkload, us: float, alone: float | None, kind: str, arch: CudaArch
-) -> Time:
+def _time(workload: ConvWorkload, us: float, turning: float, kind: str, arch: CudaArch) -> Time:
     if kind == FIRST:
         return Time(us)
     g = workload.geometry
@@ -97,7 +104,6 @@ def _time(
     # What splits pixels reads NCHW.
     parts = (0.0 if splits(workload) else reading, turn.predict(map_shape(g), arch, kind))
     whole = turn.of_convolution(workload, arch, kind)
-    turning = min(whole, _MOST * us) if alone is None else max(us - alone, 0.0)
     return Time(us, *(turning * part / whole for part in parts))
 
 
