@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
 from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.cost.trees import Trees, find
@@ -61,9 +59,7 @@ class Guide:
             model = LearnedModel(self.trees, AnalyticModel(roofline, self.isa, place[1]), place)
             most = None if isinstance(self.isa, CudaArch) else _CONSIDERED
             schedules = [s for space in allowed.values() for s in space[:most]]
-            times = model.predict(workload, [schedule.to_json() for schedule in schedules])
-            order = np.argsort(times, kind="stable")
-            self._known[key] = {schedules[i]: float(times[i]) for i in order}
+            self._known[key] = {s: us for us, s in model.ranked(workload, schedules)}
         return self._known[key]
 
     def next(

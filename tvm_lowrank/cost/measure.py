@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -257,12 +258,9 @@ class KernelTimer:
         """Predicted microseconds of a chain in the best schedules; infinite where one has none."""
         if self.refuse(stages):
             return math.inf
-        workloads, times = self.workloads(stages), []
-        for workload in workloads:
-            schedules = [s for space in self._spaces(workload).values() for s in space]
-            found = self.model.predict(workload, [schedule.to_json() for schedule in schedules])
-            order = found.argsort(kind="stable")
-            times.append([(float(found[i]), schedules[i]) for i in order])
+        workloads = self.workloads(stages)
+        schedules = [[s for space in self._spaces(w).values() for s in space] for w in workloads]
+        times = [self.model.ranked(*pair) for pair in zip(workloads, schedules, strict=True)]
         return seams.joined(self, workloads, times)
 
     def time_of(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
@@ -344,19 +342,16 @@ class KernelTimer:
 
     def _elsewhere(self, workload: ConvWorkload) -> list[Schedule]:
         """What was found best on other machines, or for another batch: one usable schedule."""
-        for found in self.records.elsewhere(workload.key()):
-            schedule = self._read(workload, found)
-            if schedule is not None:
-                return [schedule]
-        # How a GPU's blocks are best cut depends on how many there are.
-        others = () if isinstance(self.isa, CudaArch) else other_batches(workload)
-        for other in others:
-            here = [found for found, _ in self.records.measured(other.key())]
-            for found in [*here, *self.records.elsewhere(other.key())]:
-                schedule = self._read(workload, found)
-                if schedule is not None:
-                    return [schedule]
-        return []
+        usable = (self._read(workload, found) for found in self._found_elsewhere(workload))
+        return list(itertools.islice(filter(None, usable), 1))
+
+    def _found_elsewhere(self, workload: ConvWorkload) -> Iterator[Mapping[str, Any]]:
+        yield from self.records.elsewhere(workload.key())
+        if isinstance(self.isa, CudaArch):
+            return  # how blocks are best cut depends on how many there are
+        for other in other_batches(workload):
+            yield from [found for found, _ in self.records.measured(other.key())]
+            yield from self.records.elsewhere(other.key())
 
     def _read(self, workload: ConvWorkload, found: Mapping[str, Any]) -> Schedule | None:
         """A schedule of the records, or None: not allowed, or not of this version's kernels."""

@@ -12,7 +12,7 @@ import numpy as np
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.work import Work, work_of
 from tvm_lowrank.schedules import kernels
-from tvm_lowrank.schedules.family import Machine
+from tvm_lowrank.schedules.family import Machine, Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 # The constants fit the shipped survey. Starting a parallel loop, and calling a kernel, in
@@ -35,6 +35,13 @@ class CostModel(ABC):
     @abstractmethod
     def predict(self, workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """Microseconds of each schedule, given as JSON values: an array ``(len(schedules),)``."""
+
+    def ranked(
+        self, workload: ConvWorkload, schedules: Sequence[Schedule]
+    ) -> list[tuple[float, Schedule]]:
+        """Predicted microseconds and schedules, fastest first."""
+        times = self.predict(workload, [schedule.to_json() for schedule in schedules])
+        return [(float(times[i]), schedules[i]) for i in times.argsort(kind="stable")]
 
     def pick(self, workload: ConvWorkload, schedules: Sequence[Mapping[str, Any]]) -> int:
         """Index of the schedule that is predicted fastest."""

@@ -20,15 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_lowrank.decompose.descent import minimise
-from tvm_lowrank.decompose.moments import Array, InputMoments
+from tvm_lowrank.decompose.moments import ROUNDING, Array, InputMoments
 
 # Relative to the Gram matrix's mean diagonal; only there for exactly collinear rows.
 GRAM_JITTER = 1e-13
 # Multiplications that refining a layer may spend, and the most iterations it makes.
 REFINE_BUDGET = 2e10
 REFINE_ITERATIONS = 10
-# Errors below this share of the output's variance are rounding.
-EXACT = 1e-9
 # Smallest curvature that is evened out, relative to the largest.
 GAUGE_FLOOR = 1e-6
 NEVER_DAMPED = 10**12
@@ -162,7 +160,7 @@ class SharedBasis:
         if self._known is None or len(self._known.basis) < rank:
             self._known = self._see(start)
         best = self._best(self._known.leading(rank), outputs)
-        if iterations and best.error > EXACT * self._energy:
+        if iterations and best.error > ROUNDING * self._energy:
             best = self._descend(start, best, outputs, iterations, rank)
         core = best.core.reshape(len(best.core), self.taps, rank).transpose(0, 2, 1)
         return best.basis, np.ascontiguousarray(core), best.mixing, best.error
@@ -182,7 +180,7 @@ class SharedBasis:
             start[rows, inside] = vectors[:, : -rank - 1 : -1].T
         best = self._solve(start, None)
         iterations = self._affordable(len(start)) if refine else 0
-        if iterations and best.error > EXACT * self._energy:
+        if iterations and best.error > ROUNDING * self._energy:
             best = self._descend(start, best, None, iterations, rank)
         core = best.core.reshape(self.outputs, self.taps, len(start)).transpose(0, 2, 1)
         return best.basis, np.ascontiguousarray(core)

@@ -160,16 +160,16 @@ def propose(
 @functools.lru_cache(maxsize=256)
 def _chains(
     name: str, geometry: ConvGeometry, lanes: int
-) -> list[tuple[Rank, tuple[ConvGeometry, ...], int]]:
+) -> tuple[tuple[Rank, tuple[ConvGeometry, ...], int], ...]:
     """The useful ranks of a form, none where it is refused, with stages and values moved beside.
 
     Kept, since many layers of a network are alike.
     """
     form = FORMS[name]
-    return [
+    return tuple(
         (rank, tuple(form.stages(geometry, rank)), form.values_moved(geometry, rank))
         for rank in form.ranks(geometry, lanes)
-    ]
+    )
 
 
 @dataclass(frozen=True, eq=False)
