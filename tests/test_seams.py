@@ -74,8 +74,9 @@ def test_times_on_record_tell_what_a_chain_saves(timer):
     first, end = workloads[0], workloads[-1]
     parts = [turn.predict((32, c, 14, 14), SM90, turn.HALF) for c in (64, 32, 32, 64)]
     shares = 20 * parts[0] / (parts[0] + parts[1]), 20 * parts[3] / (parts[2] + parts[3])
-    assert joined(timer, workloads, times) == pytest.approx(30 + sum(shares))
-    assert joined(timer, [first], times[:1]) == joined(timer, [end], times[:1]) == 30
+    assert joined(SM90, timer.records, workloads, times) == pytest.approx(30 + sum(shares))
+    for alone in (first, end):
+        assert joined(SM90, timer.records, [alone], times[:1]) == 30
 
 
 def test_a_chain_takes_no_longer_than_its_stages_apart(timer):
@@ -99,11 +100,11 @@ def test_a_guide_expects_what_a_chain_saves(timer, monkeypatch):
 
 
 def test_turning_is_predicted_where_no_time_without_it_is_on_record(timer):
-    workload = timer.workloads(STAGES)[1]
+    workload, records = timer.workloads(STAGES)[1], timer.records
     schedule = next(iter(kernels.spaces(workload, SM90, ("half",))["cuda_last_half"]))
     turning = turn.of_convolution(workload, SM90, turn.HALF)
-    assert unturned(timer, workload, schedule, 3 * turning) == pytest.approx(2 * turning)
-    assert unturned(timer, workload, schedule, turning) == pytest.approx(0.1 * turning)
-    timer.records.add(workload.key(), schedule.to_json(), 3 * turning, alone=1.5 * turning)
-    known = unturned(timer, workload, schedule, 3 * turning)
+    for us, own in ((3 * turning, 2 * turning), (turning, 0.1 * turning)):
+        assert unturned(SM90, records, workload, schedule, us) == pytest.approx(own)
+    records.add(workload.key(), schedule.to_json(), 3 * turning, alone=1.5 * turning)
+    known = unturned(SM90, records, workload, schedule, 3 * turning)
     assert known == pytest.approx(1.5 * turning, abs=1e-3)  # a record keeps three decimals

@@ -111,7 +111,8 @@ class _Network:
             kind = kind_of(schedule)
             us = timer.time_of(workload, schedule) or timer.time(workload, schedule)
             if kind != FIRST:
-                us = unturned(timer, workload, schedule, us)
+                assert isinstance(timer.isa, CudaArch)
+                us = unturned(timer.isa, timer.records, workload, schedule, us)
             if kind not in found or us < found[kind].us:
                 found[kind] = _Option(us, schedule)
         return found

@@ -161,7 +161,7 @@ class KernelTimer:
     def _expected(self, workloads: Sequence[ConvWorkload]) -> float:
         assert self.guide is not None
         times = [self.guide.expected(w, self._spaces(w)) for w in workloads]
-        return seams.joined(self, workloads, times)
+        return seams.joined(self.isa, self.records, workloads, times)
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time here of the workload under its best schedule, measuring what has to be.
@@ -261,7 +261,7 @@ class KernelTimer:
         workloads = self.workloads(stages)
         schedules = [[s for space in self._spaces(w).values() for s in space] for w in workloads]
         times = [self.model.ranked(*pair) for pair in zip(workloads, schedules, strict=True)]
-        return seams.joined(self, workloads, times)
+        return seams.joined(self.isa, self.records, workloads, times)
 
     def time_of(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
         """Microseconds of a schedule here if they are on record, whatever the epilogue."""
@@ -276,7 +276,7 @@ class KernelTimer:
             return None
         on_gpu = isinstance(self.isa, CudaArch)
         times = [self.measured_schedules(w) for w in workloads] if on_gpu else [[b] for b in best]
-        return seams.joined(self, workloads, times)
+        return seams.joined(self.isa, self.records, workloads, times)
 
     def choose(self, workload: ConvWorkload) -> Schedule:
         """Best schedule on record for this convolution, else the default."""

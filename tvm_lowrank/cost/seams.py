@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tvm_lowrank.cost.alike import other_epilogues
+from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda import turn
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.cuda.epilogue import map_shape
 from tvm_lowrank.schedules.cuda.few_channels import splits
-from tvm_lowrank.schedules.family import Schedule
+from tvm_lowrank.schedules.family import Machine, Schedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
-
-if TYPE_CHECKING:
-    from tvm_lowrank.cost.measure import KernelTimer
 
 # The kind of maps that are NCHW; all others are of `turn`.
 FIRST = ""
@@ -46,7 +43,8 @@ def kind_of(schedule: Schedule) -> str:
 
 
 def joined(
-    timer: KernelTimer,
+    isa: Machine,
+    records: TuningRecords,
     workloads: Sequence[ConvWorkload],
     times: Sequence[Sequence[tuple[float, Schedule]]],
 ) -> float:
@@ -56,18 +54,24 @@ def joined(
 
     Parameters
     ----------
-    timer : KernelTimer
+    isa : Machine
+    records : TuningRecords
+        Have the times of a GPU's kernels without turning.
     workloads : sequence of ConvWorkload
     times : sequence
         Microseconds and schedules of each, fastest first.
     """
-    if not isinstance(timer.isa, CudaArch):
+    if not isinstance(isa, CudaArch):
         return sum(next((us for us, _ in of), math.inf) for of in times)
-    return total([_fastest(timer, w, of) for w, of in zip(workloads, times, strict=True)])
+    return total([_fastest(isa, records, w, of) for w, of in zip(workloads, times, strict=True)])
 
 
 def unturned(
-    timer: KernelTimer, workload: ConvWorkload, schedule: Schedule, microseconds: float
+    arch: CudaArch,
+    records: TuningRecords,
+    workload: ConvWorkload,
+    schedule: Schedule,
+    microseconds: float,
 ) -> float:
     """Microseconds of a schedule that works on maps with channels last, without turning any.
 
@@ -75,24 +79,25 @@ def unturned(
     """
     data = schedule.to_json()
     for other in other_epilogues(workload):
-        if (known := timer.records.alone(other.key(), data)) is not None:
+        if (known := records.alone(other.key(), data)) is not None:
             return min(known, microseconds)
-    assert isinstance(timer.isa, CudaArch)
-    turning = turn.of_convolution(workload, timer.isa, kind_of(schedule))
+    turning = turn.of_convolution(workload, arch, kind_of(schedule))
     return microseconds - min(turning, _MOST * microseconds)
 
 
 def _fastest(
-    timer: KernelTimer, workload: ConvWorkload, times: Sequence[tuple[float, Schedule]]
+    arch: CudaArch,
+    records: TuningRecords,
+    workload: ConvWorkload,
+    times: Sequence[tuple[float, Schedule]],
 ) -> dict[str, Time]:
     """The fastest kernel of each kind of maps."""
-    assert isinstance(timer.isa, CudaArch)
     found: dict[str, Time] = {}
     for us, schedule in times:
         kind = kind_of(schedule)
         if kind not in found:
-            own = us if kind == FIRST else unturned(timer, workload, schedule, us)
-            found[kind] = _time(workload, us, us - own, kind, timer.isa)
+            own = us if kind == FIRST else unturned(arch, records, workload, schedule, us)
+            found[kind] = _time(workload, us, us - own, kind, arch)
     return found
 
 
