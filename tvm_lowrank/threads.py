@@ -92,9 +92,9 @@ def let_blas_rest() -> None:
     """Have NumPy's threads sleep soon after each product; for before NumPy is imported.
 
     OpenBLAS has them look out for the next product for a tenth of a second. Kernels that TVM runs
-    in that time share their processors with that: on two cores, some took ten times as long. Where
+    in that time share their processors, and take several times as long on two cores. Where
     ``OPENBLAS_THREAD_TIMEOUT`` is set it stays as it is, and where NumPy was imported first it is
-    too late. (Waking threads costs products nothing that could be measured.)
+    too late.
     """
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", str(_BLAS_ATTENTION))
 

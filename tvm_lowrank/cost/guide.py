@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
@@ -126,10 +126,10 @@ class Guide:
 
     def expected(
         self, workload: ConvWorkload, allowed: Mapping[str, Sequence[Any]]
-    ) -> list[tuple[float, Any]]:
+    ) -> Iterator[tuple[float, Any]]:
         """Microseconds that schedules of the workload should take here, fastest first."""
-        found = self.predictions(workload, allowed)
-        return [(self._level * us, schedule) for schedule, us in found.items()]
+        for schedule, us in self.predictions(workload, allowed).items():
+            yield self._level * us, schedule
 
 
 def guide_for(records: TuningRecords, isa: Machine, shipped: bool = True) -> Guide | None:

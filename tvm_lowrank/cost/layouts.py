@@ -198,11 +198,8 @@ class _Network:
                     continue
                 data = options[kind].schedule.to_json()
                 for other in other_epilogues(workload):
-                    single, whole = (
-                        records.alone(other.key(), data),
-                        records.time(other.key(), data),
-                    )
-                    if single is not None and whole is not None:
-                        found.append((whole - single) / turn.of_convolution(other, arch, kind))
+                    alone, whole = records.alone(other.key(), data), records.time(other.key(), data)
+                    if alone is not None and whole is not None:
+                        found.append((whole - alone) / turn.of_convolution(other, arch, kind))
             self._rates[kind] = statistics.median(found) if found else 1.0
         return self._rates[kind]

@@ -9,7 +9,7 @@ turned, as for the one layer that it replaces.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tvm_lowrank.cost.alike import other_epilogues
@@ -46,7 +46,7 @@ def joined(
     isa: Machine,
     records: TuningRecords,
     workloads: Sequence[ConvWorkload],
-    times: Sequence[Sequence[tuple[float, Schedule]]],
+    times: Sequence[Iterable[tuple[float, Schedule]]],
 ) -> float:
     """Microseconds of kernels that follow each other, on a GPU in the layouts that take the least.
 
@@ -89,7 +89,7 @@ def _fastest(
     arch: CudaArch,
     records: TuningRecords,
     workload: ConvWorkload,
-    times: Sequence[tuple[float, Schedule]],
+    times: Iterable[tuple[float, Schedule]],
 ) -> dict[str, Time]:
     """The fastest kernel of each kind of maps."""
     found: dict[str, Time] = {}

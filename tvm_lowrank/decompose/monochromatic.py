@@ -182,11 +182,11 @@ class _Fitter(Fitter):
         for members in order.reshape(groups, -1):
             size = len(members)
             shared = self._shared.of(members)
-            basis, core, _ = shared.fit(directions, None, self._refine, REFINE_BUDGET / groups)
+            basis, core, *_ = shared.fit(directions, None, self._refine, REFINE_BUDGET / groups)
             if middle:
                 seen = seen_through(self._moments, basis, x * y)
                 inner = SharedBasis(core.reshape(size, directions * x, y), seen)
-                rows, horizontal, _ = inner.fit(middle[0], refine=self._refine)
+                rows, horizontal, *_ = inner.fit(middle[0], refine=self._refine)
                 spatial.append(rows.reshape(middle[0], directions, x, 1))
                 columns.append(horizontal[:, :, None, :])
             else:

@@ -136,23 +136,15 @@ class SharedBasis:
         outputs: int | None = None,
         refine: bool = True,
         budget: float = REFINE_BUDGET,
-    ) -> tuple[Array, Array, Array | None]:
-        """Basis ``(K, p)``, core ``(F or K2, K, q)`` and, with ``outputs=K2``, mixing ``(F, K2)``.
+    ) -> tuple[Array, Array, Array | None, float]:
+        """Basis ``(K, p)``, core ``(F or K2, K, q)``, with ``outputs=K2`` mixing ``(F, K2)``.
+
+        And the variance that is lost under the damped moments.
 
         The start is the SVD of the unfolding in whitened features (Zhang, Zou, He and Sun 2015,
         section 3, fit the output side so); ``refine`` then lowers the error, in about ``budget``
         multiplications.
         """
-        return self.fit_and_lose(rank, outputs, refine, budget)[:3]
-
-    def fit_and_lose(
-        self,
-        rank: int,
-        outputs: int | None = None,
-        refine: bool = True,
-        budget: float = REFINE_BUDGET,
-    ) -> tuple[Array, Array, Array | None, float]:
-        """`fit`, and what is lost under the damped moments."""
         outputs = None if outputs == self.outputs else outputs
         start = np.ascontiguousarray(self._directions[:, :rank].T)
         iterations = self._affordable(rank, budget) if refine and rank < self.width else 0

@@ -78,7 +78,7 @@ class _Fitter(Fitter):
         inner = single(rank, _limit(self._shape), Separable.name)
         (_, c, x, _), lost = self._shape, None
         if self._shared is not None:
-            columns, rows, _, lost = self._shared.fit_and_lose(inner, refine=self._refine)
+            columns, rows, _, lost = self._shared.fit(inner, refine=self._refine)
         else:
             assert self._basis is not None
             columns = np.ascontiguousarray(self._basis[:, :inner].T)

@@ -121,17 +121,17 @@ class _Fitter(Fitter):
         f, c, x, y = self._shape
         factors = []
         if first < c:
-            reduce, core, _ = self._channels.fit(first, None, self._refine)
+            reduce, core, *_ = self._channels.fit(first, None, self._refine)
             seen = seen_through(self._moments, reduce, x * y)
             inner = SharedBasis(core.reshape(f, first * x, y), seen)
-            rows, _, _ = inner.fit(middle, last, self._refine)
+            rows, *_ = inner.fit(middle, last, self._refine)
             factors.append(reduce[:, :, None, None])
             whole = np.tensordot(rows.reshape(middle, first, x), reduce, axes=(1, 0))
             columns, mixing = self._columns.given(
                 whole.transpose(0, 2, 1).reshape(middle, c * x), last
             )
         else:
-            rows, columns, mixing = self._columns.fit(middle, last, self._refine)
+            rows, columns, mixing, _ = self._columns.fit(middle, last, self._refine)
         factors += [rows.reshape(middle, first, x, 1), columns[:, :, None, :]]
         if mixing is not None:
             factors.append(mixing[:, :, None, None])

@@ -106,7 +106,7 @@ class _Fitter(Fitter):
         inner, outer = _pair(rank, self._shape)
         (f, c, x, y), lost = self._shape, None
         if self._shared is not None:
-            reduce, core, expand, lost = self._shared.fit_and_lose(inner, outer, self._refine)
+            reduce, core, expand, lost = self._shared.fit(inner, outer, self._refine)
             core = core.reshape(outer, inner, x, y)
         elif outer < f:
             reduce, core, expand = _weight_only(self._weight, inner, outer)
