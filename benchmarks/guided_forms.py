@@ -37,6 +37,7 @@ from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import records_for
 from tvm_lowrank.cost.sampling import look_again
 from tvm_lowrank.cost.trees import Trees, find
+from tvm_lowrank.cost.usable import Usable
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
@@ -202,6 +203,22 @@ class Compared:
         return "\n".join([*lines, ""])
 
 
+class Recorded(Usable):
+    """What may be taken of ``usable``, as far as ``truth`` has a time of it."""
+
+    def __init__(self, usable: Usable, truth: TuningRecords) -> None:
+        super().__init__(usable.isa, usable.records, usable.algorithms, usable.exact)
+        self.truth = truth
+
+    def allowed(self, workload: ConvWorkload) -> dict[str, list[Any]]:
+        """The schedules that have a time, of the families that have one."""
+        found = {
+            family: [s for s in space if self.truth.time(workload.key(), s.to_json()) is not None]
+            for family, space in super().allowed(workload).items()
+        }
+        return {family: space for family, space in found.items() if space}
+
+
 class Replay(KernelTimer):
     """A guided timer that takes its times from records, and chooses among what they hold.
 
@@ -220,6 +237,7 @@ class Replay(KernelTimer):
             for schedule, us in truth.measured(key):
                 records.remember(key, schedule, us)
         super().__init__(target, records, guide=Guide(trees, records, isa))
+        self.usable = Recorded(self.usable, truth)
 
     def roofline(self) -> Roofline:
         """The figures on record."""
@@ -231,13 +249,6 @@ class Replay(KernelTimer):
         """The least time on record; None for what did not run."""
         us = self.truth.time(workload.key(), schedule.to_json())
         return None if us is None or math.isinf(us) else {"us": us, "spread": 0.0}
-
-    def _allowed(self, workload: ConvWorkload) -> dict[str, list[Any]]:
-        found = {
-            family: [s for s in space if self.truth.time(workload.key(), s.to_json()) is not None]
-            for family, space in super()._allowed(workload).items()
-        }
-        return {family: space for family, space in found.items() if space}
 
 
 def compare(

@@ -160,7 +160,8 @@ def test_candidates_keep_fewer_weights_and_none_is_slower(bench):
 
 def test_without_data_candidates_are_fitted_to_weights_and_say_so(bench):
     layer = bench.layers["matmul0"]
-    timer = SimpleNamespace(isa=isa_of(host_target()), algorithms=("direct",))
+    usable = SimpleNamespace(algorithms=("direct",))
+    timer = SimpleNamespace(isa=isa_of(host_target()), usable=usable)
     roofline = Roofline(1e-3, 1e-3)
     found, _ = propose(layer, identity(layer), ["dense", "svd", "separable"], roofline, timer)
     assert {c.form for c in found} == {"svd"} and {c.fitted for c in found} == {"weights"}

@@ -114,7 +114,7 @@ def test_a_replay_knows_what_is_on_record_and_measures_nothing():
     replay = guided_forms.Replay(truth.target, truth.records, trees)
     direct = spaces(workload, AVX512)["direct"]
     assert replay.microseconds(workload) == 5.0
-    measured = {schedule for _, schedule in replay.measured_schedules(workload)}
+    measured = {schedule for _, schedule in replay.usable.measured(workload)}
     assert measured <= {*direct[1:4]}
     assert replay.ask(workload, direct[0]) is None
 

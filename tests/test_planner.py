@@ -241,7 +241,8 @@ def test_candidates_fill_whole_vectors_and_say_that_there_was_no_data():
     weight = np.random.default_rng(0).standard_normal(geometry.weight_shape)
     weight *= 0.9 ** np.arange(64)[:, None, None]  # a spectrum that falls
     layer = ConvLayer("conv0", geometry, weight.astype(np.float32), np.zeros(64, np.float32))
-    timer = SimpleNamespace(isa=isa_of(host_target()), algorithms=("direct",))
+    usable = SimpleNamespace(algorithms=("direct",))
+    timer = SimpleNamespace(isa=isa_of(host_target()), usable=usable)
     roofline = Roofline(1e-3, 1e-3)
     found, _ = propose(layer, InputMoments.identity(geometry), list(FORMS), roofline, timer)
     assert len(found) >= 4 and {candidate.fitted for candidate in found} == {"weights"}

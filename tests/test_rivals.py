@@ -46,7 +46,7 @@ def test_what_was_measured_in_a_slow_moment_wins_in_turns(tmp_path):
     assert worker.raced == [[second, first]]
     assert measuring.known(workload()) == measuring.known(workload(epilogue=())) == first
     # What is far behind never runs in turns, and no price changes.
-    assert [s for _, s in measuring.measured_schedules(workload())][:3] == [second, first, third]
+    assert [s for _, s in measuring.usable.measured(workload())][:3] == [second, first, third]
     assert measuring.microseconds(workload()) == priced == 10.5
     # A search that goes on from these records runs nothing, and chooses and prices the same.
     later = timer(TuningRecords(path, "avx512", 2), trials=8)

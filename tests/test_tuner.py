@@ -200,9 +200,9 @@ def test_algorithms_restrict_what_records_offer(monkeypatch):
     free = timer(records)
     free.microseconds(workload())
     none = timer(records, algorithms=("winograd",))
-    monkeypatch.setattr("tvm_lowrank.cost.measure.spaces", lambda *a: {"winograd": ["x"]})
+    monkeypatch.setattr("tvm_lowrank.cost.usable.spaces", lambda *a: {"winograd": ["x"]})
     assert none.known(workload()) is None
-    monkeypatch.setattr("tvm_lowrank.cost.measure.spaces", lambda *a: {})
+    monkeypatch.setattr("tvm_lowrank.cost.usable.spaces", lambda *a: {})
     assert none.known(workload()) == free.known(workload())
 
 

@@ -75,7 +75,7 @@ def candidates_of(
     }
     found = []
     for workload in workloads:
-        spaces = kernels.spaces(workload, machine, timer.algorithms)
+        spaces = kernels.spaces(workload, machine, timer.usable.algorithms)
         for schedule in (s for space in spaces.values() for s in space[:trials]):
             data = json.dumps(schedule.to_json(), sort_keys=True)
             if (workload.key(), data) not in known:

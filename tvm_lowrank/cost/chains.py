@@ -41,7 +41,7 @@ class ChainTimer:
 
     def fuse(self, workload: ChainWorkload) -> FusedSchedule | None:
         """The schedule of one kernel for the last stages of a chain, None if that gains nothing."""
-        if "direct" not in self.timer.algorithms:
+        if "direct" not in self.timer.usable.algorithms:
             return None
         found = self.best(workload).fused
         if found is not None:

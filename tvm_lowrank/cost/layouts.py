@@ -107,7 +107,7 @@ class _Network:
         # What dense layers hand on is a vector again in between, and stays NCHW.
         others = others and g.out_height * g.out_width > 1
         found: dict[str, _Option] = {}
-        for schedule in (chosen, *(s for _, s in timer.measured_schedules(workload) if others)):
+        for schedule in (chosen, *(s for _, s in timer.usable.measured(workload) if others)):
             kind = kind_of(schedule)
             us = timer.time_of(workload, schedule) or timer.time(workload, schedule)
             if kind != FIRST:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import tvm
 
 from tvm_lowrank.cost import rivals, seams
-from tvm_lowrank.cost.alike import other_batches, other_epilogues
+from tvm_lowrank.cost.alike import other_epilogues
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.asking import Asker
 from tvm_lowrank.cost.fleet import Fleet
@@ -19,6 +17,7 @@ from tvm_lowrank.cost.guide import MARGIN, Guide
 from tvm_lowrank.cost.model import CostModel
 from tvm_lowrank.cost.trees import Trees
 from tvm_lowrank.cost.tuner import Tuner
+from tvm_lowrank.cost.usable import Usable
 from tvm_lowrank.cost.watch import Watch
 from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.geometry import ConvGeometry
@@ -28,12 +27,8 @@ from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.kernels import (
     ALGORITHMS,
     Schedule,
-    algorithm_of,
     default_schedule,
-    emit,
-    is_exact,
     refuse,
-    schedule_from_json,
     spaces,
 )
 from tvm_lowrank.schedules.machine import machine_of
@@ -95,14 +90,12 @@ class KernelTimer:
         self.target = target
         self.isa = machine_of(target)
         self.records = records
-        self.algorithms = tuple(algorithms)
-        self.exact = exact
         self.measured = self.failed = self.unsteady = self.disputed = 0
         self.spread = self.apart = 0.0
         self._watch = Watch(self)
         self.asker = Asker(target, self.isa, records.threads, worker)
         self._tuner = Tuner(records, self.isa, trials, seed, trees, trust, guide)
-        self._usable: dict[tuple[str, str], Schedule | None] = {}
+        self.usable = Usable(self.isa, records, algorithms, exact)
 
     def refuse(self, stages: Sequence[ConvGeometry]) -> str:
         """Why one of a chain of convolutions has no kernel here; empty if all have one."""
@@ -161,7 +154,7 @@ class KernelTimer:
 
     def _expected(self, workloads: Sequence[ConvWorkload]) -> float:
         assert self.guide is not None
-        times = [self.guide.expected(w, self._spaces(w)) for w in workloads]
+        times = [self.guide.expected(w, self.usable.spaces(w)) for w in workloads]
         return seams.joined(self.isa, self.records, workloads, times)
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
@@ -171,7 +164,7 @@ class KernelTimer:
         """
         while (schedule := self._next(workload, brief)) is not None:
             self.time(workload, schedule)
-        return self._best(workload)[0]
+        return self.usable.best(workload)[0]
 
     def _prepare(self, workloads: Iterable[ConvWorkload], brief: bool = False) -> None:
         """Have compiled what is likely to be measured for workloads, if one worker measures here.
@@ -183,19 +176,20 @@ class KernelTimer:
         pairs = [
             (workload, schedule)
             for workload in dict.fromkeys(workloads)
-            if not self._elsewhere(workload)
-            for schedule in self._tuner.ahead(workload, self._spaces(workload), brief)
+            if self.usable.elsewhere(workload) is None
+            for schedule in self._tuner.ahead(workload, self.usable.spaces(workload), brief)
         ]
         if len(pairs) > 1:
             self.asker.prepare(pairs)
 
     def _next(self, workload: ConvWorkload, brief: bool = False) -> Schedule | None:
         """The schedule to measure next for a workload, None when enough were."""
-        for schedule in self._elsewhere(workload):
-            known = self.records.time(workload.key(), schedule.to_json())
+        elsewhere = self.usable.elsewhere(workload)
+        if elsewhere is not None:
+            known = self.records.time(workload.key(), elsewhere.to_json())
             if known is None or known < math.inf:
-                return schedule if known is None else None
-        return self._tuner.propose(workload, self._spaces(workload), brief)
+                return elsewhere if known is None else None
+        return self._tuner.propose(workload, self.usable.spaces(workload), brief)
 
     def measure_all(self, workloads: Iterable[ConvWorkload], brief: bool = False) -> None:
         """What `microseconds` measures for each workload, on all devices side by side.
@@ -260,8 +254,11 @@ class KernelTimer:
         if self.refuse(stages):
             return math.inf
         workloads = self.workloads(stages)
-        schedules = [[s for space in self._spaces(w).values() for s in space] for w in workloads]
-        times = [self.model.ranked(*pair) for pair in zip(workloads, schedules, strict=True)]
+        spaces = [self.usable.spaces(w).values() for w in workloads]
+        times = [
+            self.model.ranked(workload, [s for family in families for s in family])
+            for workload, families in zip(workloads, spaces, strict=True)
+        ]
         return seams.joined(self.isa, self.records, workloads, times)
 
     def time_of(self, workload: ConvWorkload, schedule: Schedule) -> float | None:
@@ -272,11 +269,11 @@ class KernelTimer:
     def recorded(self, stages: Sequence[ConvGeometry]) -> float | None:
         """Time of a chain as `chain` gives it, if the records hold all of it, else None."""
         workloads = self.workloads(stages)
-        best = [self._best(workload) for workload in workloads]
+        best = [self.usable.best(workload) for workload in workloads]
         if any(schedule is None for _, schedule in best):
             return None
         on_gpu = isinstance(self.isa, CudaArch)
-        times = [self.measured_schedules(w) for w in workloads] if on_gpu else [[b] for b in best]
+        times = [self.usable.measured(w) for w in workloads] if on_gpu else [[b] for b in best]
         return seams.joined(self.isa, self.records, workloads, times)
 
     def choose(self, workload: ConvWorkload) -> Schedule:
@@ -290,21 +287,11 @@ class KernelTimer:
         there is of a family that was never measured here.
         """
         same = other_epilogues(workload)
-        elsewhere = next((found for other in same for found in self._elsewhere(other)), None)
+        elsewhere = next(filter(None, map(self.usable.elsewhere, same)), None)
         measured = rivals.ranked(self, workload)
         if measured and (elsewhere is None or elsewhere.kernel in {s.kernel for s in measured}):
             return measured[0]
         return elsewhere
-
-    def measured_schedules(self, workload: ConvWorkload) -> list[tuple[float, Schedule]]:
-        """Microseconds here and schedule of all that ran, whatever the epilogue, fastest first."""
-        found: dict[Schedule, float] = {}
-        for other in other_epilogues(workload):
-            for data, microseconds in self.records.measured(other.key()):
-                schedule = self._read(other, data)
-                if schedule is not None:
-                    found[schedule] = min(microseconds, found.get(schedule, math.inf))
-        return sorted(((us, s) for s, us in found.items()), key=lambda pair: pair[0])
 
     def roofline(self) -> Roofline:
         """Peak of our own direct kernel on a layer that suits it, and bandwidth of a large copy.
@@ -325,54 +312,6 @@ class KernelTimer:
     def complaint(self) -> str:
         """One sentence on what went wrong with this timer's measurements; empty if nothing."""
         return "; ".join(self._watch.complaints())
-
-    def _allowed(self, workload: ConvWorkload) -> dict[str, list[Any]]:
-        return spaces(workload, self.isa, self.algorithms, self.exact)
-
-    def _spaces(self, workload: ConvWorkload) -> dict[str, list[Any]]:
-        """The allowed families, or all of them where none of those can compute the workload."""
-        return self._allowed(workload) or spaces(workload, self.isa)
-
-    def _best(self, workload: ConvWorkload) -> tuple[float, Schedule | None]:
-        """The fastest schedule measured here, of the allowed algorithms, and its time."""
-        for found, microseconds in self.records.measured(workload.key()):
-            schedule = self._read(workload, found)
-            if schedule is not None:
-                return microseconds, schedule
-        return math.inf, None
-
-    def _elsewhere(self, workload: ConvWorkload) -> list[Schedule]:
-        """What was found best on other machines, or for another batch: one usable schedule."""
-        usable = (self._read(workload, found) for found in self._found_elsewhere(workload))
-        return list(itertools.islice(filter(None, usable), 1))
-
-    def _found_elsewhere(self, workload: ConvWorkload) -> Iterator[Mapping[str, Any]]:
-        yield from self.records.elsewhere(workload.key())
-        if isinstance(self.isa, CudaArch):
-            return  # how blocks are best cut depends on how many there are
-        for other in other_batches(workload):
-            yield from [found for found, _ in self.records.measured(other.key())]
-            yield from self.records.elsewhere(other.key())
-
-    def _read(self, workload: ConvWorkload, found: Mapping[str, Any]) -> Schedule | None:
-        """A schedule of the records, or None: not allowed, or not of this version's kernels."""
-        key = (workload.key(), json.dumps(found, sort_keys=True))
-        if key not in self._usable:
-            try:
-                schedule = schedule_from_json(found)
-                emit(workload, schedule, self.isa)
-            except (ValueError, TypeError, KeyError):
-                schedule = None
-            self._usable[key] = schedule
-        schedule = self._usable[key]
-        if schedule is None or self._is_allowed(workload, schedule):
-            return schedule
-        return None if self._allowed(workload) else schedule
-
-    def _is_allowed(self, workload: ConvWorkload, schedule: Schedule) -> bool:
-        if self.exact and not is_exact(workload, schedule):
-            return False
-        return algorithm_of(schedule) in self.algorithms
 
     def time(
         self, workload: ConvWorkload | ChainWorkload, schedule: Schedule | ChainSchedule

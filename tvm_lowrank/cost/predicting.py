@@ -17,7 +17,7 @@ from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cuda import gpu_name
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda.arch import CudaArch
-from tvm_lowrank.schedules.kernels import Schedule, predict, schedule_from_json, spaces
+from tvm_lowrank.schedules.kernels import Schedule, predict, schedule_from_json
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.shipped import shipped_records
@@ -123,23 +123,24 @@ class PredictingTimer(KernelTimer):
 
     def microseconds(self, workload: ConvWorkload, brief: bool = False) -> float:
         """Time of the best schedule on record here, else of the one that is predicted fastest."""
-        known = self._best(workload)[1] is not None and workload.key() in self._measured
+        known = self.usable.best(workload)[1] is not None and workload.key() in self._measured
         if not known and workload not in self._asked:
             self._asked.add(workload)
-            for schedule in (*self._elsewhere(workload), *self._promising(workload)):
-                self.time(workload, schedule)
-        return self._best(workload)[0]
+            for schedule in (self.usable.elsewhere(workload), *self._promising(workload)):
+                if schedule is not None:
+                    self.time(workload, schedule)
+        return self.usable.best(workload)[0]
 
     def compare(self, workloads: Iterable[ConvWorkload]) -> None:
         """There is nothing to run."""
 
     def _promising(self, workload: ConvWorkload) -> list[Schedule]:
         """The schedule of each family that is predicted fastest."""
-        allowed = self._allowed(workload) or spaces(workload, self.isa)
+        families = self.usable.spaces(workload).values()
         if self._tuner.trees is None:  # spaces are in the order of the families' own models
-            return [space[0] for space in allowed.values()]
+            return [space[0] for space in families]
         found = []
-        for space in allowed.values():
+        for space in families:
             times = self._predict(workload, space)
             found.append(space[times.index(min(times))])
         return found

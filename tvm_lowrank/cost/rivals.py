@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def ranked(timer: KernelTimer, workload: ConvWorkload) -> list[Schedule]:
     """The schedules measured here, fastest first; those near the fastest as they came in turns."""
-    return in_order(timer.measured_schedules(workload), lambda near: _raced(timer, workload, near))
+    return in_order(timer.usable.measured(workload), lambda near: _raced(timer, workload, near))
 
 
 def compare(timer: KernelTimer, workloads: Iterable[ConvWorkload]) -> None:
@@ -31,7 +31,7 @@ def compare(timer: KernelTimer, workloads: Iterable[ConvWorkload]) -> None:
     Convolutions that differ in their epilogue only count as one.
     """
     for workload in {(w.geometry, w.in_block): w for w in workloads}.values():
-        found = timer.measured_schedules(workload)
+        found = timer.usable.measured(workload)
         near = near_fastest(found)
         if len(near) > 1 and _raced(timer, workload, near) is None:
             # Their times are on record under an epilogue that may not be this one's.

@@ -300,9 +300,8 @@ class Survey:
             "random shapes": [self._workload(g) for g in drawn],
         }
         for name, workloads in self.origins.items():
-            kept = [
-                w for w in dict.fromkeys(workloads) if not refuse(w, isa, self.timer.algorithms)
-            ]
+            algorithms = self.timer.usable.algorithms
+            kept = [w for w in dict.fromkeys(workloads) if not refuse(w, isa, algorithms)]
             self.origins[name] = kept
 
     def _workload(self, geometry: ConvGeometry, last: bool = True) -> ConvWorkload:
@@ -330,7 +329,8 @@ class Survey:
         settle(self.timer, {w: self._candidates(w) for w in layers}, report)
 
     def _candidates(self, workload: ConvWorkload) -> tuple[Any, ...]:
-        return candidates(workload, self.timer.isa, self.each, self.seed, self.timer.algorithms)
+        algorithms = self.timer.usable.algorithms
+        return candidates(workload, self.timer.isa, self.each, self.seed, algorithms)
 
     def table(self) -> Table:
         """Coverage: of each origin the workloads measured whole, and the records by class."""

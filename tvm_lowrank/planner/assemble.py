@@ -168,7 +168,7 @@ def _bounded(
         options.append(
             [
                 Option(count * us, count * weight_bytes(first, schedule, timer.isa), schedule)
-                for us, schedule in timer.measured_schedules(first)
+                for us, schedule in timer.usable.measured(first)
             ]
         )
     found = within_bytes(options, limit)

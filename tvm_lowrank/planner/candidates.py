@@ -116,7 +116,7 @@ def propose(
     geometry, weight = layer.geometry, layer.weight
     assert geometry is not None
     exact = weight.astype(np.float64)
-    algorithms = algorithms or dict.fromkeys(timer.algorithms, 1.0)
+    algorithms = algorithms or dict.fromkeys(timer.usable.algorithms, 1.0)
     dense_us = roofline.microseconds([geometry], timer.isa.lanes, algorithms)
     names = forms_for(layer, forms)
     refusals = [f"{name}: {text}" for name in names if (text := FORMS[name].refuse(geometry))]

@@ -101,7 +101,7 @@ class Survey:
         predicted = math.nan
         if not lossless:
             predicted = self.roofline.microseconds(
-                stages, self.timer.isa.lanes, dict.fromkeys(self.timer.algorithms, 1.0)
+                stages, self.timer.isa.lanes, dict.fromkeys(self.timer.usable.algorithms, 1.0)
             )
         if us == math.inf:
             raise LowRankError(
@@ -125,8 +125,8 @@ class Survey:
         On small maps and few channels Winograd kernels are far from what their operations promise.
         """
         lanes, (workload,) = self.timer.isa.lanes, self.timer.workloads([geometry])
-        found = dict.fromkeys(self.timer.algorithms, 1.0)
-        for us, schedule in reversed(self.timer.measured_schedules(workload)):
+        found = dict.fromkeys(self.timer.usable.algorithms, 1.0)
+        for us, schedule in reversed(self.timer.usable.measured(workload)):
             name = algorithm_of(schedule)
             if name in found:
                 # The time of this algorithm alone.
