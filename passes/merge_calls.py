@@ -31,9 +31,10 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 from tvm_lowrank.passes.graph import Rewriter, constant, is_constant, op_name, static_shape
+from tvm_lowrank.schedules.x86 import barrier
 from tvm_lowrank.schedules.x86.emitter import ALIGNMENT
 from tvm_lowrank.schedules.x86.stages import Stages, stages_of
-from tvm_lowrank.schedules.x86.subroutines import Place, StageCall, emit_calls
+from tvm_lowrank.schedules.x86.subroutines import NOTES, Place, StageCall, emit_calls
 from tvm_lowrank.schedules.x86.tir_pipeline import FLAT
 from tvm_lowrank.schedules.x86.workspace import Lifetime, plan_offsets
 
@@ -49,14 +50,22 @@ class MergeCalls:
     merged calls, and so does a kernel whose stages hand each other values outside of memory. What
     comes out builds with the TIR pipeline ``"lowrank"`` only, since TVM's own gives every function
     the interface for tensors.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        What the module is to be built for.
     """
+
+    def __init__(self, target: tvm.target.Target) -> None:
+        self._code = barrier.code_for(target)
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Rewrite the module."""
         names = [gvar.name_hint for gvar in mod.get_global_vars()]
         if "main" not in names or not isinstance(mod["main"], relax.Function):
             return mod
-        merger = _Merger(mod)
+        merger = _Merger(mod, self._code)
         return merger.run() if merger.runs else mod
 
 
@@ -141,10 +150,11 @@ class _Run:
 
 
 class _Merger(Rewriter):
-    """``runs`` are those that are worth a function."""
+    """``runs`` are those that are worth a function, ``code`` that of its barriers."""
 
-    def __init__(self, mod: tvm.IRModule) -> None:
+    def __init__(self, mod: tvm.IRModule, code: str | None) -> None:
         super().__init__(mod)
+        self._code = code
         self._taken_apart: dict[tvm.ir.GlobalVar, Stages | None] = {}
         self.runs = [run for run in self._find() if len(run.calls) > 1]
         self._ends = {run.bindings[-1].var: run for run in self.runs}
@@ -185,8 +195,8 @@ class _Merger(Rewriter):
         results = [memory for memory in made if memory.escapes]
         local = [memory for memory in made if not memory.escapes]
         memories = [self._memories(kernel, i) for i, (kernel, _) in enumerate(run.calls)]
-        failed = _Memory((1,), 0, len(run.calls))
-        local += [*itertools.chain(*memories), failed]
+        notes = _Memory((NOTES,), 0, len(run.calls))
+        local += [*itertools.chain(*memories), notes]
         lifetimes = [Lifetime(_BYTES * math.prod(m.shape), m.first, m.last) for m in local]
         offsets, total = plan_offsets(lifetimes, ALIGNMENT)
 
@@ -212,7 +222,7 @@ class _Merger(Rewriter):
             for (kernel, operands), shared in zip(run.calls, memories, strict=True)
             for call in self._calls(kernel, [places[memory] for memory in (*operands, *shared)])
         ]
-        func = emit_calls(parameters, calls, places[failed])
+        func = emit_calls(parameters, calls, places[notes], self._code)
         gvar = self.builder.add_func(func, "lowrank_calls")
         types = [relax.TensorType(shape, "float32") for shape in written]
         value = self.emit(relax.call_tir(gvar, args, types))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tvm
 from helpers import operators
 from test_merge_calls import noise, same
 from tvm import relax, tirx
+from tvm_lowrank.schedules.x86 import barrier
 from tvm_lowrank.schedules.x86.emitter import ALIGNMENT, Emitter
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.stages import stages_of
-from tvm_lowrank.schedules.x86.subroutines import Place, StageCall, emit_calls
+from tvm_lowrank.schedules.x86.subroutines import NOTES, Place, StageCall, emit_calls
 from tvm_lowrank.schedules.x86.tir_pipeline import NAME
 
 from tvm_lowrank.target import host_target
 
 ISA = isa_of(host_target())
+TASKS = Path("/proc/self/task")
 
 
 def kernel(make) -> tirx.PrimFunc:
@@ -62,39 +67,90 @@ def failing(em, x, y):
         em._emit(tirx.AssertStmt(condition, tvm.ir.StringImm("ValueError"), message))
 
 
-def called(*kernels: tirx.PrimFunc):
+def calling(code: str | None, *kernels: tirx.PrimFunc) -> tvm.IRModule:
     """A function that gives each kernel what the one before has written."""
     lanes, functions, calls = 4 * ISA.lanes, {}, []
     buffers = [
         tirx.decl_buffer((lanes,), "float32", name=f"t{i}", data_alignment=ALIGNMENT)
         for i in range(len(kernels) + 2)
     ]
+    buffers.append(tirx.decl_buffer((NOTES,), "float32", name="notes", data_alignment=ALIGNMENT))
     for number, each in enumerate(kernels):
         found = stages_of(each)
-        places = [Place(number), Place(number + 1), Place(len(kernels) + 1, ISA.lanes)]
+        places = [Place(number), Place(number + 1), Place(len(kernels) + 1)]
         for index, stage in enumerate(found.stages):
             gvar = tvm.ir.GlobalVar(f"k{number}_{index}")
             functions[gvar] = stage.func
             calls.append(StageCall(gvar, stage.extent, tuple(places[i] for i in stage.arguments)))
-    main = emit_calls(buffers, calls, Place(len(kernels) + 1)).with_attr("global_symbol", "main")
+    main = emit_calls(buffers, calls, Place(len(kernels) + 2), code)
+    main = main.with_attr("global_symbol", "main")
     functions[tvm.ir.GlobalVar("main")] = main
-    run = tvm.tirx.build(tvm.IRModule(functions), host_target(), NAME)["main"]
+    return tvm.IRModule(functions)
+
+
+def called(*kernels: tirx.PrimFunc, own_barrier: bool = True):
+    """What that function makes of the first kernel's input: all its tensors."""
+    code = barrier.code_for(host_target()) if own_barrier else None
+    run = tvm.tirx.build(calling(code, *kernels), host_target(), NAME)["main"]
 
     def result(first: np.ndarray) -> list[np.ndarray]:
         tensors = [tvm.runtime.tensor(first)]
-        tensors += [tvm.runtime.tensor(np.zeros(lanes, np.float32)) for _ in buffers[1:]]
+        tensors += [tvm.runtime.tensor(np.zeros(first.size, np.float32)) for _ in kernels]
+        tensors.append(tvm.runtime.tensor(np.zeros(first.size, np.float32)))
+        tensors.append(tvm.runtime.tensor(np.full(NOTES, 7, np.float32)))
         run(*tensors)
         return [tensor.numpy() for tensor in tensors]
 
     return result
 
 
-def test_a_stage_begins_when_all_threads_are_through_with_the_one_before():
-    run = called(*[kernel(turned)] * 41)
+@pytest.mark.parametrize("own_barrier", [True, False])
+def test_a_stage_begins_when_all_threads_are_through_with_the_one_before(own_barrier):
+    run = called(*[kernel(turned)] * 41, own_barrier=own_barrier)
     x = np.arange(4 * ISA.lanes, dtype=np.float32)
     expected = x.reshape(4, -1)[::-1].ravel() + 41
     for _ in range(200):
         np.testing.assert_array_equal(run(x)[41], expected)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="no threads to be told apart")
+def test_threads_that_share_a_processor_do_not_wait_for_ever():
+    run = called(*[kernel(turned)] * 41)
+    x = np.arange(4 * ISA.lanes, dtype=np.float32)
+    expected = run(x)[41]  # starts the threads
+    processors = {int(t.name): os.sched_getaffinity(int(t.name)) for t in TASKS.iterdir()}
+    try:
+        for thread in processors:
+            os.sched_setaffinity(thread, {min(processors[thread])})
+        for _ in range(20):
+            np.testing.assert_array_equal(run(x)[41], expected)
+    finally:
+        for thread, before in processors.items():
+            os.sched_setaffinity(thread, before)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"kind": "llvm", "mtriple": "x86_64-linux-gnu"}, ["pause", "lock"]),
+        ({"kind": "llvm", "mtriple": "aarch64-linux-gnu"}, ["yield", "stlxr"]),
+    ],
+)
+def test_barriers_are_part_of_the_code(target, words):
+    target = tvm.target.Target(target)
+    module = calling(barrier.code_for(target), *[kernel(turned)] * 3)
+    text = tvm.tirx.build(module, target, NAME).inspect_source("asm")
+    for word in [*words, "sched_yield"]:
+        assert word in text
+    assert "lowrank_come" not in text and "lowrank_all_came" not in text
+
+
+@pytest.mark.parametrize("triple", ["x86_64-pc-windows-msvc", "riscv64-linux-gnu"])
+def test_without_sched_yield_or_atomics_the_barriers_are_those_of_tvm(triple):
+    assert barrier.code_for(tvm.target.Target({"kind": "llvm", "mtriple": triple})) is None
+    module = calling(None, *[kernel(turned)] * 3)
+    assert "sched_yield" not in module.script()
+    assert module.script().count("barrier_when_finish") == 2  # after the last one there is none
 
 
 def test_what_is_done_once_is_not_done_by_every_thread():

@@ -41,7 +41,7 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = 
     if target.kind.name != "cuda":
         unchecked = tvm.transform.PassContext(config={"tirx.disable_assert": True})
         with nullcontext() if checks else unchecked:
-            merged = MergeCalls()(mod)
+            merged = MergeCalls(target)(mod)
             return tvm.compile(merged, target=target, tir_pipeline=tir_pipeline.NAME)
     cuda.prepare_compiler(target)
     target = cuda.with_every_instruction(target)

@@ -15,10 +15,16 @@ import tvm
 from tvm import ir, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
+from . import barrier
+from .barrier import Barrier
 from .tir_pipeline import FLAT
 
 # TVM's number for functions that its fusion leaves alone.
 _OPAQUE = 8
+# Elements that `emit_calls` keeps its notes in: one, and then those of a barrier, from the next
+# cache line on.
+_LINE = 16
+NOTES = _LINE + barrier.WORDS
 _ZERO, _ONE = (tirx.IntImm("int32", value) for value in (0, 1))
 
 
@@ -40,24 +46,47 @@ class StageCall:
 
 
 def emit_calls(
-    parameters: Sequence[tirx.Buffer], calls: Sequence[StageCall], failed: Place
+    parameters: Sequence[tirx.Buffer], calls: Sequence[StageCall], notes: Place, code: str | None
 ) -> tirx.PrimFunc:
     """The function of ``parameters`` that makes ``calls`` in order.
 
     All threads are in every stage. One that fails (a workspace that cannot be allocated) must not
-    keep the others waiting: it makes a note at ``failed``, an element that is free for it, and the
-    function fails with a RuntimeError at its end.
+    keep the others waiting: it makes a note, and the function fails with a RuntimeError at its end.
+
+    Parameters
+    ----------
+    parameters : sequence of tirx.Buffer
+        All of float32.
+    calls : sequence of StageCall
+    notes : Place
+        Where `NOTES` elements are free, from a cache line on.
+    code : str, optional
+        `barrier.code_for` the target; without it the threads wait as TVM has them wait.
     """
-    note = parameters[failed.parameter]
-    stages = [_emit_stage(call, parameters, note, failed.offset) for call in calls]
-    region = _pragma("parallel_launch_point", tirx.SeqStmt(stages))
-    succeeded = tirx.EQ(tirx.BufferLoad(note, [failed.offset]), _float(0))
+    buffer, note = parameters[notes.parameter], notes.offset
+    stages = [_emit_stage(call, parameters, buffer, note) for call in calls]
+    before = [tirx.BufferStore(buffer, _float(0), [note])]
+    # All tasks of a region have ended when it has: what follows the last stage need not wait.
+    if code is None or len(stages) < 2:
+        region = tirx.SeqStmt([tirx.Evaluate(0), *map(_with_barrier, stages[:-1]), stages[-1]])
+    else:
+        before += barrier.clear(buffer, note + _LINE)
+        region = _emit_region(stages, Barrier(buffer, note + _LINE, code))
+    region = _pragma("parallel_launch_point", region)
+    succeeded = tirx.EQ(tirx.BufferLoad(buffer, [note]), _float(0))
     message = "a kernel of the network could not allocate its workspace; free memory"
     check = tirx.AssertStmt(succeeded, ir.StringImm("RuntimeError"), [ir.StringImm(message)])
-    body = [tirx.BufferStore(note, _float(0), [failed.offset]), region, check]
-    block = SBlock([], [], [], "root", tirx.SeqStmt(body))
+    block = SBlock([], [], [], "root", tirx.SeqStmt([*before, region, check]))
     func = tirx.PrimFunc(list(parameters), SBlockRealize([], True, block))
     return func.with_attr({"tirx.noalias": True, "s_tir": True, FLAT: True, "op_pattern": _OPAQUE})
+
+
+def _emit_region(stages: Sequence[tirx.Stmt], barrier: Barrier) -> tirx.Stmt:
+    """Stages with a barrier between any two. The first is TVM's: after it the threads are known."""
+    body = [barrier.enter(), _with_barrier(stages[0]), stages[1]]
+    for stage in stages[2:]:
+        body += [*barrier.wait(), stage]
+    return barrier.link(tirx.SeqStmt(body))
 
 
 def _emit_stage(
@@ -71,8 +100,11 @@ def _emit_stage(
     if call.extent == 1:  # TVM makes no loop of it, and then all threads would do it
         body = tirx.IfThenElse(tirx.EQ(number, _ZERO), body, None)
     extent = tirx.IntImm("int32", max(call.extent, 2))
-    loop = tirx.For(number, _ZERO, extent, tirx.ForKind.PARALLEL, body)
-    return _pragma("parallel_barrier_when_finish", loop)
+    return tirx.For(number, _ZERO, extent, tirx.ForKind.PARALLEL, body)
+
+
+def _with_barrier(stage: tirx.Stmt) -> tirx.Stmt:
+    return _pragma("parallel_barrier_when_finish", stage)
 
 
 def _pragma(name: str, body: tirx.Stmt) -> tirx.Stmt:
