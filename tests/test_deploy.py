@@ -10,9 +10,10 @@ import textwrap
 import numpy as np
 import pytest
 from helpers import factored_plan, relative, run
+from tvm import relax
 
 import tvm_lowrank
-from tvm_lowrank.build import compile_module, export
+from tvm_lowrank.build import compile_module, export, network_of
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.target import host_target
 
@@ -49,6 +50,45 @@ def test_load_runs_the_library(library, sample, small):
     first, second = network(sample), network(sample)
     assert first.shape == (1, 10) and np.array_equal(first, second)
     assert relative(first, run(factored_plan(small).factor(load_model(small)), sample)) < 1e-5
+
+
+def test_any_array_will_do_and_none_is_shared(library, sample):
+    network = tvm_lowrank.load(library)
+    expected = network(sample)
+    turned = np.ascontiguousarray(sample[..., ::-1])[..., ::-1]
+    shifted = np.empty(sample.size + 1, np.float32)[1:].reshape(sample.shape)
+    shifted[...] = sample
+    for array in (sample.astype(np.float64), turned, shifted, sample.tolist()):
+        found = network(array)
+        assert found.flags.writeable and np.array_equal(found, expected)
+        found[...] = np.nan
+    assert np.array_equal(network(sample), expected)
+
+
+def test_outputs_of_every_type():
+    x = relax.Var("x", relax.TensorType((2, 3), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            found = [
+                relax.op.argmax(x, axis=1),
+                relax.op.greater(x, relax.const(0.0)),
+                relax.op.sum(x),
+                relax.op.astype(x, "float16"),
+                relax.const(np.arange(3.0)),
+            ]
+            out = builder.emit_output(relax.Tuple([builder.emit(each) for each in found]))
+        builder.emit_func_output(out)
+    network = network_of(compile_module(builder.get(), host_target()))
+    array = np.array([[1, -2, 3], [-4, 5, 0]], np.float32)
+    for _ in range(2):
+        classes, positive, total, halves, constant = network(array)
+        assert classes.tolist() == [2, 1] and classes.dtype == np.int64
+        assert positive.dtype == bool and np.array_equal(positive, array > 0)
+        assert total.shape == () and total == 3
+        assert halves.dtype == np.float16 and np.array_equal(halves, array)
+        assert constant.tolist() == [0, 1, 2]
+        constant[...] = 9  # a copy
 
 
 def test_the_bare_runtime_gives_the_same_numbers(library, sample, tmp_path):
