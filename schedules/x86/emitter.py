@@ -139,6 +139,12 @@ class Emitter:
         indices = [tirx.IntImm("int32", lane) for lane in lanes]
         return self.bind(tirx.Shuffle(list(vectors), indices), "p")
 
+    def masked(self, value: ir.Expr, mask: ir.Expr) -> ir.Expr:
+        """A vector whose bits are those that are set in ``mask``, an int32, too."""
+        bits = tirx.reinterpret(f"int32x{self.lanes}", value)
+        bits = tirx.bitwise_and(bits, tirx.Broadcast(mask, self.lanes))
+        return self.bind(tirx.reinterpret(f"float32x{self.lanes}", bits), "v")
+
     def store(self, buffer: tirx.Buffer, value: ir.Expr, offset: Index = 0) -> None:
         """Store a vector."""
         self._emit(tirx.BufferStore(buffer, value, [tirx.Ramp(offset, 1, self.lanes)]))

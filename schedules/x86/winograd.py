@@ -90,7 +90,7 @@ def _emit_fused(em: Emitter, stages: Stages, blocks: int) -> None:
         # Made by every task: a thread gets the same memory again, which is still in its cache.
         data = em.workspace(blocks * stages.block_stride(in_blocks))
         products = em.workspace(blocks * stages.block_stride(out_blocks))
-        scratch = em.workspace(2 * stages.grid.points * stages.lanes)
+        scratch = em.workspace(stages.grid.points * stages.lanes)
         first = em.bind_index(task * blocks, "first")
         extent: Index = blocks
         if count % blocks:
@@ -115,7 +115,7 @@ def _emit_staged(em: Emitter, stages: Stages) -> None:
     data = em.workspace(count * stages.block_stride(in_blocks))
     products = em.workspace(count * stages.block_stride(out_blocks))
     with em.loop(count * in_blocks, "parallel", prefix="task") as task:
-        scratch = em.workspace(2 * stages.grid.points * stages.lanes)
+        scratch = em.workspace(stages.grid.points * stages.lanes)
         block = em.bind_index(quotient(task, in_blocks), "block")
         channels = em.bind_index(remainder(task, in_blocks), "channels")
         transform_input(em, stages, (block, channels, 1), data, block, scratch)

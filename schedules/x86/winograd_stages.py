@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from tvm import ir, tirx
 from tvm_lowrank.schedules.transforms.cook_toom import transform_code
@@ -80,8 +81,6 @@ def transform_input(
     """Transform the tiles of a register block into ``data``, as its block ``local``.
 
     ``source`` holds the register block, its first block of channels and the number of these.
-    ``scratch`` has room for two tiles: for `_transform`, and for those that reach beyond the map to
-    get their zeros.
     """
     grid, lanes, (number, first, count) = stages.grid, stages.lanes, source
     geometry, columns = grid.geometry, grid.inputs[1]
@@ -93,43 +92,88 @@ def transform_input(
         image, row, column = _place(em, grid, tile)
         row = em.bind_index(row - geometry.padding[0], "row")
         column = em.bind_index(column - geometry.padding[1], "column")
-        base = em.bind_index(
-            (image * stages.in_blocks + first) * size + row * pitch + column * lanes, "x"
-        )
+        base = em.bind_index((image * stages.in_blocks + first) * size, "x")
         target = em.bind_index(
             local * stages.block_stride(stages.in_blocks) + (first * grid.rows + t) * lanes, "v"
         )
 
-        def transform(buffer: tirx.Buffer, start: Index, step: int, block: Index) -> None:
-            at = em.bind_index(target + block * (grid.rows * lanes), "v")
+        def transform(load: Callable[[Index, Index, Index], ir.Expr]) -> None:
+            with em.loop(count, prefix="block") as block:
+                start = em.bind_index(base + block * size, "x")
+                at = em.bind_index(target + block * (grid.rows * lanes), "v")
 
-            def store_row(i: Index, values: Sequence[ir.Expr]) -> None:
-                for j, value in enumerate(values):
-                    point = (i * columns + j) * stages.point_stride(stages.in_blocks)
-                    em.store(data, value, at + point)
+                def store_row(i: Index, values: Sequence[ir.Expr]) -> None:
+                    for j, value in enumerate(values):
+                        point = (i * columns + j) * stages.point_stride(stages.in_blocks)
+                        em.store(data, value, at + point)
 
-            _transform(
-                em,
-                grid,
-                "input",
-                scratch,
-                lambda i, j: em.load(buffer, start + (i * step + j * lanes)),
-                store_row,
-            )
+                _transform(em, grid, "input", scratch, partial(load, start), store_row)
 
         inside = _all_inside((row, column), grid)
         whole = nullcontext() if inside is None else em.when(inside)
-        with whole, em.loop(count, prefix="block") as block:
-            transform(stages.x, em.bind_index(base + block * size, "x"), pitch, block)
+        with whole:
+            origin = em.bind_index(row * pitch + column * lanes, "origin")
+            transform(
+                lambda start, i, j: em.load(stages.x, start + origin + (i * pitch + j * lanes))
+            )
         if inside is not None:
             with em.when(tirx.Not(inside)):
-                border = grid.points * lanes
-                with em.loop(grid.points, prefix="i") as i:
-                    em.store(scratch, em.constant(0), border + i * lanes)
-                with em.loop(count, prefix="block") as block:
-                    start = em.bind_index(base + block * size, "x")
-                    _emit_copy(em, stages, (row, column), start, scratch, border)
-                    transform(scratch, border, columns * lanes, block)
+                along = [_Reach(em, grid, axis, at) for axis, at in enumerate((row, column))]
+
+                def load(start: Index, i: Index, j: Index) -> ir.Expr:
+                    places = [reach.at(index) for reach, index in zip(along, (i, j), strict=True)]
+                    at = start + places[0].position * pitch + places[1].position * lanes
+                    value = em.load(stages.x, at)
+                    for place in places:
+                        value = value if place.mask is None else em.masked(value, place.mask)
+                    return value
+
+                transform(load)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A position on the map, and 0 if it stands for one that is not on it, else -1."""
+
+    position: Index
+    mask: ir.Expr | None
+
+
+class _Reach:
+    """Where the inputs of a tile lie along an axis, those next to the map moved onto it."""
+
+    def __init__(self, em: Emitter, grid: TileGrid, axis: int, origin: Index) -> None:
+        self._em, self._origin = em, origin
+        geometry = grid.geometry
+        self._extent = (geometry.height, geometry.width)[axis]
+        first = -geometry.padding[axis]
+        last = first + ((grid.lines, grid.per_line)[axis] - 1) * grid.tile[axis]
+        inputs = range(grid.inputs[axis])
+        # Whether some tile has this input off the map.
+        self._may_be_off = [first + i < 0 or last + i >= self._extent for i in inputs]
+        self._known = [self._find(i) for i in inputs]
+        self._last: tuple[ir.Expr, _Place] | None = None
+
+    def at(self, index: Index) -> _Place:
+        """The place of an input."""
+        if isinstance(index, int):
+            return self._known[index]
+        if self._last is None or not self._last[0].same_as(index):
+            self._last = index, self._find(index)
+        return self._last[1]
+
+    def _find(self, index: Index) -> _Place:
+        position = self._em.bind_index(self._origin + index, "at")
+        if isinstance(index, int) and not self._may_be_off[index]:
+            return _Place(position, None)
+        moved = clamp_high(clamp_low(position, 0), self._extent - 1)
+        moved = self._em.bind_index(moved, "at")
+        on_map = tirx.Select(tirx.EQ(position, moved), _int(-1), _int(0))
+        return _Place(moved, self._em.bind(on_map, "mask"))
+
+
+def _int(value: int) -> ir.Expr:
+    return tirx.IntImm("int32", value)
 
 
 def _all_inside(origin: tuple[Index, Index], grid: TileGrid) -> tirx.Expr | None:
@@ -153,28 +197,6 @@ def _all_inside(origin: tuple[Index, Index], grid: TileGrid) -> tirx.Expr | None
         for condition in conditions:
             inside = condition if inside is None else tirx.And(inside, condition)
     return inside
-
-
-def _emit_copy(
-    em: Emitter,
-    stages: Stages,
-    origin: tuple[Index, Index],
-    start: Index,
-    scratch: tirx.Buffer,
-    target: int,
-) -> None:
-    """Copy that part of a tile at ``origin`` (offset ``start``) which lies within the map."""
-    geometry, lanes = stages.grid.geometry, stages.lanes
-    ranges = []
-    for position, reach, extent in zip(
-        origin, stages.grid.inputs, (geometry.height, geometry.width), strict=True
-    ):
-        low = em.bind_index(clamp_low(0 - position, 0), "low")
-        ranges.append((low, em.bind_index(clamp_high(extent - position, reach) - low, "count")))
-    (top, height), (left, width) = ranges
-    with em.loop(height, start=top, prefix="r") as r, em.loop(width, start=left, prefix="c") as c:
-        value = em.load(stages.x, start + (r * geometry.width + c) * lanes)
-        em.store(scratch, value, target + (r * stages.grid.inputs[1] + c) * lanes)
 
 
 def transform_output(
