@@ -153,6 +153,18 @@ def test_without_sched_yield_or_atomics_the_barriers_are_those_of_tvm(triple):
     assert module.script().count("barrier_when_finish") == 2  # after the last one there is none
 
 
+def test_what_one_thread_does_waits_for_no_other():
+    module = calling(None, *map(kernel, [counted, counted, turned, turned, counted, counted]))
+    assert module.script().count("barrier_when_finish") == 3
+    module = calling("code", *map(kernel, [counted, counted, turned, turned, counted, counted]))
+    assert module.script().count("sched_yield") == 2  # the first barrier is TVM's
+    run = called(*map(kernel, [counted, counted, turned, turned, counted, counted]))
+    for _ in range(100):
+        tensors = run(np.zeros(4 * ISA.lanes, np.float32))
+        assert [tensor[-1] for tensor in tensors[1:7]] == [0, 0, 2, 2, 0, 0]
+        assert [tensor[0] for tensor in tensors[1:7]] == [1, 1, 1, 3, 1, 1]
+
+
 def test_what_is_done_once_is_not_done_by_every_thread():
     run = called(*[kernel(counted)] * 20)
     for _ in range(100):

@@ -8,6 +8,7 @@ other, which takes less time than to start them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,12 +67,15 @@ def emit_calls(
     buffer, note = parameters[notes.parameter], notes.offset
     stages = [_emit_stage(call, parameters, buffer, note) for call in calls]
     before = [tirx.BufferStore(buffer, _float(0), [note])]
-    # All tasks of a region have ended when it has: what follows the last stage need not wait.
-    if code is None or len(stages) < 2:
-        region = tirx.SeqStmt([tirx.Evaluate(0), *map(_with_barrier, stages[:-1]), stages[-1]])
+    # What only the first thread does need not wait for what only it has done, and what follows the
+    # last stage not at all: all tasks of a region have ended when it has.
+    waits = [one.extent > 1 or other.extent > 1 for one, other in itertools.pairwise(calls)]
+    if code is None or sum(waits) < 2:
+        body = [_with_barrier(s) if w else s for s, w in zip(stages, [*waits, False], strict=True)]
+        region = tirx.SeqStmt([tirx.Evaluate(0), *body])
     else:
         before += barrier.clear(buffer, note + _LINE)
-        region = _emit_region(stages, Barrier(buffer, note + _LINE, code))
+        region = _emit_region(stages, waits, Barrier(buffer, note + _LINE, code))
     region = _pragma("parallel_launch_point", region)
     succeeded = tirx.EQ(tirx.BufferLoad(buffer, [note]), _float(0))
     message = "a kernel of the network could not allocate its workspace; free memory"
@@ -81,11 +85,15 @@ def emit_calls(
     return func.with_attr({"tirx.noalias": True, "s_tir": True, FLAT: True, "op_pattern": _OPAQUE})
 
 
-def _emit_region(stages: Sequence[tirx.Stmt], barrier: Barrier) -> tirx.Stmt:
-    """Stages with a barrier between any two. The first is TVM's: after it the threads are known."""
-    body = [barrier.enter(), _with_barrier(stages[0]), stages[1]]
-    for stage in stages[2:]:
-        body += [*barrier.wait(), stage]
+def _emit_region(stages: Sequence[tirx.Stmt], waits: Sequence[bool], barrier: Barrier) -> tirx.Stmt:
+    """Stages, and a barrier behind each that the next one has to wait for.
+
+    The first of these is TVM's: after it the threads are known.
+    """
+    first = waits.index(True)
+    body = [barrier.enter(), *stages[:first], _with_barrier(stages[first])]
+    for stage, wait in zip(stages[first + 1 :], [*waits[first + 1 :], False], strict=True):
+        body += [stage, *(barrier.wait() if wait else [])]
     return barrier.link(tirx.SeqStmt(body))
 
 
