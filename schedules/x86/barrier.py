@@ -80,18 +80,23 @@ class Barrier:
     buffer : tirx.Buffer
         Of elements of 4 bytes.
     offset : int
-        Where in it `WORDS` elements are free, that begin with a cache line and are 0.
+        Where in it `WORDS` elements are free, from a cache line on.
     code : str
         Of `code_for`.
     """
 
     def __init__(self, buffer: tirx.Buffer, offset: int, code: str) -> None:
+        self._buffer, self._counters = buffer, (offset + _THREADS, offset + _CAME)
         self._threads, self._came = (
-            tirx.address_of(tirx.BufferLoad(buffer, [offset + counter]))
-            for counter in (_THREADS, _CAME)
+            tirx.address_of(tirx.BufferLoad(buffer, [counter])) for counter in self._counters
         )
         self._code = code
         self._times = 0
+
+    def clear(self) -> list[tirx.Stmt]:
+        """What is done before the threads are started."""
+        zero = tirx.const(0, self._buffer.dtype)
+        return [tirx.BufferStore(self._buffer, zero, [counter]) for counter in self._counters]
 
     def link(self, body: tirx.Stmt) -> tirx.Stmt:
         """The statement that holds all that this barrier emits."""
@@ -111,9 +116,3 @@ class Barrier:
         all_came = tirx.call_extern("int32", _ALL_CAME, self._came, self._threads, times)
         rest = tirx.Evaluate(tirx.call_extern("int32", "sched_yield"))
         return [come, tirx.While(tirx.EQ(all_came, tirx.IntImm("int32", 0)), rest)]
-
-
-def clear(buffer: tirx.Buffer, offset: int) -> list[tirx.Stmt]:
-    """What sets the counters of a `Barrier` to 0, before the threads are started."""
-    zero = tirx.const(0, buffer.dtype)
-    return [tirx.BufferStore(buffer, zero, [offset + counter]) for counter in (_THREADS, _CAME)]

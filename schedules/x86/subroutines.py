@@ -16,8 +16,7 @@ import tvm
 from tvm import ir, tirx
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
-from . import barrier
-from .barrier import Barrier
+from .barrier import WORDS, Barrier
 from .tir_pipeline import FLAT
 
 # TVM's number for functions that its fusion leaves alone.
@@ -25,7 +24,7 @@ _OPAQUE = 8
 # Elements that `emit_calls` keeps its notes in: one, and then those of a barrier, from the next
 # cache line on.
 _LINE = 16
-NOTES = _LINE + barrier.WORDS
+NOTES = _LINE + WORDS
 _ZERO, _ONE = (tirx.IntImm("int32", value) for value in (0, 1))
 
 
@@ -74,8 +73,9 @@ def emit_calls(
         body = [_with_barrier(s) if w else s for s, w in zip(stages, [*waits, False], strict=True)]
         region = tirx.SeqStmt([tirx.Evaluate(0), *body])
     else:
-        before += barrier.clear(buffer, note + _LINE)
-        region = _emit_region(stages, waits, Barrier(buffer, note + _LINE, code))
+        barrier = Barrier(buffer, note + _LINE, code)
+        before += barrier.clear()
+        region = _emit_region(stages, waits, barrier)
     region = _pragma("parallel_launch_point", region)
     succeeded = tirx.EQ(tirx.BufferLoad(buffer, [note]), _float(0))
     message = "a kernel of the network could not allocate its workspace; free memory"

@@ -122,7 +122,7 @@ def transform_input(
 
                 def load(start: Index, i: Index, j: Index) -> ir.Expr:
                     places = [reach.at(index) for reach, index in zip(along, (i, j), strict=True)]
-                    at = start + places[0].position * pitch + places[1].position * lanes
+                    at = start + places[0].index * pitch + places[1].index * lanes
                     value = em.load(stages.x, at)
                     for place in places:
                         value = value if place.mask is None else em.masked(value, place.mask)
@@ -132,10 +132,10 @@ def transform_input(
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Position:
     """A position on the map, and 0 if it stands for one that is not on it, else -1."""
 
-    position: Index
+    index: Index
     mask: ir.Expr | None
 
 
@@ -152,9 +152,9 @@ class _Reach:
         # Whether some tile has this input off the map.
         self._may_be_off = [first + i < 0 or last + i >= self._extent for i in inputs]
         self._known = [self._find(i) for i in inputs]
-        self._last: tuple[ir.Expr, _Place] | None = None
+        self._last: tuple[ir.Expr, _Position] | None = None
 
-    def at(self, index: Index) -> _Place:
+    def at(self, index: Index) -> _Position:
         """The place of an input."""
         if isinstance(index, int):
             return self._known[index]
@@ -162,14 +162,14 @@ class _Reach:
             self._last = index, self._find(index)
         return self._last[1]
 
-    def _find(self, index: Index) -> _Place:
+    def _find(self, index: Index) -> _Position:
         position = self._em.bind_index(self._origin + index, "at")
         if isinstance(index, int) and not self._may_be_off[index]:
-            return _Place(position, None)
+            return _Position(position, None)
         moved = clamp_high(clamp_low(position, 0), self._extent - 1)
         moved = self._em.bind_index(moved, "at")
         on_map = tirx.Select(tirx.EQ(position, moved), _int(-1), _int(0))
-        return _Place(moved, self._em.bind(on_map, "mask"))
+        return _Position(moved, self._em.bind(on_map, "mask"))
 
 
 def _int(value: int) -> ir.Expr:
