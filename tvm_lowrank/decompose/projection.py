@@ -122,7 +122,7 @@ class SharedBasis:
         """Take a weight ``(outputs, D)``, tap-major, and its product with the covariance."""
         self.outputs, self._flat, self._weighted = len(flat), flat, weighted
         self._energy = float(np.sum(weighted * flat))
-        self._known: _Seen | None = None
+        self._known: dict[int, _Seen] = {}
         rows = flat.reshape(-1, self.width) @ self._lower
         self._unfolded = rows.T @ rows
         if len(rows) < self.width:
@@ -148,10 +148,7 @@ class SharedBasis:
         outputs = None if outputs == self.outputs else outputs
         start = np.ascontiguousarray(self._directions[:, :rank].T)
         iterations = self._affordable(rank, budget) if refine and rank < self.width else 0
-        # Of several ranks, each begins with the vectors of those below.
-        if self._known is None or len(self._known.basis) < rank:
-            self._known = self._see(start)
-        best = self._best(self._known.leading(rank), outputs)
+        best = self._best(self._leading(rank), outputs)
         if iterations and best.error > ROUNDING * self._energy:
             best = self._descend(start, best, outputs, iterations, rank)
         core = best.core.reshape(len(best.core), self.taps, rank).transpose(0, 2, 1)
@@ -183,6 +180,17 @@ class SharedBasis:
         best = self._solve(basis @ np.linalg.inv(self._unwhitening), outputs)
         core = best.core.reshape(len(best.core), self.taps, len(basis)).transpose(0, 2, 1)
         return np.ascontiguousarray(core), best.mixing
+
+    def _leading(self, rank: int) -> _Seen:
+        """The first directions, worked out for all ranks up to the next power of two at once.
+
+        Rounding depends on how many are worked out together; what a rank gives must not depend on
+        which others were asked for.
+        """
+        count = min(1 << (rank - 1).bit_length(), self.width)
+        if count not in self._known:
+            self._known[count] = self._see(np.ascontiguousarray(self._directions[:, :count].T))
+        return self._known[count].leading(rank)
 
     def _affordable(self, rank: int, budget: float = REFINE_BUDGET) -> int:
         size = self.width * self.taps
