@@ -144,10 +144,7 @@ class _Reach:
 
     def __init__(self, em: Emitter, grid: TileGrid, axis: int, origin: Index) -> None:
         self._em, self._origin = em, origin
-        geometry = grid.geometry
-        self._extent = (geometry.height, geometry.width)[axis]
-        first = -geometry.padding[axis]
-        last = first + ((grid.lines, grid.per_line)[axis] - 1) * grid.tile[axis]
+        self._extent, first, last = _span(grid, axis)
         inputs = range(grid.inputs[axis])
         # Whether some tile has this input off the map.
         self._may_be_off = [first + i < 0 or last + i >= self._extent for i in inputs]
@@ -178,25 +175,25 @@ def _int(value: int) -> ir.Expr:
 
 def _all_inside(origin: tuple[Index, Index], grid: TileGrid) -> tirx.Expr | None:
     """The condition that the inputs of a tile lie within the map; None if it always holds."""
-    geometry = grid.geometry
     inside = None
-    for position, reach, extent, padding, tiles, step in zip(
-        origin,
-        grid.inputs,
-        (geometry.height, geometry.width),
-        geometry.padding[:2],
-        (grid.lines, grid.per_line),
-        grid.tile,
-        strict=True,
-    ):
+    for axis, position in enumerate(origin):
+        (extent, first, last), reach = _span(grid, axis), grid.inputs[axis]
         conditions = []
-        if padding:
+        if first < 0:
             conditions.append(tirx.GE(position, 0))
-        if (tiles - 1) * step - padding + reach > extent:
+        if last + reach > extent:
             conditions.append(tirx.LE(position, extent - reach))
         for condition in conditions:
             inside = condition if inside is None else tirx.And(inside, condition)
     return inside
+
+
+def _span(grid: TileGrid, axis: int) -> tuple[int, int, int]:
+    """Extent of the map along an axis, and where the inputs of its first and last tile begin."""
+    geometry, tiles = grid.geometry, (grid.lines, grid.per_line)[axis]
+    first = -geometry.padding[axis]
+    last = first + (tiles - 1) * grid.tile[axis]
+    return (geometry.height, geometry.width)[axis], first, last
 
 
 def transform_output(

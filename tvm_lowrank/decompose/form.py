@@ -53,6 +53,18 @@ class Fitter(ABC):
         return self.fit(rank), None
 
 
+class LosingFitter(Fitter):
+    """A `Fitter` of which every fit may tell what its factors lose."""
+
+    def fit(self, rank: Rank) -> list[Array]:
+        """The factors alone."""
+        return self.fit_and_lose(rank)[0]
+
+    @abstractmethod
+    def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
+        """See `Fitter`."""
+
+
 class Form(ABC):
     """A way to replace a convolution by a chain of cheaper ones. Stateless."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from tvm_lowrank.decompose.form import (
     Fitter,
     Form,
+    LosingFitter,
     Rank,
     geometry_of,
     pointwise_after,
@@ -55,7 +56,7 @@ class LinearCombination(Form):
         return _Fitter(weight, moments)
 
 
-class _Fitter(Fitter):
+class _Fitter(LosingFitter):
     """Reduced-rank regression: project the outputs on the leading eigenvectors of ``W S W'``."""
 
     def __init__(self, weight: Array, moments: InputMoments | None):
@@ -64,9 +65,6 @@ class _Fitter(Fitter):
         self._limit = min(flat.shape)
         given = usable(moments, flat.shape[1])
         self._values, self._vectors = _leading(flat, given)
-
-    def fit(self, rank: Rank) -> list[Array]:
-        return self.fit_and_lose(rank)[0]
 
     def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
         limit = single(rank, self._limit, LinearCombination.name)

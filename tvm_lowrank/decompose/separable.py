@@ -10,6 +10,7 @@ import numpy as np
 from tvm_lowrank.decompose.form import (
     Fitter,
     Form,
+    LosingFitter,
     Rank,
     geometry_of,
     single,
@@ -61,7 +62,7 @@ class Separable(Form):
         return _Fitter(weight, moments, refine)
 
 
-class _Fitter(Fitter):
+class _Fitter(LosingFitter):
     def __init__(self, weight: Array, moments: InputMoments | None, refine: bool):
         f, c, x, y = self._shape = weight.shape
         # Features are one column of taps; they are seen at Y shifts.
@@ -70,9 +71,6 @@ class _Fitter(Fitter):
         self._refine = refine
         self._shared = None if given is None else SharedBasis(self._weight, given)
         self._basis = weight_basis(self._weight) if given is None else None
-
-    def fit(self, rank: Rank) -> list[Array]:
-        return self.fit_and_lose(rank)[0]
 
     def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
         inner = single(rank, _limit(self._shape), Separable.name)

@@ -12,6 +12,7 @@ from tvm_lowrank.decompose.form import (
     SHARES,
     Fitter,
     Form,
+    LosingFitter,
     Rank,
     geometry_of,
     pointwise,
@@ -89,7 +90,7 @@ class Tucker2(Form):
         return _Fitter(weight, moments, refine)
 
 
-class _Fitter(Fitter):
+class _Fitter(LosingFitter):
     def __init__(self, weight: Array, moments: InputMoments | None, refine: bool):
         f, c, x, y = self._shape = weight.shape
         self._weight = np.asarray(weight, np.float64)
@@ -98,9 +99,6 @@ class _Fitter(Fitter):
         self._refine = refine
         self._shared = None if given is None else SharedBasis(flat, given)
         self._basis = weight_basis(flat) if given is None else None
-
-    def fit(self, rank: Rank) -> list[Array]:
-        return self.fit_and_lose(rank)[0]
 
     def fit_and_lose(self, rank: Rank) -> tuple[list[Array], float | None]:
         inner, outer = _pair(rank, self._shape)
