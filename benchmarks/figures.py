@@ -32,6 +32,8 @@ from tvm_lowrank.cost.predicting import records_for
 from tvm_lowrank.data import Samples, input_shape, read_npz
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
+from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.place import network_size
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import Options, search
 from tvm_lowrank.planner.verify import take_turns
@@ -93,7 +95,8 @@ def _run(args: argparse.Namespace, command: str) -> None:
     require_runnable(target)
     if warning := disturbance():
         print(f"warning: {warning}", file=sys.stderr)
-    records = records_for(args.output / "records.jsonl", target, threads, True)
+    size = network_size(layer.geometry for layer in collect_layers(normalise(_load(args, 1))))
+    records = records_for(args.output / "records.jsonl", target, threads, True, network=size)
     timers = {
         "original": KernelTimer(target, records, args.trials, ("direct",)),
         "transformed": KernelTimer(target, records, args.trials),

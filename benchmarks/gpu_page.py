@@ -97,7 +97,7 @@ def layers() -> list[dict[str, Any]]:
     records = TuningRecords(None, arch, 1, shipped=files)
     for key, place, schedule, us in records.rows():
         us = records.alone(key, schedule, place) or us
-        times = best.setdefault(f"{place[0]} {_key(json.loads(key)['geometry'])}", {})
+        times = best.setdefault(f"{place.machine} {_key(json.loads(key)['geometry'])}", {})
         precision = _precision(schedule["kernel"])
         times[precision] = min(times.get(precision, (math.inf, "")), (us, schedule["kernel"]))
     found = []

@@ -42,6 +42,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
+from tvm_lowrank.place import network_size
 from tvm_lowrank.planner.allocate import Choice, around, microseconds, total_harm
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm
@@ -232,7 +233,8 @@ class Replay(KernelTimer):
 
     def __init__(self, target: tvm.target.Target, truth: TuningRecords, trees: Trees) -> None:
         isa, self.truth = machine_of(target), truth
-        records = TuningRecords(None, isa.name, truth.threads, machine=truth.machine)
+        here = {"machine": truth.machine, "network": truth.network}
+        records = TuningRecords(None, isa.name, truth.threads, **here)
         for key in machine.figure_keys(isa):
             for schedule, us in truth.measured(key):
                 records.remember(key, schedule, us)
@@ -260,15 +262,15 @@ def compare(
     """
     folder.mkdir(parents=True, exist_ok=True)
     target, threads = host_target(), set_threads(None)
-    truth = KernelTimer(
-        target, records_for(folder / "records.jsonl", target, threads, shipped=False)
-    )
+    module = normalise(load_model(network.model))
+    size = network_size(layer.geometry for layer in collect_layers(module))
+    records = records_for(folder / "records.jsonl", target, threads, False, network=size)
+    truth = KernelTimer(target, records)
     if machine.figures(truth.records, truth.isa) is None:
         truth.roofline()
     trees, complaint = find(None, truth.isa)
     if trees is None:
         raise LowRankError(complaint or f"no cost model ships for {truth.isa.name}")
-    module = normalise(load_model(network.model))
     layers = [layer for layer in collect_layers(module) if not layer.fully_connected]
     shapes = [layer.geometry for layer in layers if layer.geometry is not None]
     measure(truth, [(geometry,) for geometry in shapes], each, f"{network.name}, layers", again)

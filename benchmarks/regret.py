@@ -1,9 +1,10 @@
 """What the cost model's choices cost: regret against exhaustive measurement, by network held out.
 
-Networks are those of the shipped records at batch 1. A layer counts where records of one place
-(processor and threads) hold every algorithm, and every size of tile, that its kernels can compute
-it by. The model is trained without every layer of the network it is judged on, on the records of
-all machines, and, if there are several, also without those of the machine it is judged on.
+Networks are those of the shipped records at batch 1, each judged at the place (processor, threads,
+size of networks) of its size where there are records of that. A layer counts where the place's hold
+every algorithm, and every size of tile, that its kernels can compute it by. The model is trained
+without every layer of the network it is judged on, on the records of all machines, and, if there
+are several, also without those of the machine it is judged on.
 `tune --survey` makes such records.
 """
 
@@ -30,12 +31,12 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.guide import Guide
-from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
-from tvm_lowrank.cost.model import AnalyticModel
+from tvm_lowrank.cost.learned import LearnedModel, analytic_of, train
 from tvm_lowrank.cost.sampling import algorithm_class, best_of_each, recorded_layers
 from tvm_lowrank.cost.trees import Trees, signature
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.place import SMALL, Place, network_size
+from tvm_lowrank.records import TuningRecords, schedule_text
 from tvm_lowrank.shipped import shipped_records, survey_records
 
 ISAS = {isa.name: isa for isa in MACHINES}
@@ -149,10 +150,11 @@ def main() -> int:
 
 
 def _place(records: TuningRecords, name: str) -> Place | None:
-    """The place with most records, among those whose machine has this in its name."""
+    """The place of small networks on the machine with most records that has this in its name."""
     counts: dict[Place, int] = {}
     for _, place, *_ in records.rows():
-        if name in place[0]:
+        if name in place.machine:
+            place = place._replace(network=SMALL)
             counts[place] = counts.get(place, 0) + 1
     return max(counts, key=lambda place: counts[place], default=None)
 
@@ -178,13 +180,16 @@ def _layers(
             rivals = [schedules[index] for index in best.values()]
             races = records.race_by_race(key, rivals, place)
             named = [dict(zip(best, race, strict=True)) for race in races]
-            layers.append(Layer(workload, schedules, np.array(times), named))
+            settled = records.settled(key, place)
+            pairs = zip(schedules, times, strict=True)
+            truth = [settled.get(schedule_text(schedule), us) for schedule, us in pairs]
+            layers.append(Layer(workload, schedules, np.array(truth), named))
     return layers
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A network: its layers, and for each model the scores of each layer's schedules.
+    """A network: where, its layers, and for each model the scores of each layer's schedules.
 
     ``choices`` are the layers with a choice of algorithm, ``candidates`` all schedules of all
     layers, ``guided`` what a search that a trained model guides measures: how many kernels, and the
@@ -192,6 +197,7 @@ class Judged:
     """
 
     name: str
+    place: Place
     layers: list[Layer]
     scores: dict[str, list[np.ndarray]]
     choices: list[int]
@@ -214,13 +220,16 @@ class Judged:
 def _judge(
     records: TuningRecords,
     isa: Machine,
-    place: Place,
+    here: Place,
     networks: Mapping[str, set[ConvGeometry]],
     seed: int,
 ) -> list[Judged]:
-    analytic = AnalyticModel(roofline_of(records, isa, place), isa, place[1])
     judged = []
+    known = records.places()
     for name, geometries in sorted(networks.items()):
+        sized = here._replace(network=network_size(geometries))
+        place = sized if sized in known else here
+        analytic = analytic_of(records, isa, place)
         layers = _layers(records, place, geometries, isa)
         choices = [i for i, layer in enumerate(layers) if layer.has_choice(isa)]
         if not choices:
@@ -233,10 +242,10 @@ def _judge(
             return ConvGeometry.from_json(json.loads(key)["geometry"]) not in held
 
         def keep_others(key: str, other: Place, keep: Callable[[str, Place], bool] = keep) -> bool:
-            return other[0] != place[0] and keep(key, other)
+            return other.machine != here.machine and keep(key, other)
 
         trained = {LEARNED: train(records, isa, seed, keep=keep)}
-        if len({other[0] for other in records.places()}) > 1:
+        if len({other.machine for other in records.places()}) > 1:
             trained[ELSEWHERE] = train(records, isa, seed, keep=keep_others)
         trees = {model: found for model, found in trained.items() if found is not None}
         models: dict[str, Score] = {
@@ -252,7 +261,7 @@ def _judge(
             model: _guided(layers, found, records, isa, place) for model, found in trees.items()
         }
         candidates = sum(layer.candidates(isa) for layer in layers)
-        judged.append(Judged(name, layers, scores, choices, candidates, guided))
+        judged.append(Judged(name, place, layers, scores, choices, candidates, guided))
     return judged
 
 
@@ -264,7 +273,9 @@ def _guided(
     place: Place,
 ) -> tuple[int, float]:
     """What a search measures of these layers, and what that loses; see `Judged`."""
-    here = TuningRecords(None, isa.name, place[1], machine=place[0])
+    here = TuningRecords(
+        None, isa.name, place.threads, machine=place.machine, network=place.network
+    )
     for key in machine.figure_keys(isa):
         for known, where, schedule, us in records.rows():
             if known == key and where == place:

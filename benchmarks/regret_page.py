@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import rules_of_thumb
 
-from tvm_lowrank.records import Place
+from tvm_lowrank.place import SMALL, Place
 from tvm_lowrank.report import svg
 
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ Read the table with this in mind: what took 15 % longer on these layers than the
 expected was measured again, once or twice, and the least time kept; the constants of the analytic
 level were fitted on the shipped survey for AVX-512; how many trees there are a round was settled on
 its networks, how many rounds on its other shapes. The best time is the best on record; where the
-best schedules of all algorithms ran in turns, these times tell the regret of the algorithm. Where
-they did several times the least times do, and a last row tells what picking by one of these races
-costs by the others: how far this machine agrees with itself.
+best schedules of all algorithms ran in turns, these times tell the regret of the algorithm, and
+the schedules' own are brought in line with them. Where they did several times the least times do,
+and a last row tells what picking by one of these races costs by the others: how far this machine
+agrees with itself.
 
 """
 READ_GPU = """
@@ -38,9 +39,11 @@ TRIALS = 4
 
 def table(judged: Sequence[Judged], place: Place, count: int) -> str:
     layers = sum(len(network.choices) for network in judged)
+    large = [network.name for network in judged if network.place.network > SMALL]
     lines = [
-        f"{place[0]}, {place[1]} threads; {count} records. {layers} layers with a choice of "
-        f"algorithm in {len(judged)} networks; the trees that predict one saw none of its layers.",
+        f"{place.machine}, {place.threads} threads; {count} records. {layers} layers with a choice "
+        f"of algorithm in {len(judged)} networks; the trees that predict one saw none of its "
+        "layers." + (f" Timed as in large networks: {', '.join(large)}." if large else ""),
         "",
         "| picks by | regret of the algorithm, median | 95th percentile | worst | of the schedule, "
         "median | 95th percentile |",

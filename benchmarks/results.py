@@ -130,6 +130,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         "transformed": plan.transformed,
         "reason": plan.reason,
         "forms": dict(sorted(Counter(layer.form for layer in plan.layers).items())),
+        "priced_us": sum(layer.measured_us or 0.0 for layer in plan.layers),
         "algorithms": dict(
             sorted(Counter(name for layer in plan.layers for name in layer.algorithms).items())
         ),

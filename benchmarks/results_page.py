@@ -130,9 +130,11 @@ def _chosen(row: Row) -> str:
     )
     reason = "" if row["transformed"] else f" ({row['reason']})"
     before, after = (row["result"][f"weight_bytes_{when}"] / 1e6 for when in ("before", "after"))
+    # Rows of older versions do not have it.
+    priced = f"; its layers are priced at {row['priced_us']:.0f} us" if "priced_us" in row else ""
     return (
         f"- {_name(row)}: {forms}{reason}; stages by {algorithms}; weights "
-        f"{before:.2f} -> {after:.2f} MB; budget {row['max_drop']:.3g}; "
+        f"{before:.2f} -> {after:.2f} MB{priced}; budget {row['max_drop']:.3g}; "
         f"{row['trials']} schedules tried a kernel; planning after calibration "
         f"{row['planning_seconds']:.0f} s{_stages(row)}; lossless differs from ONNX Runtime by "
         f"{row['error']:.0e} of the largest output at most, over {CHECKED} inputs"

@@ -12,11 +12,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import compare
+import in_network
 import peers
 import probes
 import roofline
 from helpers import reference, relative
 from lowered import count_calls
+from tvm_lowrank.passes.graph import op_name
 from tvm_lowrank.passes.pipeline import normalise
 
 from tvm_lowrank.errors import LowRankError
@@ -203,3 +205,27 @@ def test_roofline_prints_every_kernel(model, capsys):
     others = [row.split("|")[3].strip() for row in rows if row not in convolutions]
     assert any(name.startswith("lowrank_unblock") for name in others)
     assert len(rows) >= 5
+
+
+def test_layers_are_timed_in_their_network_and_priced_by_both_sizes(model, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    command = [str(model), "--trials", "1", "--markdown", str(page)]
+    assert in_network.main(command) == 0
+    assert page.read_text().split() == capsys.readouterr().out.split()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    _, *layers, total = rows
+    calls = sum(op_name(b.value) == "nn.conv2d" for b in bindings(normalise(load_model(model))))
+    # What runs as a chain (which depends on what is faster) is not among them.
+    assert 1 <= sum(int(cells[0]) for cells in layers) == int(total[0]) <= calls
+    for column in (3, 4, 6):
+        whole = sum(int(cells[0]) * float(cells[column]) for cells in layers)
+        assert float(total[column]) == pytest.approx(whole, abs=0.06 * calls) and whole > 0
+    assert float(total[5]) == pytest.approx(float(total[4]) / float(total[3]), abs=0.006)
+
+
+def bindings(mod):
+    return [binding for block in mod["main"].body.blocks for binding in block.bindings]

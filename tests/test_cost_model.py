@@ -21,6 +21,7 @@ from tvm_lowrank.cost.trees import FILE, Trees, find
 from tvm_lowrank.cost.work import work_of
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.place import Place
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import parse_target
 
@@ -134,8 +135,8 @@ def test_trees_learn_what_counts_cannot_know(trees):
     fresh = workload(96, 20)
     schedules = [s.to_json() for space in spaces(fresh, AVX512).values() for s in space[:8]]
     truth = np.array([invented(fresh.key(), schedule) for schedule in schedules])
-    analytic = AnalyticModel(roofline_of(records_of([]), AVX512, ("chip", 2, False)), AVX512, 2)
-    model = LearnedModel(trees, analytic, ("chip", 2, False))
+    analytic = AnalyticModel(roofline_of(records_of([]), AVX512, Place("chip", 2)), AVX512, 2)
+    model = LearnedModel(trees, analytic, Place("chip", 2))
     assert truth[model.pick(fresh, schedules)] < 1.15 * truth.min()
     assert truth[analytic.pick(fresh, schedules)] > 1.5 * truth.min()
     ratio = model.predict(fresh, schedules) / truth
@@ -145,12 +146,12 @@ def test_trees_learn_what_counts_cannot_know(trees):
 def test_a_place_calibrates_its_own_level():
     records = records_of(LAYERS[:9])
     for key, _, schedule, us in list(records_of(LAYERS[:9], "slow", 5.0).rows()):
-        records._keep(key, ("slow", 2, False), json.dumps(schedule, sort_keys=True), us)
+        records._keep(key, Place("slow", 2), json.dumps(schedule, sort_keys=True), us)
     trees = train(records, AVX512)
     analytic = AnalyticModel(ROOFLINE, AVX512, 2)
     schedule = [{**spaces(workload(), AVX512)["direct"][0].to_json()}]
     fast, slow = (
-        LearnedModel(trees, analytic, (name, 2, False)).predict(workload(), schedule)[0]
+        LearnedModel(trees, analytic, Place(name, 2)).predict(workload(), schedule)[0]
         for name in ("chip", "slow")
     )
     assert slow / fast == pytest.approx(5.0, rel=0.2)
@@ -165,7 +166,7 @@ def test_machines_without_figures_do_not_shift_what_an_unknown_place_is_told():
     records.add(reference.key(), direct, peak_us)
     for key, _, schedule, us in list(records_of(LAYERS[:9], "slow").rows()):
         for name in ("slow", "slower"):  # no figures on record, nominal ones are far off
-            place = (name, 2, False)
+            place = Place(name, 2)
             records._keep(key, place, json.dumps(schedule, sort_keys=True), 9 * us)
     analytic = AnalyticModel(ROOFLINE, AVX512, 2)
     model = LearnedModel(train(records, AVX512), analytic)
@@ -181,7 +182,7 @@ def test_a_saved_model_predicts_the_same(trees, tmp_path):
     analytic = AnalyticModel(ROOFLINE, AVX512, 2)
     schedules = [s.to_json() for space in spaces(workload(), AVX512).values() for s in space]
     before, after = (
-        LearnedModel(each, analytic, ("chip", 2, False)).predict(workload(), schedules)
+        LearnedModel(each, analytic, Place("chip", 2)).predict(workload(), schedules)
         for each in (trees, again)
     )
     np.testing.assert_allclose(before, after, rtol=1e-4)

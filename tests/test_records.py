@@ -8,7 +8,7 @@ import math
 import pytest
 
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.records import TuningRecords, schedule_text
 from tvm_lowrank.shipped import condense
 
 
@@ -108,6 +108,24 @@ def test_times_in_turns_choose_and_nothing_else(tmp_path):
     here.add("work", kernels[0], 9.5)
     there = TuningRecords(None, "avx512", 2, machine="another", shipped=[path])
     assert [s["tile"] for s in there.elsewhere("work")] == [0, 2, 4, 1, 3]
+
+
+def test_races_settle_times_at_the_level_of_what_was_measured_alone(tmp_path):
+    here = TuningRecords(tmp_path / "records.jsonl", "avx512", 2, machine="one")
+    one, two, three, four = ({"kernel": "direct", "tile": tile} for tile in (1, 2, 3, 4))
+    for schedule, us in ((one, 10.0), (two, 40.0), (three, 5.0), (four, math.inf)):
+        here.add("work", schedule, us)
+    assert here.settled("work", here.here) == {}
+    for times in ((30.0, 24.0), (20.0, 20.0)):
+        here.add_race("work", [(one, times[0]), (two, times[1])])
+    there = TuningRecords(None, "avx512", 2, shipped=[here.path])
+    for records, place in ((here, here.here), (there, here.here._replace(shipped=True))):
+        found = records.settled("work", place)
+        assert found == pytest.approx({schedule_text(one): 20.0, schedule_text(two): 20.0})
+        assert records.settled("other", place) == {}
+    # What did not run by itself, or alone in a race, settles nothing.
+    here.add_race("work", [(three, 9.0), (four, 9.0)])
+    assert schedule_text(three) not in here.settled("work", here.here)
 
 
 def test_times_of_two_races_are_never_mixed(tmp_path):

@@ -12,6 +12,8 @@ from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.place import LARGE, SMALL, Place
+from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.report import svg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -20,6 +22,7 @@ import regret
 import regret_page
 import rules_of_thumb
 
+PLACE = Place("chip", 2)
 DIRECT = {"kernel": "direct", "tile": 7, "vectors": 2}
 
 
@@ -75,28 +78,49 @@ def test_of_several_races_the_least_times_judge_and_each_is_judged_by_the_others
 
 def test_the_error_of_a_network_is_that_of_its_picks():
     scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
-    judged = regret.Judged("net", [layer()], scores, [0])
+    judged = regret.Judged("net", PLACE, [layer()], scores, [0])
     assert judged.network_error("learned") == pytest.approx(16 / 15 - 1)
 
 
 def test_what_a_budget_of_measurements_loses():
     scores = {"learned": [np.array([90.0, 16.0, 18.0, 20.0])]}
     table = regret_page.budgets(
-        [regret.Judged("net", [layer()], scores, [0], 8, {"learned": (3, 0.1)})]
+        [regret.Judged("net", PLACE, [layer()], scores, [0], 8, {"learned": (3, 0.1)})]
     )
     assert table[-1] == (
         "| net | 8 | 50% | 50.0% (12.5%) | 20.0% (25.0%) | 0.0% (50.0%) | 10.0% (37.5%) | - |"
     )
 
 
+def test_a_network_is_judged_where_networks_of_its_size_were_timed(tmp_path):
+    """By default at the one place there is."""
+    wide = ConvGeometry(1024, 1024, 7, 7, (3, 3), padding=(1, 1, 1, 1))
+    path = tmp_path / "records.jsonl"
+    networks = {"narrow": {workload().geometry}, "wide": {wide}}
+    for size, found in ((SMALL, [SMALL, SMALL]), (LARGE, [SMALL, LARGE])):
+        here = TuningRecords(path, "avx512", 2, machine="chip", network=size)
+        for geometry in (wide, workload().geometry):
+            asked = ConvWorkload(geometry, 16, ("bias",))
+            for schedule in one_of_each(asked):
+                here.add(asked.key(), schedule, 10.0)
+        records = TuningRecords(path, "avx512", 2, machine="chip")
+        judged = regret._judge(records, AVX512, PLACE, networks, 0)
+        assert [each.name for each in judged] == [*networks]
+        assert [each.place.network for each in judged] == found
+
+
+def one_of_each(asked):
+    return {
+        regret.algorithm_class(schedule.to_json()): schedule.to_json()
+        for space in spaces(asked, AVX512).values()
+        for schedule in space
+    }.values()
+
+
 def test_only_layers_measured_in_every_algorithm_are_judged():
     assert not layer().has_choice(AVX512)
-    classes = {
-        regret.algorithm_class(schedule.to_json()): schedule.to_json()
-        for space in spaces(workload(), AVX512).values()
-        for schedule in space
-    }
-    whole = regret.Layer(workload(), [*classes.values()], np.ones(len(classes)))
+    classes = one_of_each(workload())
+    whole = regret.Layer(workload(), [*classes], np.ones(len(classes)))
     assert whole.has_choice(AVX512)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 from cost_support import LAYERS, Counted, invented
@@ -12,11 +13,13 @@ from tvm_lowrank.schedules.x86 import dense
 from tvm_lowrank.schedules.x86.isa import AVX512
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
+from tvm_lowrank import tune
 from tvm_lowrank.cost import machine, watch
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.sampling import Survey, algorithm_class, form_stages, random_layers
 from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.place import LARGE, SMALL
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.shipped import shipped_records
 from tvm_lowrank.target import parse_target
@@ -188,3 +191,12 @@ def test_shipped_records_name_their_networks():
     layers = recorded_layers(shipped_records("avx512"))
     stem = ConvGeometry(3, 64, 224, 224, (7, 7), (2, 2), (3, 3, 3, 3))
     assert {"resnet18", "resnet50"} <= layers[stem]
+
+
+def test_a_survey_begins_with_the_layers_of_networks_of_either_size():
+    asked = Namespace(model=None, batch=1)
+    by_size = tune._surveyed(asked, "avx512", alike=False)
+    (everything,) = tune._surveyed(asked, "avx512", alike=True).values()
+    assert [*by_size] == [SMALL, LARGE] and set().union(*by_size.values()) == {*everything}
+    wide = [layer for layer in everything if layer.weight_count > SMALL << 18]
+    assert wide and {*by_size[LARGE]} > {*wide} and not {*wide} & {*by_size[SMALL]}

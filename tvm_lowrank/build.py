@@ -18,7 +18,9 @@ from tvm_lowrank.passes.merge_calls import MergeCalls
 from tvm_lowrank.schedules.x86 import tir_pipeline
 
 
-def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = True) -> Any:
+def compile_module(
+    mod: tvm.IRModule, target: tvm.target.Target, checks: bool = True, merged: bool = True
+) -> Any:
     """Compile with TVM's own default pipeline of the target, but for our kernels on processors.
 
     These take a shorter way (`tir_pipeline`), and the network calls those that follow each other by
@@ -32,6 +34,8 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = 
     checks : bool
         Whether kernels check the shapes, types and strides of their arguments; on processors, what
         only this process runs goes without: then LLVM has much less to compile.
+    merged : bool
+        Whether the network calls kernels of processors together; apart each can be timed in it.
 
     Raises
     ------
@@ -41,8 +45,8 @@ def compile_module(mod: tvm.IRModule, target: tvm.target.Target, checks: bool = 
     if target.kind.name != "cuda":
         unchecked = tvm.transform.PassContext(config={"tirx.disable_assert": True})
         with nullcontext() if checks else unchecked:
-            merged = MergeCalls(target)(mod)
-            return tvm.compile(merged, target=target, tir_pipeline=tir_pipeline.NAME)
+            called = MergeCalls(target)(mod) if merged else mod
+            return tvm.compile(called, target=target, tir_pipeline=tir_pipeline.NAME)
     cuda.prepare_compiler(target)
     target = cuda.with_every_instruction(target)
     with target, tvm.transform.PassContext(config=cuda.compile_options()):

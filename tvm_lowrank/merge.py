@@ -17,7 +17,8 @@ from rich.table import Table
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.place import SMALL, Place
+from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda.arch import ARCHITECTURES
 from tvm_lowrank.schedules.x86.isa import AVX2, AVX512, GENERIC, NEON
 
@@ -62,7 +63,7 @@ def merge(sources: Sequence[Path], sink: Path | None = None) -> list[Origin]:
             raise LowRankError(f"tuning records {source} do not exist; name files of records")
         names = {}
         for origin in _origins([source]):
-            name, threads, _ = origin.place
+            name, threads = origin.place.machine, origin.place.threads
             if origin.figures is not None:
                 first = known.setdefault((origin.isa, name, threads), origin.figures)
                 if machine.apart(first, origin.figures) > machine.ANOTHER_MACHINE:
@@ -106,14 +107,16 @@ def _origins(paths: Sequence[Path]) -> list[Origin]:
 def table(origins: Sequence[Origin]) -> Table:
     """The origins as a table; the last column compares each with the first that has figures."""
     first = next((origin.figures for origin in origins if origin.figures), None)
-    made = Table("isa", "machine", "threads", "records", "workloads", "peak, bandwidth", "apart")
+    names = ("isa", "machine", "threads", "networks", "records", "workloads", "peak, bandwidth")
+    made = Table(*names, "apart")
     for origin in origins:
         figures = origin.figures
         factor = "" if first is None or figures is None else f"{machine.apart(first, figures):.2f}x"
         made.add_row(
             origin.isa,
-            origin.place[0].replace("[", r"\["),
-            str(origin.place[1]),
+            origin.place.machine.replace("[", r"\["),
+            str(origin.place.threads),
+            "small" if origin.place.network == SMALL else "large",
             str(origin.records),
             str(origin.workloads),
             "not on record" if figures is None else str(figures),

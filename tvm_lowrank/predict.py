@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tvm_lowrank import demo
+from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.learned import LearnedModel
 from tvm_lowrank.cost.model import AnalyticModel, CostModel
@@ -21,6 +22,7 @@ from tvm_lowrank.frontend import load_model
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.passes.blocked_rewriter import PLAIN_CHANNELS
 from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.place import network_size
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import spaces
 from tvm_lowrank.schedules.machine import machine_of
@@ -102,13 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(args.peak, args.bandwidth, args.threads) <= 0:
             raise LowRankError("peak, bandwidth and threads must be positive")
         isa = machine_of(parse_target(args.target))
-        model: CostModel = AnalyticModel(Roofline(args.peak, args.bandwidth), isa, args.threads)
+        layers = collect_layers(normalise(load_model(args.model or demo.model_path(), args.batch)))
+        size = network_size(layer.geometry for layer in layers)
+        roofline = Roofline(args.peak, args.bandwidth, network=machine.beyond(size))
+        model: CostModel = AnalyticModel(roofline, isa, args.threads)
         if args.learned:
             trees, complaint = find(None, isa)
             if trees is None:
                 raise LowRankError(complaint or f"no trained model for {isa.name} is shipped")
             model = LearnedModel(trees, model)  # type: ignore[arg-type]
-        layers = collect_layers(normalise(load_model(args.model or demo.model_path(), args.batch)))
         rows = predict(layers, model, isa)
     except LowRankError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.place import SMALL, Place
 from tvm_lowrank.threads import processor
 
 FORMAT = 3
@@ -24,21 +26,17 @@ _NEAR, _MOST = 1.2, 3
 
 T = TypeVar("T")
 
-# Processor, threads, and whether the record was shipped: times of one place can be compared with
-# each other, and with no others.
-Place = tuple[str, int, bool]
-
 
 @dataclass
 class TuningRecords:
     """Measured times of kernels for one instruction set, kept in text files.
 
     Each line holds ``{"format", "isa", "threads", "machine", "mcpu", "workload", "schedule",
-    "us"}``, ``"spread"``, ``"slower"`` and ``"alone"`` if they are known (see `add`), ``"device"``
-    if another machine measured, and ``"in_turns"``, the name of a race, if others ran in turns with
-    it. It is flushed to the disk as it is written, so a run that is killed loses at most the kernel
-    it was at. A last line that was cut off by that is dropped on reading; any other damage is an
-    error, and the file is then left as it is.
+    "us"}``, ``"network"`` if it is large, ``"spread"``, ``"slower"`` and ``"alone"`` if they are
+    known (see `add`), ``"device"`` if another machine measured, and ``"in_turns"``, the name of a
+    race, if others ran in turns with it. It is flushed to the disk as it is written, so a run that
+    is killed loses at most the kernel it was at. A last line that was cut off by that is dropped on
+    reading; any other damage is an error, and the file is then left as it is.
 
     Of two measurements of one candidate the lesser time counts; `disagreements` knows those that
     differ by more than 10 %. Times in turns are compared with those of the same race only, to
@@ -47,7 +45,8 @@ class TuningRecords:
 
     Records of another machine or thread count, and all that are shipped, tell which schedules are
     good (`elsewhere`), never how long they take: `time` and `measured` know only what was measured
-    here. (Machines of one processor can differ in all but its name.)
+    here. (Machines of one processor can differ in all but its name.) Those of networks of another
+    size do not even tell that.
 
     Parameters
     ----------
@@ -63,6 +62,8 @@ class TuningRecords:
         Name of the processor that measures; this one by default.
     shipped : sequence of Path
         Files that are only read, before ``path``.
+    network : int
+        MiB of weights of the networks that the kernels are for, as a `Place` has them.
 
     Raises
     ------
@@ -76,6 +77,7 @@ class TuningRecords:
     mcpu: str = ""
     machine: str = field(default_factory=processor)
     shipped: Sequence[Path] = ()
+    network: int = SMALL
     # Workload, then place, then schedule as text: microseconds, infinite for a failure.
     _times: dict[str, dict[Place, dict[str, float]]] = field(default_factory=dict)
     # The same of candidates that were measured twice with times that disagree: their ratio.
@@ -119,7 +121,8 @@ class TuningRecords:
     def _read(self, record: dict[str, Any], shipped: bool) -> None:
         if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}, expected {FORMAT}")
-        place = (str(record["machine"]), int(record["threads"]), shipped)
+        network = int(record.get("network", SMALL))
+        place = Place(str(record["machine"]), int(record["threads"]), shipped, network)
         workload, schedule = str(record["workload"]), schedule_text(dict(record["schedule"]))
         microseconds = math.inf if record["us"] is None else float(record["us"])
         if record["isa"] != self.isa:
@@ -154,8 +157,8 @@ class TuningRecords:
 
     @property
     def here(self) -> Place:
-        """This machine with these threads."""
-        return self.machine, self.threads, False
+        """This machine with these threads, in networks of this size."""
+        return Place(self.machine, self.threads, False, self.network)
 
     def add(
         self,
@@ -209,6 +212,8 @@ class TuningRecords:
             "us": microseconds if math.isfinite(microseconds) else None,
             **more,
         }
+        if self.network != SMALL:
+            record["network"] = self.network
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, sort_keys=True) + "\n")
@@ -259,6 +264,21 @@ class TuningRecords:
         # What was cut off in the middle of a race is none.
         return list(zip(*(times.get(text, []) for text in texts), strict=False))
 
+    def settled(self, workload: str, place: Place) -> dict[str, float]:
+        """Microseconds of schedules at a place, by their text, as they were told apart in turns.
+
+        Of each race the least times count, at the level of what its schedules took by themselves:
+        what disturbed one of these tells nothing of the others. Only what ran in turns is in it.
+        """
+        alone, found = self._times.get(workload, {}).get(place, {}), dict[str, float]()
+        for race in self._races.get((workload, place), {}).values():
+            ratios = {s: min(us) / alone[s] for s, us in race.items() if alone.get(s, math.inf) > 0}
+            ratios = {s: ratio for s, ratio in ratios.items() if 0 < ratio < math.inf}
+            if len(ratios) > 1:
+                level = math.exp(statistics.fmean(map(math.log, ratios.values())))
+                found |= {s: alone[s] * ratio / level for s, ratio in ratios.items()}
+        return found
+
     def looks(self, workload: str, schedule: dict[str, Any]) -> int:
         """How many times a schedule was measured here."""
         known = self.time(workload, schedule) is not None
@@ -271,14 +291,16 @@ class TuningRecords:
     def elsewhere(self, workload: str) -> list[dict[str, Any]]:
         """Schedules that ran on other machines or thread counts, most trustworthy first.
 
+        In networks of this size only.
+
         Those of the same thread count come before those of the nearest, each `in_order`.
         Machines of one thread count take turns. What failed here is left out.
         """
         places = self._times.get(workload, {})
         turns = []
         for place, times in places.items():
-            if place != self.here:
-                far = abs(math.log2(place[1] / self.threads))
+            if place != self.here and place.network == self.network:
+                far = abs(math.log2(place.threads / self.threads))
                 turns += [
                     (far, turn, place, schedule)
                     for turn, schedule in enumerate(self._in_order(workload, place, times))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.place import SMALL
 from tvm_lowrank.records import schedule_text
 
 
@@ -45,7 +46,8 @@ def condense(source: Path, sink: Path, keep: int = 3) -> int:
                 record["schedule"].get("kernel", ""),
                 schedule_text(record["schedule"]),
             )
-            group = (*(record[name] for name in names), family)
+            size = record.get("network", SMALL)
+            group = (*(record[name] for name in names), size, family)
             if "in_turns" in record:
                 races.setdefault((*group, schedule), []).append(line)
             elif record["us"] is not None:

@@ -22,20 +22,24 @@ from tvm_lowrank.cost.batch import candidates_of, export_batch, import_results
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import records_for
-from tvm_lowrank.cost.sampling import Survey
+from tvm_lowrank.cost.sampling import Survey, layers_by_size, recorded_layers
 from tvm_lowrank.cost.trees import FILE
 from tvm_lowrank.cuda import prepare_compiler
 from tvm_lowrank.data import Samples, read_npz
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
+from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import collect_layers
 from tvm_lowrank.metrics import BUILT_IN
 from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.place import SMALL, network_size
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import ALGORITHMS, Options, search
 from tvm_lowrank.report import render
 from tvm_lowrank.schedules.kernels import REDUCED
+from tvm_lowrank.schedules.machine import machine_of
+from tvm_lowrank.shipped import shipped_records
 from tvm_lowrank.target import is_measurable, parse_target, require_runnable, target_key
 from tvm_lowrank.threads import set_threads
 
@@ -225,29 +229,40 @@ def _survey(
     if fleet is None and not is_measurable(target):
         raise LowRankError("a survey measures, and no GPU that runs this --target is at hand")
     _make_writable(args.output)
-    layers = None
+    path = args.output / "records.jsonl"
+    threads = fleet.threads if fleet else set_threads(args.threads)
+    options = Options(algorithms=args.algorithms or ALGORITHMS, trials=args.trials)
+    shipped, isa, trees = not args.no_shipped_records, machine_of(target), None
+    # By RPC and on GPUs the size of a network makes no difference.
+    alike = fleet is not None or target.kind.name == "cuda"
+    for size, layers in _surveyed(args, isa.name, alike).items():
+        records = records_for(path, target, threads, shipped, fleet, size)
+        timer = KernelTimer(
+            target, records, options.trials, options.algorithms, args.seed, worker=fleet
+        )
+        survey = Survey(timer, layers, args.shapes, max(2, args.trials - 1), args.seed)
+        try:
+            with Bars(console, check) as bars:
+                survey.run(bars.report)
+                survey.look_again(bars.report)
+                survey.settle(bars.report)
+        finally:
+            console.print(survey.table())
+        trees = learned.renew(records, isa, args.output, args.seed, None)
+        if complaint := timer.complaint():
+            warnings.warn(complaint, stacklevel=2)
+    model = "" if trees is None else f", {FILE}"
+    console.print(f"written   {args.output}/records.jsonl{model}")
+
+
+def _surveyed(args: argparse.Namespace, isa: str, alike: bool) -> dict[int, list[ConvGeometry]]:
+    """The layers that a survey begins with, by the size of their networks unless all are alike."""
     if args.model is not None:
         collected = collect_layers(normalise(load_model(args.model, args.batch)))
         layers = [layer.geometry for layer in collected if layer.geometry is not None]
-    path = args.output / "records.jsonl"
-    threads = fleet.threads if fleet else set_threads(args.threads)
-    records = records_for(path, target, threads, not args.no_shipped_records, fleet)
-    options = Options(algorithms=args.algorithms or ALGORITHMS, trials=args.trials)
-    algorithms = options.algorithms
-    timer = KernelTimer(target, records, options.trials, algorithms, args.seed, worker=fleet)
-    survey = Survey(timer, layers, args.shapes, max(2, args.trials - 1), args.seed)
-    try:
-        with Bars(console, check) as bars:
-            survey.run(bars.report)
-            survey.look_again(bars.report)
-            survey.settle(bars.report)
-    finally:
-        console.print(survey.table())
-    trees = learned.renew(records, timer.isa, args.output, args.seed, None)
-    if complaint := timer.complaint():
-        warnings.warn(complaint, stacklevel=2)
-    model = "" if trees is None else f", {FILE}"
-    console.print(f"written   {args.output}/records.jsonl{model}")
+        return {SMALL if alike else network_size(layers): layers}
+    files = shipped_records(isa)
+    return {SMALL: [*recorded_layers(files)]} if alike else layers_by_size(files)
 
 
 def _tune(

@@ -24,12 +24,13 @@ class Roofline:
     ``gflops`` counts a multiplication and an addition as two operations, of all threads together;
     ``gigabytes`` is memory bandwidth a second, of a copy. ``readings`` are pairs of bytes, smallest
     first, and the gigabytes a second at which all threads read so many again and again; there may
-    be none.
+    be none. Weights come from no nearer than what has room for those of the network, in bytes.
     """
 
     gflops: float
     gigabytes: float
     readings: tuple[tuple[int, float], ...] = ()
+    network: int = 0
 
     def __str__(self) -> str:
         return f"{self.gflops:.0f} GF/s, {self.gigabytes:.1f} GB/s"

@@ -12,6 +12,7 @@ from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.worker import Worker, shared_worker
 from tvm_lowrank.errors import LowRankError
+from tvm_lowrank.place import SMALL
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import Schedule
@@ -27,6 +28,8 @@ class Asker:
     isa : Machine
     threads : int
         Of the runtime where kernels run.
+    network : int
+        MiB of weights that come in between two runs of a kernel; see `place`.
     worker : Worker or Fleet, optional
         Runs them; by default the one that this process shares.
     """
@@ -36,9 +39,10 @@ class Asker:
         target: tvm.target.Target,
         isa: Machine,
         threads: int,
+        network: int = SMALL,
         worker: Worker | Fleet | None = None,
     ) -> None:
-        self.isa, self.threads, self.worker = isa, threads, worker
+        self.isa, self.threads, self.network, self.worker = isa, threads, network, worker
         self._target = json.loads(str(target))
 
     @property
@@ -112,6 +116,7 @@ class Asker:
     def _kernel(self, workload: Any, schedule: Any) -> dict[str, Any]:
         return {
             "target": self._target,
+            "network": self.network,
             "workload": workload.to_json(),
             "schedule": schedule.to_json(),
         }

@@ -70,8 +70,8 @@ def candidates_of(
             workloads.update(dict.fromkeys(timer.workloads(chain)))
     known = {
         (key, json.dumps(schedule, sort_keys=True))
-        for key, (_, _, shipped), schedule, _ in timer.records.rows()
-        if not shipped
+        for key, place, schedule, _ in timer.records.rows()
+        if not place.shipped
     }
     found = []
     for workload in workloads:

@@ -56,7 +56,8 @@ class Guide:
         roofline = roofline_of(self.records, self.isa, place)
         key = (workload, tuple(allowed), place, roofline)
         if key not in self._known:
-            model = LearnedModel(self.trees, AnalyticModel(roofline, self.isa, place[1]), place)
+            analytic = AnalyticModel(roofline, self.isa, place.threads)
+            model = LearnedModel(self.trees, analytic, place)
             most = None if isinstance(self.isa, CudaArch) else _CONSIDERED
             schedules = [s for space in allowed.values() for s in space[:most]]
             self._known[key] = {s: us for us, s in model.ranked(workload, schedules)}

@@ -16,7 +16,8 @@ from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.model import AnalyticModel, CostModel, features
 from tvm_lowrank.cost.trees import FILE, Trees, signature
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.place import Place
+from tvm_lowrank.records import TuningRecords, schedule_text
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -66,7 +67,7 @@ class LearnedModel(CostModel):
         self.trees = trees
         self.analytic = analytic
         # What is shipped of this place calibrates it until it has measured itself.
-        names = [_text(place), _text((*place[:2], True))] if place else []
+        names = [str(place), str(place._replace(shipped=True))] if place else []
         known = next((name for name in names if name in trees.offsets), "")
         self._offset = trees.offsets.get(known, 0.0)
         self.rows = trees.counts.get(known, 0)
@@ -120,7 +121,7 @@ def train(
     import xgboost
 
     rows = _rows(records, isa, keep)
-    counts = Counter(_text(place) for _, _, place, _, _ in rows)
+    counts = Counter(str(place) for _, _, place, _, _ in rows)
     seen = before.counts if before else {}
     fresh = sum(max(0, count - seen.get(place, 0)) for place, count in counts.items())
     if fresh < max(LEAST_ROWS, _GROWTH * before.rows if before else 0):
@@ -148,7 +149,7 @@ def train(
     doubts = {place: 1.0 if machine.figures(records, isa, place) else _DOUBT for place in models}
     weights = np.array([doubts[place] * best[key, place] / us for key, _, place, _, us in rows])
     weights /= max(doubts.values())
-    places = [_text(place) for _, _, place, _, _ in rows]
+    places = [str(place) for _, _, place, _, _ in rows]
     sure = np.array([doubts[place] == 1.0 for _, _, place, _, _ in rows])
     if known is None:
         offsets = _offsets(targets, places, sure)
@@ -195,9 +196,10 @@ def renew(
 def _rows(
     records: TuningRecords, isa: Machine, keep: Callable[[str, Place], bool]
 ) -> list[tuple[str, ConvWorkload, Place, dict[str, Any], float]]:
-    """Records of single convolutions in this version's kernels."""
+    """Records of single convolutions in this version's kernels, as their races settled them."""
     known, rows = signature(isa), []
     parsed: dict[str, ConvWorkload | None] = {}
+    settled: dict[tuple[str, Place], dict[str, float]] = {}
     for key, place, schedule, us in records.rows():
         current = known.get(schedule.get("kernel", "")) == sorted(schedule)
         if not current or not keep(key, place):
@@ -209,21 +211,27 @@ def _rows(
                 parsed[key] = None
         workload = parsed[key]
         if workload is not None:
+            if (key, place) not in settled:
+                settled[key, place] = records.settled(key, place)
+            us = settled[key, place].get(schedule_text(schedule), us)
             rows.append((key, workload, place, schedule, us))
     return rows
 
 
 def _models(records: TuningRecords, isa: Machine, places: set[Place]) -> dict[Place, AnalyticModel]:
     """The analytic model of each place, with nominal figures where none are on record."""
-    return {
-        place: AnalyticModel(roofline_of(records, isa, place), isa, place[1]) for place in places
-    }
+    return {place: analytic_of(records, isa, place) for place in places}
+
+
+def analytic_of(records: TuningRecords, isa: Machine, place: Place) -> AnalyticModel:
+    """The analytic level for a place, by the figures of `roofline_of`."""
+    return AnalyticModel(roofline_of(records, isa, place), isa, place.threads)
 
 
 def roofline_of(records: TuningRecords, isa: Machine, place: Place) -> Roofline:
     """Figures on record of a place, or of a nominal machine of as many threads."""
     found = machine.figures(records, isa, place)
-    return found or Roofline(_NOMINAL.gflops * place[1] * isa.lanes / 16, _NOMINAL.gigabytes)
+    return found or Roofline(_NOMINAL.gflops * place.threads * isa.lanes / 16, _NOMINAL.gigabytes)
 
 
 def _offsets(targets: np.ndarray, places: Sequence[str], sure: np.ndarray) -> dict[str, float]:
@@ -248,7 +256,3 @@ def _evaluate(trees: Trees, rows: Sequence[Mapping[str, float]]) -> np.ndarray:
 
 def _matrix(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> np.ndarray:
     return np.array([[row.get(name, 0.0) for name in names] for row in rows], np.float32)
-
-
-def _text(place: Place) -> str:
-    return f"{place[0]}, {place[1]} threads" + (", shipped" if place[2] else "")

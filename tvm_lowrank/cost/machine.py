@@ -6,12 +6,14 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.geometry import ConvGeometry
-from tvm_lowrank.records import Place, TuningRecords
+from tvm_lowrank.place import SMALL, Place
+from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import families_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -75,12 +77,22 @@ def figures(records: TuningRecords, isa: Machine, place: Place | None = None) ->
     Those of reading are not on record of machines that were measured before there were any, by RPC,
     or with a GPU.
     """
+    place = place or records.here
     copy = records.best(COPY, place)
     kernel = records.best(reference(isa).key(), place, direct_families(isa))
     if copy is None or kernel is None:
         return None
     found = {size: records.best(reading(size), place) for size in READING_BYTES}
-    return roofline(kernel[1], copy[1], {size: best[1] for size, best in found.items() if best})
+    made = roofline(kernel[1], copy[1], {size: best[1] for size, best in found.items() if best})
+    return replace(made, network=beyond(place.network))
+
+
+def beyond(network: int) -> int:
+    """Bytes that weights in networks of a size come from beyond; see `Roofline`.
+
+    None in small ones: there they are as near as so many bytes are, which the constants fit.
+    """
+    return network << 20 if network > SMALL else 0
 
 
 def apart(one: Roofline, other: Roofline) -> float:

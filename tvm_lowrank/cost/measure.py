@@ -93,7 +93,7 @@ class KernelTimer:
         self.measured = self.failed = self.unsteady = self.disputed = 0
         self.spread = self.apart = 0.0
         self._watch = Watch(self)
-        self.asker = Asker(target, self.isa, records.threads, worker)
+        self.asker = Asker(target, self.isa, records.threads, records.network, worker)
         self._tuner = Tuner(records, self.isa, trials, seed, trees, trust, guide)
         self.usable = Usable(self.isa, records, algorithms, exact)
 
@@ -276,19 +276,24 @@ class KernelTimer:
         times = [self.usable.measured(w) for w in workloads] if on_gpu else [[b] for b in best]
         return seams.joined(self.isa, self.records, workloads, times)
 
-    def choose(self, workload: ConvWorkload) -> Schedule:
-        """Best schedule on record for this convolution, else the default."""
-        return self.known(workload) or default_schedule(workload, self.isa)
+    def choose(self, workload: ConvWorkload, raced: bool = True) -> Schedule:
+        """Best schedule on record for this convolution, else the default; see `known`."""
+        return self.known(workload, raced) or default_schedule(workload, self.isa)
 
-    def known(self, workload: ConvWorkload) -> Schedule | None:
+    def known(self, workload: ConvWorkload, raced: bool = True) -> Schedule | None:
         """Best schedule on record for this convolution, whatever its epilogue, or None.
+
+        Those near each other as they came in turns, unless told not to (``raced``): what is chosen
+        before they run so must be chosen again by a search that finds them on record.
 
         What was measured here wins over what is only known from elsewhere, unless the best from
         there is of a family that was never measured here.
         """
         same = other_epilogues(workload)
         elsewhere = next(filter(None, map(self.usable.elsewhere, same)), None)
-        measured = rivals.ranked(self, workload)
+        measured = [schedule for _, schedule in self.usable.measured(workload)]
+        if raced:
+            measured = rivals.ranked(self, workload)
         if measured and (elsewhere is None or elsewhere.kernel in {s.kernel for s in measured}):
             return measured[0]
         return elsewhere

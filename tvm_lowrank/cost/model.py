@@ -110,11 +110,13 @@ class AnalyticModel(CostModel):
 
 
 def reading_rate(roofline: Roofline, size: float) -> float:
-    """Gigabytes a second at which all threads read ``size`` bytes that no core has near.
+    """Gigabytes a second at which all threads read ``size`` bytes of weights that no core has near.
 
-    Between two sizes on record it follows both logarithms, as a cache runs out little by little;
-    below the least and above the largest it is theirs. Without any it is so many times the copy.
+    They come from where those of the network have their place. Between two sizes on record it
+    follows both logarithms, as a cache runs out little by little; below the least and above the
+    largest it is theirs. Without any it is so many times the copy.
     """
+    size = max(size, roofline.network)
     if not roofline.readings:
         return roofline.gigabytes * (_SHARED if size <= _SHARED_BYTES else _READ)
     sizes, rates = np.log(roofline.readings).T

@@ -15,6 +15,7 @@ from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cuda import gpu_name
+from tvm_lowrank.place import SMALL
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.kernels import Schedule, predict, schedule_from_json
@@ -37,6 +38,7 @@ def records_for(
     threads: int,
     shipped: bool,
     fleet: Fleet | None = None,
+    network: int = SMALL,
 ) -> TuningRecords:
     """The records of a target, for the place whose times this machine can use.
 
@@ -51,6 +53,9 @@ def records_for(
         Also read the records that are installed with the package.
     fleet : Fleet, optional
         Devices that measure instead of this machine.
+    network : int
+        MiB of weights, as `place.network_size` gives it. By RPC and on GPUs it makes no difference:
+        there weights are always cold, or memory is fast.
 
     Returns
     -------
@@ -64,13 +69,13 @@ def records_for(
         mcpu = str(target.attrs.get("mcpu", "")) if target.attrs else ""
         if fleet is not None:
             return TuningRecords(path, name, fleet.threads, mcpu, fleet.machine, **more)
-        return TuningRecords(path, name, threads, mcpu=mcpu, **more)
+        return TuningRecords(path, name, threads, mcpu=mcpu, network=network, **more)
     if fleet is not None:
         return TuningRecords(path, name, 1, machine=fleet.machine, **more)
     if is_measurable(target):
         return TuningRecords(path, name, 1, machine=gpu_name(), **more)
     known = TuningRecords(path, name, 1, machine=NO_CARD, **more)
-    cards = Counter((not shipped, card) for _, (card, _, shipped), _, _ in known.rows())
+    cards = Counter((not place.shipped, place.machine) for _, place, _, _ in known.rows())
     # Imported ones before shipped ones, then the most.
     _, card = max(cards, key=lambda each: (each[0], cards[each]), default=(True, NO_CARD))
     known.machine = card
@@ -93,8 +98,8 @@ class PredictingTimer(KernelTimer):
         records = self.records
         self._asked: set[ConvWorkload] = set()
         for key, place, schedule, us in list(records.rows()):
-            card, _, shipped = place
-            if shipped and card == records.machine and records.time(key, schedule) is None:
+            known = place.shipped and place.machine == records.machine
+            if known and records.time(key, schedule) is None:
                 records.remember(key, schedule, us, place)
         # Timers share records, and what another one predicts gets into them later.
         self._measured = {key for key, place, *_ in records.rows() if place == records.here}

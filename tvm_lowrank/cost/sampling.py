@@ -15,18 +15,17 @@ from typing import Any
 
 from rich.table import Table
 
-from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
+from tvm_lowrank.cost.learned import LearnedModel, analytic_of, train
 from tvm_lowrank.cost.measure import KernelTimer
-from tvm_lowrank.cost.model import AnalyticModel
 from tvm_lowrank.cost.rivals import race
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.place import LARGE, SMALL, network_size
 from tvm_lowrank.records import AGREEMENT
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import refuse, spaces
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
-from tvm_lowrank.shipped import shipped_records
 
 # What random shapes are drawn from: those of real networks, and odd ones in between.
 _CHANNELS = (3, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
@@ -94,6 +93,22 @@ def recorded_layers(files: Iterable[Path]) -> dict[ConvGeometry, set[str]]:
                 geometry = ConvGeometry.from_json(json.loads(workload)["geometry"])
                 found.setdefault(geometry, set()).add(path.stem)
     return found
+
+
+def layers_by_size(files: Iterable[Path]) -> dict[int, list[ConvGeometry]]:
+    """The layers in files of records, by the size of network that they are in; see `place`.
+
+    The convolutions of one sample make a network; those of other batches go with them.
+    """
+    networks: dict[str, list[ConvGeometry]] = {}
+    for layer, names in recorded_layers(files).items():
+        for name in names:
+            networks.setdefault(name, []).append(layer)
+    found: dict[int, dict[ConvGeometry, None]] = {SMALL: {}, LARGE: {}}
+    for layers in networks.values():
+        size = network_size(layer for layer in layers if layer.batch == 1)
+        found[size] |= dict.fromkeys(layers)
+    return {size: [*layers] for size, layers in found.items()}
 
 
 def random_layers(count: int, seed: int) -> list[ConvGeometry]:
@@ -190,7 +205,7 @@ def look_again(
     if trees is None:
         return
     place = timer.records.here
-    analytic = AnalyticModel(roofline_of(timer.records, timer.isa, place), timer.isa, place[1])
+    analytic = analytic_of(timer.records, timer.isa, place)
     model, suspects = LearnedModel(trees, analytic, place), []
     for workload, schedules in measured.items():
         pairs = [(s, s.to_json()) for s in schedules]
@@ -262,9 +277,9 @@ class Survey:
     Parameters
     ----------
     timer : KernelTimer
-    layers : list of ConvGeometry, optional
-        Known layers, of networks; by default those of the shipped records, but for what takes too
-        long, such as fully connected layers of large batches.
+    layers : list of ConvGeometry
+        Of networks; what takes too long, such as fully connected layers of large batches, is left
+        out.
     shapes : int
         Workloads in all: the layers first, then as many stages of their forms as random shapes.
     each : int
@@ -273,7 +288,7 @@ class Survey:
     """
 
     timer: KernelTimer
-    layers: Sequence[ConvGeometry] | None
+    layers: Sequence[ConvGeometry]
     shapes: int
     each: int = 3
     seed: int = 0
@@ -282,11 +297,8 @@ class Survey:
     def __post_init__(self) -> None:
         if self.shapes < 1:
             raise LowRankError(f"shapes is {self.shapes}; give 1 or more")
-        isa, given = self.timer.isa, self.layers
-        if given is None:
-            recorded = recorded_layers(shipped_records(isa.name))
-            given = [layer for layer in recorded if layer.multiplications <= _MOST]
-        layers = list(dict.fromkeys(given))
+        isa = self.timer.isa
+        layers = [g for g in dict.fromkeys(self.layers) if g.multiplications <= _MOST]
         random.Random(self.seed).shuffle(layers)
         # Convolutions with a choice of algorithm teach most.
         layers.sort(key=lambda g: max(g.kernel) == 1 or g.groups > 1 or max(g.stride) > 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import time
@@ -19,7 +18,9 @@ import tvm
 from tvm_lowrank.build import compile_module
 from tvm_lowrank.cost import measure_batch
 from tvm_lowrank.cost.pace import Pacer, paced
+from tvm_lowrank.cost.rotation import Maps, rotation
 from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.place import SMALL
 from tvm_lowrank.schedules.cuda.arch import arch_of
 from tvm_lowrank.schedules.cuda.program import Program
 from tvm_lowrank.schedules.cuda.straight import copy_program
@@ -31,10 +32,6 @@ from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.threads import apart_from_pool, physical_cores
 
-# In a network, the kernels in between push a layer's weights out of the second-level cache. Calls
-# take turns among copies of the weights that do not fit there together.
-_COLD_BYTES = 16 << 20
-_MOST_COPIES = 32
 # Seconds of one of the measurements that have to agree, and of what its minimum is taken over.
 _SECONDS = 0.015
 _BLOCK = 1e-4
@@ -56,7 +53,8 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
     Parameters
     ----------
     request : dict
-        ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain;
+        ``target``, ``workload`` and ``schedule`` as JSON values, of a convolution or of a chain,
+        and ``network``, how many MiB of weights its network has, `place.SMALL` by default;
         for a GPU also ``target`` and the bytes of a ``copy``, else ``target`` and the bytes of a
         ``reading``. With ``rivals``, a list, instead of ``schedule``, these take turns; ``target``
         and ``pace`` ask for the least time of the reference kernel within so many seconds, and
@@ -84,7 +82,10 @@ def time_kernel(request: Mapping[str, Any]) -> dict[str, Any]:
             return {"us": 1e6 * _pacer(json.dumps(request["target"])).least(request["pace"])}
     if "rivals" in request:
         rivals = [{**request, "schedule": schedule} for schedule in request["rivals"]]
-        return {"us": _in_turns([_runner(rival) for rival in rivals])}
+        maps: Maps = {}
+        shares = [index / len(rivals) for index in range(len(rivals))]
+        runs = [_runner(*each, maps) for each in zip(rivals, shares, strict=True)]
+        return {"us": _in_turns(runs)}
     if "reading" in request:
         return _time_reading(request["reading"], request["target"])
     return _least(_runner(request), _pacer(json.dumps(request["target"])))
@@ -108,10 +109,16 @@ def _name(request: Mapping[str, Any]) -> str:
     return json.dumps(named, sort_keys=True)
 
 
-def _runner(request: Mapping[str, Any]) -> Callable[[], None]:
-    """Runs the kernels of a request once, each time with other copies of their weights."""
+def _runner(
+    request: Mapping[str, Any], start: float = 0.0, maps: Maps | None = None
+) -> Callable[[], None]:
+    """Runs the kernels of a request once, each time with other copies of their weights.
+
+    See `rotation` for the other parameters.
+    """
     kernels = _compiled(_name(request))
-    turns = itertools.cycle(_arguments([kernel.parameters for kernel in kernels]))
+    network = request.get("network", SMALL)
+    turns = rotation([kernel.parameters for kernel in kernels], network, start, maps)
 
     def run() -> None:
         for kernel, arguments in zip(kernels, next(turns), strict=True):
@@ -190,7 +197,7 @@ def _in_turns(runs: Sequence[Callable[[], None]]) -> list[float]:
         lengths = [_lengths(run) for run in runs]
         for turn in found:
             for index, (run, (number, count)) in enumerate(zip(runs, lengths, strict=True)):
-                turn[index] = min(_blocks(run, number, math.ceil(2 * count / _TURNS)))
+                turn[index] = min(_blocks(run, number, max(2, math.ceil(2 * count / _TURNS))))
     means = np.exp(np.log(found).mean(axis=1, keepdims=True))
     relative = np.median(found / means, axis=0)
     return [float(us) for us in 1e6 * means.min() * relative]
@@ -256,32 +263,3 @@ def kernels_of(request: Mapping[str, Any], target: tvm.target.Target) -> list[tv
 def _compile(func: tvm.tirx.PrimFunc, target: tvm.target.Target) -> Callable[..., Any]:
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     return compile_module(module, target, checks=False).jit()["main"]
-
-
-def _arguments(kernels: Sequence[Sequence[tuple[str, tuple[int, ...]]]]) -> list[list[list[Any]]]:
-    """Tensors for every parameter of every kernel, once for each copy of the weights.
-
-    The last parameter of a kernel is the first of the next.
-    """
-    noise = np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32) * 0.1
-
-    def tensor(shape: Sequence[int]) -> Any:
-        return tvm.runtime.tensor(np.resize(noise, shape))
-
-    first = [[tensor(shape) for _, shape in parameters] for parameters in kernels]
-    for before, after in itertools.pairwise(first):
-        after[0] = before[-1]
-    weights = [
-        (i, j, shape)
-        for i, parameters in enumerate(kernels)
-        for j, (name, shape) in enumerate(parameters)
-        if name.startswith("weights")
-    ]
-    size = sum(4 * math.prod(shape) for *_, shape in weights)
-    rotation = [first]
-    for _ in range(min(math.ceil(_COLD_BYTES / size), _MOST_COPIES) - 1):
-        copy = [[*arguments] for arguments in first]
-        for i, j, shape in weights:
-            copy[i][j] = tensor(shape)
-        rotation.append(copy)
-    return rotation

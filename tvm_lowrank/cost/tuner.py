@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tvm_lowrank.cost.guide import Guide
-from tvm_lowrank.cost.learned import LearnedModel, roofline_of, train
-from tvm_lowrank.cost.model import AnalyticModel, CostModel
+from tvm_lowrank.cost.learned import LearnedModel, analytic_of, train
+from tvm_lowrank.cost.model import CostModel
 from tvm_lowrank.cost.trees import Trees
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.family import Machine
@@ -70,7 +70,7 @@ class Tuner:
     def model(self) -> CostModel:
         """The cost model of this place: the trees, or operations and bytes without them."""
         place = self.records.here
-        analytic = AnalyticModel(roofline_of(self.records, self.isa, place), self.isa, place[1])
+        analytic = analytic_of(self.records, self.isa, place)
         return analytic if self.trees is None else LearnedModel(self.trees, analytic, place)
 
     def is_trusted(self) -> bool:

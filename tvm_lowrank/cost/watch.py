@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.errors import LowRankError
-from tvm_lowrank.records import AGREEMENT, Place
+from tvm_lowrank.place import Place
+from tvm_lowrank.records import AGREEMENT
 from tvm_lowrank.schedules.kernels import schedule_from_json
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Watch:
         return [
             (place, found)
             for place in self.timer.records.places()
-            if place[1:] == here[1:] and place[0].partition(" [")[0] == name
+            if place[1:] == here[1:] and place.machine.partition(" [")[0] == name
             if (found := machine.figures(self.timer.records, self.timer.isa, place)) is not None
         ]
 

@@ -25,6 +25,7 @@ from tvm_lowrank.extras import require_torch
 from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.metrics import Metric, check_resolution, metric_of
 from tvm_lowrank.passes.pipeline import normalise
+from tvm_lowrank.place import network_size
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.assemble import Assembler
@@ -115,7 +116,10 @@ def _search(
     labelled = parts.final.labels is not None and parts.select.labels is not None
     metric = metric_of(options.metric, labelled, parts.synthetic)
     threads = set_threads(options.threads)
-    records = records_for(records_path, target, threads, options.shipped_records, fleet)
+    normalised = normalise(mod)
+    layers = collect_layers(normalised)
+    size = network_size(layer.geometry for layer in layers)
+    records = records_for(records_path, target, threads, options.shipped_records, fleet, size)
     if not options.lossless:
         check_resolution(metric, options.max_drop, len(parts.final), labelled)
 
@@ -131,8 +135,6 @@ def _search(
         plain = _timer(target, records, options, ("direct",), fleet, trees, guide)
     # Plans are tried out on this machine's processor, whatever they are for.
     trial_timer = timer if target.kind.name == "llvm" else _host_timer(threads, options)
-    normalised = normalise(mod)
-    layers = collect_layers(normalised)
     trainer = _trainer(normalised, layers, options, parts.unlabelled, metric, report)
     survey = Survey(layers, options, timer, plain, report)
     survey.measure_dense()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class Segments:
             return _Compiled(piece, None, [], [])
         lower = LowerConvolutions(
             timer.isa,
-            timer.choose,
+            functools.partial(timer.choose, raced=False),
             weights_as_parameters=True,
             blocked_inputs=not first,
             blocked_outputs=bool(piece.gives),
