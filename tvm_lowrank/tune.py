@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +23,7 @@ from tvm_lowrank.cost.batch import candidates_of, export_batch, import_results
 from tvm_lowrank.cost.fleet import Fleet
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.cost.predicting import records_for
-from tvm_lowrank.cost.sampling import Survey, layers_by_size, recorded_layers
+from tvm_lowrank.cost.sampling import Survey, recorded_by_size
 from tvm_lowrank.cost.trees import FILE
 from tvm_lowrank.cuda import prepare_compiler
 from tvm_lowrank.data import Samples, read_npz
@@ -261,8 +262,8 @@ def _surveyed(args: argparse.Namespace, isa: str, alike: bool) -> dict[int, list
         collected = collect_layers(normalise(load_model(args.model, args.batch)))
         layers = [layer.geometry for layer in collected if layer.geometry is not None]
         return {SMALL if alike else network_size(layers): layers}
-    files = shipped_records(isa)
-    return {SMALL: [*recorded_layers(files)]} if alike else layers_by_size(files)
+    sizes = recorded_by_size(shipped_records(isa))
+    return {SMALL: [*dict.fromkeys(chain(*sizes.values()))]} if alike else sizes
 
 
 def _tune(

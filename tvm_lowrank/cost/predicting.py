@@ -54,8 +54,7 @@ def records_for(
     fleet : Fleet, optional
         Devices that measure instead of this machine.
     network : int
-        MiB of weights, as `place.network_size` gives it. By RPC and on GPUs it makes no difference:
-        there weights are always cold, or memory is fast.
+        MiB of weights, as `place.network_size` gives it. By RPC and on GPUs there is one size only.
 
     Returns
     -------

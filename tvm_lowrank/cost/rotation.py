@@ -49,7 +49,7 @@ def rotation(
     """
     maps = {} if maps is None else maps
     first = [
-        [_kept(maps, i, name, shape) for name, shape in parameters]
+        [None if _is_weights(name) else _kept(maps, i, name, shape) for name, shape in parameters]
         for i, parameters in enumerate(kernels)
     ]
     for before, after in itertools.pairwise(first):
@@ -58,7 +58,7 @@ def rotation(
         (i, j, shape)
         for i, parameters in enumerate(kernels)
         for j, (name, shape) in enumerate(parameters)
-        if name.startswith("weights")
+        if _is_weights(name)
     ]
     sizes = [-(-4 * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for *_, shape in weights]
     copies = 1
@@ -73,6 +73,10 @@ def rotation(
             begin += size
         found.append(copy)
     return itertools.islice(itertools.cycle(found), round(start * copies), None)
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith("weights")
 
 
 def _kept(maps: Maps, kernel: int, name: str, shape: tuple[int, ...]) -> Any:

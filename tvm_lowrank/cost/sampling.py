@@ -95,10 +95,11 @@ def recorded_layers(files: Iterable[Path]) -> dict[ConvGeometry, set[str]]:
     return found
 
 
-def layers_by_size(files: Iterable[Path]) -> dict[int, list[ConvGeometry]]:
+def recorded_by_size(files: Iterable[Path]) -> dict[int, list[ConvGeometry]]:
     """The layers in files of records, by the size of network that they are in; see `place`.
 
-    The convolutions of one sample make a network; those of other batches go with them.
+    The convolutions of one sample make a network; those of other batches go with them. What takes
+    too long to survey is left out, such as fully connected layers of large batches.
     """
     networks: dict[str, list[ConvGeometry]] = {}
     for layer, names in recorded_layers(files).items():
@@ -107,7 +108,7 @@ def layers_by_size(files: Iterable[Path]) -> dict[int, list[ConvGeometry]]:
     found: dict[int, dict[ConvGeometry, None]] = {SMALL: {}, LARGE: {}}
     for layers in networks.values():
         size = network_size(layer for layer in layers if layer.batch == 1)
-        found[size] |= dict.fromkeys(layers)
+        found[size] |= {layer: None for layer in layers if layer.multiplications <= _MOST}
     return {size: [*layers] for size, layers in found.items()}
 
 
@@ -278,8 +279,7 @@ class Survey:
     ----------
     timer : KernelTimer
     layers : list of ConvGeometry
-        Of networks; what takes too long, such as fully connected layers of large batches, is left
-        out.
+        Of networks.
     shapes : int
         Workloads in all: the layers first, then as many stages of their forms as random shapes.
     each : int
@@ -298,7 +298,7 @@ class Survey:
         if self.shapes < 1:
             raise LowRankError(f"shapes is {self.shapes}; give 1 or more")
         isa = self.timer.isa
-        layers = [g for g in dict.fromkeys(self.layers) if g.multiplications <= _MOST]
+        layers = [*dict.fromkeys(self.layers)]
         random.Random(self.seed).shuffle(layers)
         # Convolutions with a choice of algorithm teach most.
         layers.sort(key=lambda g: max(g.kernel) == 1 or g.groups > 1 or max(g.stride) > 1)
