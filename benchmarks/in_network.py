@@ -117,13 +117,11 @@ def _section(case: Case, args: argparse.Namespace) -> str:
             f"{layer.large:.1f} | {layer.large / inside:.2f} | "
             f"{layer.small:.1f} | {layer.small / inside:.2f} |"
         )
+    calls = [layer for layer in layers for _ in layer.inside]
     inside = sum(sum(layer.inside) for layer in layers)
-    large, small = (
-        sum(len(layer.inside) * us for layer, us in zip(layers, times, strict=True))
-        for times in ([x.large for x in layers], [x.small for x in layers])
-    )
+    large, small = sum(layer.large for layer in calls), sum(layer.small for layer in calls)
     lines.append(
-        f"| {sum(len(layer.inside) for layer in layers)} | all | | {inside:.1f} | {large:.1f} | "
+        f"| {len(calls)} | all | | {inside:.1f} | {large:.1f} | "
         f"{large / inside:.2f} | {small:.1f} | {small / inside:.2f} |"
     )
     return "\n".join(lines) + "\n"

@@ -291,9 +291,10 @@ class KernelTimer:
         """
         same = other_epilogues(workload)
         elsewhere = next(filter(None, map(self.usable.elsewhere, same)), None)
-        measured = [schedule for _, schedule in self.usable.measured(workload)]
         if raced:
             measured = rivals.ranked(self, workload)
+        else:
+            measured = [schedule for _, schedule in self.usable.measured(workload)]
         if measured and (elsewhere is None or elsewhere.kernel in {s.kernel for s in measured}):
             return measured[0]
         return elsewhere

@@ -60,10 +60,10 @@ def rotation(
         for j, (name, shape) in enumerate(parameters)
         if _is_weights(name)
     ]
+    if not weights:
+        return itertools.repeat(first)
     sizes = [-(-4 * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for *_, shape in weights]
-    copies = 1
-    if weights:
-        copies = min(math.ceil((network << 20) / sum(sizes)), _MOST_COPIES[network])
+    copies = min(math.ceil((network << 20) / sum(sizes)), _MOST_COPIES[network])
     pool, begin, found = _pool(_rounded(max(copies * sum(sizes), network << 20))), 0, []
     for _ in range(copies):
         copy = [[*arguments] for arguments in first]
@@ -86,7 +86,7 @@ def _kept(maps: Maps, kernel: int, name: str, shape: tuple[int, ...]) -> Any:
 
 
 def _rounded(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
+    return 1 << (size - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=2)
