@@ -108,6 +108,8 @@ def _section(case: Case, args: argparse.Namespace) -> str:
     layers = _layers(built, case, path, args.threads)
     count = sum(layer.geometry.weight_count for layer in built.plan.layers if layer.geometry)
     lines = [f"\n## {case}, {4 * count / 2**20:.0f} MiB of weights\n"]
+    if not layers:
+        return "\n".join([*lines, "Every convolution is part of a kernel of several.\n"])
     lines.append("| calls | convolution | kernel | in the network | large | | small | |")
     lines.append("|---|---|---|---|---|---|---|---|")
     for layer in layers:

@@ -223,8 +223,11 @@ def test_layers_are_timed_in_their_network_and_priced_by_both_sizes(model, tmp_p
     assert 1 <= sum(int(cells[0]) for cells in layers) == int(total[0]) <= calls
     for column in (3, 4, 6):
         whole = sum(int(cells[0]) * float(cells[column]) for cells in layers)
-        assert float(total[column]) == pytest.approx(whole, abs=0.06 * calls) and whole > 0
-    assert float(total[5]) == pytest.approx(float(total[4]) / float(total[3]), abs=0.006)
+        assert float(total[column]) == pytest.approx(whole, abs=0.051 * (calls + 1)) and whole > 0
+    # Microseconds have one digit: what is left of a quotient depends on how many there are.
+    inside, large, quotient = map(float, total[3:6])
+    assert (large - 0.051) / (inside + 0.051) - 0.0051 < quotient
+    assert quotient < (large + 0.051) / (inside - 0.051) + 0.0051
 
 
 def bindings(mod):

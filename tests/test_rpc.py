@@ -26,6 +26,7 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank import tune
 from tvm_lowrank.cost import device, fleet, sampling
 from tvm_lowrank.cost.fleet import Fleet
+from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.target import host_target, parse_target
@@ -101,6 +102,19 @@ def test_a_fleet_measures_and_tells_bad_kernels_from_lost_devices(tracker):
         assert sum(each.measured for each in both.devices) == 4
         assert sum(each.failed for each in both.devices) == 1
         assert all(each.state == "ready" for each in both.devices)
+    finally:
+        both.close()
+
+
+def test_a_device_whose_process_does_not_start_again_is_lost(tracker):
+    both = Fleet(tracker[0], "loop", TARGET, threads=1)
+    try:
+        broken, other = both.devices
+        broken.worker.close()
+        broken.worker = Worker(1, function="no_such_module:f")
+        answers = dict(both.ask_all([request(size=7), request(size=9), request(size=11)]))
+        assert [answers[i]["device"] for i in range(3)] == [other.name] * 3
+        assert "does not start" in broken.state and both.ready() == [other]
     finally:
         both.close()
 

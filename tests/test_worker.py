@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -36,6 +37,34 @@ def test_an_exception_costs_no_process_and_prints_are_no_answers(worker):
     pid = worker.ask("a")["pid"]
     assert worker.ask("raise") is None
     assert worker.ask("print")["pid"] == pid
+
+
+def test_requests_of_threads_take_turns(worker):
+    answers = {}
+
+    def ask(request):
+        answers[request] = worker.ask(request)["request"]
+
+    threads = [threading.Thread(target=ask, args=(str(i),)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {str(i): str(i) for i in range(16)}
+
+
+def test_closing_ends_what_another_thread_waits_for():
+    worker = Worker(1, timeout=300.0, function="tuner_support:behave")
+    worker.ask("a")
+    found = []
+    thread = threading.Thread(target=lambda: found.append(worker.ask("hang")))
+    thread.start()
+    while worker._turn.acquire(blocking=False):
+        worker._turn.release()
+        time.sleep(0.01)
+    worker.close()
+    thread.join(timeout=60)
+    assert found == [None]
 
 
 def test_a_process_that_cannot_start_is_one_sentence():

@@ -83,6 +83,7 @@ class Fleet:
         self._timeout = timeout
         count = _registered(tracker, key)
         self._refused: list[str] = []
+        self._closed = False
         self.devices = self._join(count)
         if not self.devices:
             why = "; ".join(sorted(set(self._refused))) or "none is free"
@@ -106,7 +107,7 @@ class Fleet:
         found: list[Device] = []
 
         def connect(worker: Worker) -> None:
-            answer = worker.ask({"connect": self._where})
+            answer = _ask(worker, {"connect": self._where})
             if answer is not None and "lost" not in answer:
                 names = (answer["device"], answer["machine"], answer["threads"])
                 found.append(Device(*names, worker))
@@ -120,12 +121,12 @@ class Fleet:
     def _look_at(self, device: Device) -> None:
         """Set the threads of a device and measure its figures."""
         request = {"threads": self.threads, "copy": True, "target": self.target}
-        copy = device.worker.ask(request)
+        copy = _ask(device.worker, request)
         isa = machine_of(Target(self.target))
         workload = machine.reference(isa)
         schedule = default_schedule(workload, isa).to_json()
         request = {"target": self.target, "workload": workload.to_json(), "schedule": schedule}
-        kernel = None if copy is None or "us" not in copy else device.worker.ask(request)
+        kernel = None if copy is None or "us" not in copy else _ask(device.worker, request)
         if copy is None or kernel is None or "us" not in kernel:
             self._retire(device, kernel or copy)
         else:
@@ -184,7 +185,7 @@ class Fleet:
         def work(device: Device | None) -> None:
             while device is not None and (job := jobs.get()) is not None:
                 index, attempts = job
-                answer = device.worker.ask(requests[index])
+                answer = _ask(device.worker, requests[index])
                 if answer is not None and "lost" not in answer:
                     device.measured += 1
                     device.failed += "failed" in answer
@@ -222,8 +223,8 @@ class Fleet:
         """The device that was lost, if its server is back, or one that was free."""
         self._retire(device, answer)
         where = {**self._where, "threads": self.threads}
-        found = device.worker.ask({"connect": where})
-        if found is None or "lost" in found:
+        found = _ask(device.worker, {"connect": where})
+        if found is None or "lost" in found or self._closed:
             device.worker.close()
             return None
         if found["device"] == device.name:
@@ -260,9 +261,18 @@ class Fleet:
         return made
 
     def close(self) -> None:
-        """Give all servers back."""
+        """Give all servers back, and those that still join."""
+        self._closed = True
         for device in self.devices:
             device.worker.close()
+
+
+def _ask(worker: Worker, request: Any) -> Any:
+    """The answer of a device's process; one that does not start, or is closed meanwhile, is lost."""
+    try:
+        return worker.ask(request)
+    except LowRankError as error:
+        return {"lost": str(error)}
 
 
 def _better(one: Roofline | None, other: Roofline | None) -> Roofline | None:

@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from typing import IO, Any
 
@@ -38,6 +39,8 @@ class Worker:
         self.function = function
         self.starts = 0
         self._running: list[subprocess.Popen[bytes]] = []
+        # Requests of other threads wait for their turn.
+        self._turn = threading.RLock()
         # What a process writes until it is ready.
         self._errors: IO[bytes] | None = None
         weakref.finalize(self, _kill, self._running)
@@ -50,25 +53,29 @@ class Worker:
         LowRankError
             The process does not start at all.
         """
-        self.wait()
-        requests = _pipe(self._running[0].stdin)
-        try:
-            requests.write(json.dumps(request).encode() + b"\n")
-        except BrokenPipeError:
-            self.close()
-            return None
-        answer = self._line(self.timeout)
-        if answer is None:
-            self.close()
-            return None
-        return json.loads(answer)
+        with self._turn:
+            self.wait()
+            requests = _pipe(self._running[0].stdin)
+            try:
+                requests.write(json.dumps(request).encode() + b"\n")
+            except BrokenPipeError:
+                self.close()
+                return None
+            answer = self._line(self.timeout)
+            if answer is None:
+                self.close()
+                return None
+            return json.loads(answer)
 
     def close(self) -> None:
-        """End the process; another request starts a new one."""
-        _kill(self._running)
-        if self._errors is not None:
-            self._errors.close()
-            self._errors = None
+        """End the process, whatever it is at; another request starts a new one."""
+        for process in list(self._running):
+            process.kill()
+        with self._turn:
+            _kill(self._running)
+            if self._errors is not None:
+                self._errors.close()
+                self._errors = None
 
     def start(self) -> None:
         """Begin to start the process, unless it runs; the next request waits until it is ready."""
