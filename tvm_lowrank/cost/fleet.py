@@ -268,7 +268,7 @@ class Fleet:
 
 
 def _ask(worker: Worker, request: Any) -> Any:
-    """The answer of a device's process; one that does not start, or is closed meanwhile, is lost."""
+    """The answer of a device's process; one that does not start, or is closed, is lost."""
     try:
         return worker.ask(request)
     except LowRankError as error:
