@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         "--algorithms",
         default=",".join(ALGORITHMS),
         metavar="A,B",
-        help=f"{', '.join(ALGORITHMS)}; on a GPU also {', '.join(REDUCED)}",
+        help=f"{', '.join(ALGORITHMS)}; where there are kernels also {', '.join(REDUCED)}",
     )
     add(
         "--also",
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         default = _GPU_PEERS if gpu else _DEFAULT_PEERS
         against = default if args.against is None else names("--against", args.against, peers)
         args.against = against
-        known = (*ALGORITHMS, *REDUCED) if gpu else ALGORITHMS
+        known = (*ALGORITHMS, *REDUCED)
         args.algorithms = names("--algorithms", args.algorithms, known)
         args.also = [names("--also", also, known) for also in args.also]
         check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")

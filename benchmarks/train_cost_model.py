@@ -15,7 +15,7 @@ from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.shipped import shipped_records, survey_records
 
 FOLDER = Path(__file__).resolve().parents[1] / "tuning_logs"
-MACHINES = (instruction_sets.AVX512, instruction_sets.AVX2, ARCHITECTURES["sm_90"])
+MACHINES = (instruction_sets.AVX512_BF16, instruction_sets.AVX2, ARCHITECTURES["sm_90"])
 ISAS = {machine.name: machine for machine in MACHINES}
 
 

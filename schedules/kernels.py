@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tvm_lowrank.geometry import ConvGeometry
+
 from .cuda.arch import CudaArch
 from .cuda.kernels import FAMILIES as CUDA_FAMILIES
 from .cuda.program import Program
@@ -23,7 +25,7 @@ from .x86.workload import ConvWorkload
 # By the name in a schedule's JSON; no two machines share one.
 FAMILIES: dict[str, KernelFamily] = {**X86_FAMILIES, **CUDA_FAMILIES}
 # Algorithms that round to fewer digits than float32 has: only where they are asked for.
-REDUCED = ("tf32", "half")
+REDUCED = ("tf32", "half", "bfloat16")
 ALGORITHMS = tuple(
     name
     for name in dict.fromkeys(family.algorithm for family in FAMILIES.values())
@@ -117,6 +119,22 @@ def weight_bytes(workload: ConvWorkload, schedule: Schedule, machine: Machine) -
     if isinstance(kernel, Program):
         return kernel.weight_bytes
     return 4 * math.prod(int(extent) for extent in kernel.params[1].shape)
+
+
+def has_kernel(workload: ConvWorkload, schedule: Mapping[str, Any], machine: Machine) -> bool:
+    """Whether the family of a schedule, given as JSON values, computes a workload on a machine."""
+    family = families_of(machine).get(str(schedule.get("kernel")))
+    return family is not None and family.refuse(workload, machine) is None
+
+
+def lacking(machine: Machine, algorithms: Collection[str]) -> str:
+    """Why a machine has no kernels at all of one of these algorithms; empty if it has of each.
+
+    Only those that round are looked at: the others have kernels everywhere, or pass.
+    """
+    probe = ConvWorkload(ConvGeometry(64, 64, 14, 14, (3, 3)), machine.block, ("bias",))
+    reasons = [refuse(probe, machine, (name,)) for name in algorithms if name in REDUCED]
+    return next(filter(None, reasons), "")
 
 
 def algorithm_of(schedule: Schedule) -> str:

@@ -20,7 +20,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.place import SMALL, Place
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda.arch import ARCHITECTURES
-from tvm_lowrank.schedules.x86.isa import AVX2, AVX512, GENERIC, NEON
+from tvm_lowrank.schedules.x86.isa import AVX2, AVX512_BF16, GENERIC, NEON
 
 EXAMPLES = """\
 example:
@@ -31,7 +31,7 @@ Machines of one name whose peak or bandwidth differ by more than half get a name
 nothing is written. Exit codes: 0 done, 2 bad input.
 """
 
-_MACHINES = {isa.name: isa for isa in (AVX512, AVX2, NEON, GENERIC)} | ARCHITECTURES
+_MACHINES = {isa.name: isa for isa in (AVX512_BF16, AVX2, NEON, GENERIC)} | ARCHITECTURES
 
 
 @dataclass(frozen=True)

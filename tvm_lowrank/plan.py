@@ -22,8 +22,13 @@ from tvm_lowrank.layer import ConvLayer, collect_layers
 from tvm_lowrank.passes.factor_convolutions import Chain
 from tvm_lowrank.passes.lower import lower
 from tvm_lowrank.passes.pipeline import factor, normalise
-from tvm_lowrank.schedules.kernels import Schedule, default_schedule, schedule_from_json
-from tvm_lowrank.schedules.machine import machine_of
+from tvm_lowrank.schedules.kernels import (
+    Schedule,
+    default_schedule,
+    has_kernel,
+    schedule_from_json,
+)
+from tvm_lowrank.schedules.machine import machine_of, widest
 from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target
@@ -215,8 +220,9 @@ class Plan:
     def for_target(self, target: Any) -> Plan:
         """The same decision for another target, to build what this machine cannot run.
 
-        Forms, ranks and factors stay; schedules stay if the target has the same vectors, else its
-        kernels take their defaults; measured times and results are dropped.
+        Forms, ranks and factors stay; schedules stay if the target has the same vectors, and the
+        instructions that they need, else its kernels take their defaults; measured times and
+        results are dropped.
 
         Raises
         ------
@@ -224,11 +230,17 @@ class Plan:
             As `tvm_lowrank.target.parse_target`.
         """
         parsed = parse_target(target)
-        same = machine_of(parsed) == machine_of(parse_target(self.target))
+        machine = machine_of(parsed)
+        same = widest(machine) == widest(machine_of(parse_target(self.target)))
+        kept = tuple(
+            (workload, schedule)
+            for workload, schedule in self.schedules
+            if same and has_kernel(ConvWorkload.from_json(workload), schedule, machine)
+        )
         return replace(
             self,
             target=dict(json.loads(str(parsed))),
-            schedules=self.schedules if same else (),
+            schedules=kept,
             fused=self.fused if same else (),
             layers=tuple(
                 replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+from collections.abc import Collection
 from typing import Any
 
 import tvm
@@ -13,6 +14,8 @@ from tvm.target import codegen
 from tvm_lowrank.cuda import gpu_architecture
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.schedules.cuda.arch import DEFAULT, version_of
+from tvm_lowrank.schedules.kernels import lacking
+from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.schedules.x86.isa import architecture_of
 from tvm_lowrank.threads import physical_cores
 
@@ -107,6 +110,21 @@ def require_runnable(target: tvm.target.Target) -> None:
         raise LowRankError(
             f"target {target_key(target)} needs {', '.join(missing)}, which this machine ({here}) "
             "lacks, so nothing can be measured; plan for 'llvm' and build with plan.for_target(...)"
+        )
+
+
+def require_kernels(target: tvm.target.Target, algorithms: Collection[str]) -> None:
+    """Check that algorithms which round are there for ``target``, if some are among those named.
+
+    Raises
+    ------
+    LowRankError
+        The target has no kernel of one of them.
+    """
+    if reason := lacking(machine_of(target), algorithms):
+        raise LowRankError(
+            f"algorithms={list(algorithms)}: one has no kernel for {target_key(target)} "
+            f"({reason}); leave it out"
         )
 
 

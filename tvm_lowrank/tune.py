@@ -41,7 +41,13 @@ from tvm_lowrank.report import render
 from tvm_lowrank.schedules.kernels import REDUCED
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.shipped import shipped_records
-from tvm_lowrank.target import is_measurable, parse_target, require_runnable, target_key
+from tvm_lowrank.target import (
+    is_measurable,
+    parse_target,
+    require_kernels,
+    require_runnable,
+    target_key,
+)
 from tvm_lowrank.threads import set_threads
 
 NOT_MEASURED = (
@@ -51,7 +57,8 @@ NOT_MEASURED = (
 )
 ALGORITHM_HELP = (
     f"among {','.join((*ALGORITHMS, *REDUCED))} (default: {','.join(ALGORITHMS)}; tf32 and "
-    "half: products of TF32 or float16 factors with float32 sums, on a GPU's tensor cores)"
+    "half: products of TF32 or float16 factors with float32 sums, on a GPU's tensor cores; "
+    "bfloat16: the same by AVX512-BF16)"
 )
 EXAMPLES = """\
 examples:
@@ -227,6 +234,7 @@ def _survey(
     target = parse_target(args.target)
     if fleet is None:
         require_runnable(target)
+    require_kernels(target, args.algorithms or ())
     if fleet is None and not is_measurable(target):
         raise LowRankError("a survey measures, and no GPU that runs this --target is at hand")
     _make_writable(args.output)
@@ -319,6 +327,7 @@ def _travel(args: argparse.Namespace) -> str:
         left = f"; {missing} candidates have no result yet" if missing else ""
         return f"{added} times from {args.import_results} added to {path}{left}"
     target, threads = parse_target(args.target), args.threads or 1
+    require_kernels(target, args.algorithms or ())
     records = records_for(path, target, threads, shipped=False)
     algorithms, forms = args.algorithms or ALGORITHMS, args.forms or tuple(FORMS)
     timer = KernelTimer(target, records, args.trials, algorithms, args.seed, args.exact)

@@ -149,11 +149,11 @@ def _emit_tasks(em: Emitter, nest: Nest, groups: int, epilogue: Epilogue, y: tir
                 if len(tiles.groups) == 1:
                     _store_tile(em, nest, part, place_of, epilogue, y)
                     continue
-                with em.when(_within(index, part, tiles.per_line)):
+                with em.when(within(index, part, tiles.per_line)):
                     _store_tile(em, nest, part, place_of, epilogue, y)
 
 
-def _within(index: Index, part: TileGroup, per_line: int) -> tirx.Expr:
+def within(index: Index, part: TileGroup, per_line: int) -> tirx.Expr:
     """The condition that tile ``index`` of a line belongs to ``part``."""
     stop = part.first + part.count
     if part.count == 1:
@@ -173,16 +173,27 @@ def _store_tile(
     y: tirx.Buffer,
 ) -> None:
     """One register tile, through the epilogue to its place in the output."""
-    geometry, lanes = nest.geometry, nest.lanes
     values = emit_tile(em, nest, part, place)
+    store_values(em, values, (nest.geometry, place), epilogue, y)
+
+
+def store_values(
+    em: Emitter,
+    values: list[list[tirx.Expr]],
+    where: tuple[ConvGeometry, Place],
+    epilogue: Epilogue,
+    y: tirx.Buffer,
+) -> None:
+    """Store the sums of a register tile, by vector and pixel, at a place of a geometry's output."""
+    (geometry, place), lanes, vectors = where, em.lanes, len(values)
     out_blocks = -(-geometry.out_channels // lanes)
     size = geometry.out_height * geometry.out_width * lanes
     base = em.bind_index(
-        (place.image * out_blocks + place.group * nest.schedule.vectors) * size
+        (place.image * out_blocks + place.group * vectors) * size
         + (place.row * geometry.out_width + place.column) * lanes,
         "out",
     )
-    epilogue.store(y, values, base, size, place.group * nest.group, lanes)
+    epilogue.store(y, values, base, size, place.group * (vectors * lanes), lanes)
 
 
 def emit_tile(em: Emitter, nest: Nest, part: TileGroup, place: Place) -> list[list[tirx.Expr]]:

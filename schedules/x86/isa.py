@@ -13,12 +13,14 @@ class VectorISA:
     """What a kernel has to know of the processor.
 
     ``lanes`` is the number of float32 values in a vector, and with it the channel block of every
-    ``NCHWc`` map; ``registers`` is the number of architectural vector registers.
+    ``NCHWc`` map; ``registers`` is the number of architectural vector registers; ``bfloat16`` says
+    whether there are products of bfloat16 pairs.
     """
 
     name: str
     lanes: int
     registers: int
+    bfloat16: bool = False
 
     @property
     def vector_bytes(self) -> int:
@@ -32,6 +34,8 @@ class VectorISA:
 
 
 AVX512 = VectorISA("avx512", 16, 32)
+# Its records and cost model are those of AVX-512: kernels of float32 are the same.
+AVX512_BF16 = VectorISA("avx512", 16, 32, bfloat16=True)
 AVX2 = VectorISA("avx2", 8, 16)
 NEON = VectorISA("neon", 4, 32)
 GENERIC = VectorISA("generic", 4, 16)
@@ -46,7 +50,7 @@ def isa_of(target: tvm.target.Target) -> VectorISA:
     if target.kind.name != "llvm":
         return GENERIC
     if llvm_cpu_has_features("avx512f", target):
-        return AVX512
+        return AVX512_BF16 if llvm_cpu_has_features("avx512bf16", target) else AVX512
     if llvm_cpu_has_features(["avx2", "fma"], target):
         return AVX2
     if architecture_of(target) == "aarch64":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tvm_lowrank.schedules.family import KernelFamily
 
 from . import (
+    bfloat16,
+    bfloat16_schedule,
     convolution,
     dense,
     depthwise,
@@ -18,6 +20,7 @@ from . import (
     winograd_space,
 )
 from .accuracy import direct_error
+from .bfloat16_schedule import Bfloat16Schedule
 from .dense import DenseSchedule
 from .depthwise import DepthwiseSchedule
 from .fft_schedule import FFTSchedule
@@ -74,5 +77,15 @@ FAMILIES: dict[str, KernelFamily] = {
         FFTSchedule.from_json,
         fft_schedule.error_bound,
         effort=fft_space.effort,
+    ),
+    Bfloat16Schedule.kernel: KernelFamily(
+        "bfloat16",
+        bfloat16_schedule.refuse,
+        bfloat16_schedule.space,
+        bfloat16.emit,
+        bfloat16.pack,
+        Bfloat16Schedule.from_json,
+        bfloat16_schedule.error_bound,
+        effort=bfloat16_schedule.effort,
     ),
 }

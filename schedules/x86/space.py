@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from tvm_lowrank.schedules.effort import Effort, imbalance
@@ -83,7 +84,11 @@ def is_legal(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> 
     problem = refuse(workload, isa)
     if problem:
         return problem
-    geometry = direct_geometry(workload, isa)
+    return illegal_tiles(direct_geometry(workload, isa), schedule, isa)
+
+
+def illegal_tiles(geometry: ConvGeometry, schedule: ConvSchedule, isa: VectorISA) -> str | None:
+    """Why a map of ``geometry`` cannot be computed in the register tiles, or None if it can."""
     vectors = -(-geometry.out_channels // geometry.groups // isa.lanes)
     counts = (schedule.tile, schedule.vectors, schedule.chunk, schedule.chains, schedule.rows)
     if min(counts) < 1:
@@ -109,22 +114,31 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
     vectors = -(-geometry.out_channels // geometry.groups // isa.lanes)
     is_cold = 4 * geometry.weight_count > _COLD_BYTES
     found: dict[ConvSchedule, float] = {}
+    for shape in register_tiles(workload, geometry, isa):
+        cycles = tile_cycles(workload, geometry, shape, isa)
+        cycles += _padding_cycles(workload, geometry, shape, isa)
+        groups = vectors // shape.vectors * geometry.groups
+        for order, chunk in _orders(geometry, shape, groups):
+            prefetch = is_cold and _tiling(geometry, shape).count > 1
+            schedule = replace(shape, order=order, chunk=chunk, prefetch=prefetch)
+            found[schedule] = cycles * imbalance(groups * _chunks(geometry, schedule))
+    # Sorting is stable: among equals, the order that _orders prefers stays first.
+    return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
+
+
+def register_tiles(
+    workload: ConvWorkload, geometry: ConvGeometry, isa: VectorISA
+) -> Iterator[ConvSchedule]:
+    """Register tiles worth trying for a map of ``geometry``, as schedules of the default order."""
+    vectors = -(-geometry.out_channels // geometry.groups // isa.lanes)
     for group in range(1, vectors + 1):
         if vectors % group:
             continue
         for tile, rows in _tiles(geometry, group, isa):
             chains = _chains(workload, geometry, rows * tile * group, group, isa)
             shape = ConvSchedule(tile, group, chains=chains, rows=rows)
-            if is_legal(workload, shape, isa) is not None:
-                continue
-            cycles = _cycles(workload, geometry, shape, isa)
-            groups = vectors // group * geometry.groups
-            for order, chunk in _orders(geometry, shape, groups):
-                prefetch = is_cold and _tiling(geometry, shape).count > 1
-                schedule = replace(shape, order=order, chunk=chunk, prefetch=prefetch)
-                found[schedule] = cycles * imbalance(groups * _chunks(geometry, schedule))
-    # Sorting is stable: among equals, the order that _orders prefers stays first.
-    return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
+            if illegal_tiles(geometry, shape, isa) is None:
+                yield shape
 
 
 def _registers(schedule: ConvSchedule) -> int:
@@ -179,10 +193,10 @@ def _tiling(geometry: ConvGeometry, schedule: ConvSchedule) -> Tiling:
     return tiling(pad_geometry(geometry, sides), schedule.tile, schedule.rows)
 
 
-def _cycles(
+def tile_cycles(
     workload: ConvWorkload, geometry: ConvGeometry, schedule: ConvSchedule, isa: VectorISA
 ) -> float:
-    """Cycles for one image on a core with two multiply-add units."""
+    """Cycles of the register tiles of one image, on a core with two multiply-add units."""
     steps = geometry.weight_count // geometry.out_channels
     groups = -(-geometry.out_channels // (isa.lanes * schedule.vectors))
     tiles = _tiling(geometry, schedule)
@@ -190,8 +204,7 @@ def _cycles(
     for group in tiles.groups:
         step = _step_cycles(workload, geometry, schedule, isa, group.width)
         per_line += group.count * (steps * step + _TILE_OVERHEAD)
-    cycles = per_line * tiles.lines * groups
-    return cycles + _padding_cycles(workload, geometry, schedule, isa)
+    return per_line * tiles.lines * groups
 
 
 def _step_cycles(

@@ -16,6 +16,7 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import ALGORITHMS, REDUCED, spaces
+from tvm_lowrank.schedules.machine import widest
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
 FORMAT = 1
@@ -46,7 +47,7 @@ def _samples(isa: Machine) -> dict[str, tuple[ConvWorkload, dict[str, Any]]]:
     found = {}
     for geometry in _PROBES:
         workload = ConvWorkload(geometry, isa.block, ("bias",))
-        for family, space in spaces(workload, isa, (*ALGORITHMS, *REDUCED)).items():
+        for family, space in spaces(workload, widest(isa), (*ALGORITHMS, *REDUCED)).items():
             found[family] = (workload, space[0].to_json())
     return found
 

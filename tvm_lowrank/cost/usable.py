@@ -12,6 +12,8 @@ from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.schedules.cuda.arch import CudaArch
 from tvm_lowrank.schedules.family import Machine
 from tvm_lowrank.schedules.kernels import (
+    FAMILIES,
+    REDUCED,
     Schedule,
     algorithm_of,
     emit,
@@ -74,9 +76,24 @@ class Usable:
         return sorted(((us, s) for s, us in found.items()), key=lambda pair: pair[0])
 
     def elsewhere(self, workload: ConvWorkload) -> Schedule | None:
-        """What was found best on other machines, or for another batch."""
+        """What was found best on other machines, or for another batch.
+
+        None where an algorithm that rounds is asked for and was not tried there: it may be better.
+        """
+        if self._rounding(workload) - {
+            FAMILIES[data["kernel"]].algorithm
+            for data in self._best_elsewhere(workload)
+            if data.get("kernel") in FAMILIES
+        }:
+            return None
         usable = (self._usable(workload, data) for data in self._best_elsewhere(workload))
         return next(filter(None, usable), None)
+
+    def _rounding(self, workload: ConvWorkload) -> set[str]:
+        """The algorithms among those asked for that round, and have kernels for a workload."""
+        if not any(name in self.algorithms for name in REDUCED):
+            return set()
+        return {FAMILIES[family].algorithm for family in self.allowed(workload)} & {*REDUCED}
 
     def _best_elsewhere(self, workload: ConvWorkload) -> Iterator[Mapping[str, Any]]:
         yield from self.records.elsewhere(workload.key())

@@ -44,6 +44,7 @@ from tvm_lowrank.target import (
     host_target,
     is_measurable,
     parse_target,
+    require_kernels,
     require_runnable,
     target_key,
 )
@@ -103,6 +104,7 @@ def _search(
 ) -> Plan:
     target = parse_target(target_spec)
     require_runnable(target)
+    require_kernels(target, options.algorithms)
     if target.kind.name == "cuda":
         prepare_compiler(target)
     if options.metaschedule_trials and not is_measurable(target):
