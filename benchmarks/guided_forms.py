@@ -309,7 +309,7 @@ def compare(
 def replayed(layers: list[ConvLayer], truth: KernelTimer, trees: Trees) -> Survey:
     """A guided search that has taken the times of the layers as they are."""
     timer = Replay(truth.target, truth.records, trees)
-    survey = Survey(layers, Options(), timer, timer, lambda *_: None)
+    survey = Survey(layers, Options(), timer, timer, timer, lambda *_: None)
     survey.measure_dense()
     return survey
 

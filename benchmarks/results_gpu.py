@@ -61,7 +61,7 @@ def main() -> int:
             folder = args.folder / f"{network.name}-batch{batch}"
             half = folder.with_name(folder.name + "-half")
             if args.step == "plan" and args.half:
-                _plan(network, batch, args.target, half, (*ALGORITHMS, *REDUCED))
+                _plan(network, batch, args.target, half, (*ALGORITHMS, "tf32", "half"))
             elif args.step == "plan":
                 _plan(network, batch, args.target, folder, ALGORITHMS)
             else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import tvm
 from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.kernels import Schedule
-from tvm_lowrank.schedules.x86.isa import VectorISA, isa_of
+from tvm_lowrank.schedules.x86.isa import AVX512_BF16, VectorISA, isa_of
 from tvm_lowrank.schedules.x86.packing import pack_channels
 from tvm_lowrank.schedules.x86.workload import ConvWorkload, parse_step
 
@@ -18,6 +19,7 @@ from tvm_lowrank.build import compile_module
 from tvm_lowrank.geometry import ConvGeometry
 
 CPUS = {"avx512": "skylake-avx512", "avx2": "haswell", "generic": "x86-64"}
+BF16 = "cooperlake"
 TOLERANCE = 1e-5
 
 
@@ -29,7 +31,8 @@ def target(name: str) -> tvm.target.Target:
 def _host_features() -> frozenset[str]:
     host = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
     has = tvm.target.codegen.llvm_cpu_has_features
-    return frozenset(name for name in ("avx512f", "avx2", "fma") if has(name, host))
+    names = ("avx512f", "avx512bf16", "avx2", "fma")
+    return frozenset(name for name in names if has(name, host))
 
 
 def runnable_isa(name: str) -> VectorISA:
@@ -41,10 +44,18 @@ def runnable_isa(name: str) -> VectorISA:
     return isa_of(target(name))
 
 
+def bfloat16_isa() -> VectorISA:
+    """AVX-512 with products of bfloat16, or a skipped test if this machine cannot run its code."""
+    if "avx512bf16" not in _host_features():
+        pytest.skip("this CPU lacks avx512bf16")
+    return AVX512_BF16
+
+
 def build(func: tvm.tirx.PrimFunc, isa: VectorISA) -> tvm.runtime.Module:
     """As libraries are built; `test_x86_pipeline` compares that with TVM's default pipeline."""
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
-    return compile_module(module, target(isa.name)).mod
+    cpu = {"kind": "llvm", "mcpu": BF16} if isa.bfloat16 else target(isa.name)
+    return compile_module(module, tvm.target.Target(cpu)).mod
 
 
 def run(func: tvm.tirx.PrimFunc, isa: VectorISA, inputs: list[np.ndarray], out_shape) -> np.ndarray:
@@ -152,15 +163,25 @@ def apply_steps(
 
 
 class Case:
-    """Random data for a workload, the kernel's arguments, and the float64 result."""
+    """Random data for a workload, the kernel's arguments, and the float64 result.
 
-    def __init__(self, workload: ConvWorkload, schedule: Schedule, isa: VectorISA) -> None:
+    ``rounded`` makes the factors from standard-normal values.
+    """
+
+    def __init__(
+        self,
+        workload: ConvWorkload,
+        schedule: Schedule,
+        isa: VectorISA,
+        rounded: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+    ) -> None:
         geometry = workload.geometry
         rng = np.random.default_rng(0)
-        self.x = rng.standard_normal(
-            (geometry.batch, geometry.in_channels, geometry.height, geometry.width)
-        ).astype("float32")
-        self.weight = rng.standard_normal(geometry.weight_shape).astype("float32")
+        maps = (geometry.batch, geometry.in_channels, geometry.height, geometry.width)
+        self.x, self.weight = (
+            rounded(rng.standard_normal(shape).astype("float32"))
+            for shape in (maps, geometry.weight_shape)
+        )
         channels = geometry.out_channels
         self.out_shape = (
             geometry.batch,

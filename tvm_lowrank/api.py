@@ -69,6 +69,9 @@ def plan(
         Samples that state the accuracy, instead of a part of ``data``.
     forms, algorithms : sequences of str, optional
         Restrict the search. Forms are ``dense`` and the names in `tvm_lowrank.decompose.FORMS`.
+        Algorithms are those of `schedules.kernels.ALGORITHMS`, which are all allowed by default,
+        and of `schedules.kernels.REDUCED`, which round the factors of their products and are
+        chosen only if they are named: ``bfloat16`` for processors, ``tf32`` and ``half`` for GPUs.
     lossless : bool
         Short for ``forms=("dense",)``.
     exclude : sequence of str

@@ -299,6 +299,10 @@ class KernelTimer:
             return measured[0]
         return elsewhere
 
+    def is_covered(self, workload: ConvWorkload) -> bool:
+        """Whether the records tell the best schedule, so that nothing need be measured for it."""
+        return self.known(workload) is not None and self.usable.is_complete(workload)
+
     def roofline(self) -> Roofline:
         """Peak of our own direct kernel on a layer that suits it, and bandwidth of a large copy.
 

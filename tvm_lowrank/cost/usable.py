@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from tvm_lowrank.cost.alike import other_batches, other_epilogues
@@ -80,20 +81,23 @@ class Usable:
 
         None where an algorithm that rounds is asked for and was not tried there: it may be better.
         """
-        if self._rounding(workload) - {
-            FAMILIES[data["kernel"]].algorithm
-            for data in self._best_elsewhere(workload)
-            if data.get("kernel") in FAMILIES
-        }:
+        if self._untried(workload, self._best_elsewhere(workload)):
             return None
         usable = (self._usable(workload, data) for data in self._best_elsewhere(workload))
         return next(filter(None, usable), None)
 
-    def _rounding(self, workload: ConvWorkload) -> set[str]:
-        """The algorithms among those asked for that round, and have kernels for a workload."""
+    def is_complete(self, workload: ConvWorkload) -> bool:
+        """Whether all algorithms that round and are asked for were tried, here or elsewhere."""
+        here = (data for data, _ in self.records.measured(workload.key()))
+        return not self._untried(workload, chain(here, self._best_elsewhere(workload)))
+
+    def _untried(self, workload: ConvWorkload, schedules: Iterable[Mapping[str, Any]]) -> set[str]:
+        """The algorithms that round, are asked for, have kernels, and none of the schedules."""
         if not any(name in self.algorithms for name in REDUCED):
             return set()
-        return {FAMILIES[family].algorithm for family in self.allowed(workload)} & {*REDUCED}
+        asked = {FAMILIES[family].algorithm for family in self.allowed(workload)} & {*REDUCED}
+        known = (FAMILIES.get(str(data.get("kernel"))) for data in schedules)
+        return asked - {family.algorithm for family in known if family is not None}
 
     def _best_elsewhere(self, workload: ConvWorkload) -> Iterator[Mapping[str, Any]]:
         yield from self.records.elsewhere(workload.key())

@@ -107,7 +107,9 @@ class Assembler:
         reason = self.survey.reasons.get(layer.name)
         if reason is None and among_others:
             reason = "its error would cost more accuracy than its time is worth"
-        us = before if timer is self.survey.plain else _known(dense.measured_us if dense else None)
+        us = before if timer is self.survey.plain else None
+        if timer is self.survey.timer and dense is not None:
+            us = _known(dense.measured_us)
         return LayerPlan(
             layer.name,
             layer.geometry,

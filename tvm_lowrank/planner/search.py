@@ -39,6 +39,7 @@ from tvm_lowrank.planner.segments import Segments
 from tvm_lowrank.planner.sensitivity import remembered, sensitivities
 from tvm_lowrank.planner.survey import Report, Survey
 from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.schedules.kernels import REDUCED
 from tvm_lowrank.schedules.machine import machine_of
 from tvm_lowrank.target import (
     host_target,
@@ -135,10 +136,14 @@ def _search(
     plain = timer
     if options.algorithms != ("direct",) or options.max_weight_bytes is not None:
         plain = _timer(target, records, options, ("direct",), fleet, trees, guide)
+    unrounded = timer
+    if any(name in options.algorithms for name in REDUCED):
+        kept = tuple(name for name in options.algorithms if name not in REDUCED) or ("direct",)
+        unrounded = _timer(target, records, options, kept, fleet, trees, guide)
     # Plans are tried out on this machine's processor, whatever they are for.
     trial_timer = timer if target.kind.name == "llvm" else _host_timer(threads, options)
     trainer = _trainer(normalised, layers, options, parts.unlabelled, metric, report)
-    survey = Survey(layers, options, timer, plain, report)
+    survey = Survey(layers, options, timer, plain, unrounded, report)
     survey.measure_dense()
 
     make_curve = None

@@ -29,8 +29,9 @@ class Survey:
     ----------
     layers : list of ConvLayer
     options : Options
-    timer, plain : KernelTimer
-        With all allowed algorithms, and with the direct one only: "before".
+    timer, plain, unrounded : KernelTimer
+        With all allowed algorithms, with the direct one only: "before", and with those that do not
+        round, if others are allowed.
     report : callable
 
     Attributes
@@ -47,6 +48,7 @@ class Survey:
     options: Options
     timer: KernelTimer
     plain: KernelTimer
+    unrounded: KernelTimer
     report: Report
     dense: dict[str, Candidate] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
@@ -84,16 +86,15 @@ class Survey:
                 workload for geometry in shapes for workload in timer.workloads([geometry])
             ]
             if self.options.lossless:
-                workloads = [workload for workload in workloads if timer.known(workload) is None]
+                workloads = [workload for workload in workloads if not timer.is_covered(workload)]
             timer.measure_all(workloads)
 
     def _dense(self, layer: ConvLayer, geometry: ConvGeometry) -> Candidate:
         stages, lossless = (geometry,), self.options.lossless
         # Nothing is to be compared, so what other machines found best needs no time here.
         covered = lossless and self.options.max_weight_bytes is None
-        covered = covered and (
-            layer.fully_connected or all(map(self.timer.known, self.timer.workloads(stages)))
-        )
+        settled = self.timer.usable.is_complete if layer.fully_connected else self.timer.is_covered
+        covered = covered and all(map(settled, self.timer.workloads(stages)))
         measure = KernelTimer.recorded if covered else KernelTimer.chain
         before, us = measure(self.plain, stages), measure(self.timer, stages)
         if before is not None:

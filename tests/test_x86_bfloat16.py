@@ -1,0 +1,338 @@
+"""Convolutions of bfloat16 factors on x86: their arithmetic, their code, and networks of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+from helpers import reference, relative
+from helpers import run as run_network
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_x86_convolution import ACTIVATIONS, GROUPED
+from tvm_lowrank.schedules.kernels import spaces
+from tvm_lowrank.schedules.x86 import bfloat16, bfloat16_schedule
+from tvm_lowrank.schedules.x86.bfloat16_schedule import Bfloat16Schedule
+from tvm_lowrank.schedules.x86.isa import AVX2, AVX512, AVX512_BF16
+from tvm_lowrank.schedules.x86.workload import ConvWorkload
+from x86_support import (
+    BF16,
+    TOLERANCE,
+    Case,
+    bfloat16_isa,
+    reference_convolution,
+    relative_error,
+    run,
+    unblock,
+)
+
+from tvm_lowrank import LowRankError, Plan, load
+from tvm_lowrank.cost.analytic import Roofline
+from tvm_lowrank.cost.trees import signature
+from tvm_lowrank.cost.usable import Usable
+from tvm_lowrank.data import Samples
+from tvm_lowrank.frontend import load_model
+from tvm_lowrank.geometry import ConvGeometry
+from tvm_lowrank.planner.options import Options
+from tvm_lowrank.planner.search import search
+from tvm_lowrank.records import TuningRecords
+from tvm_lowrank.target import parse_target, require_kernels
+
+LAYER = ConvGeometry(64, 64, 14, 14, (3, 3), padding=(1, 1, 1, 1))
+
+
+def rounded(values):
+    bits = bfloat16.round_bits(values) << 16
+    return bits.astype(np.uint32).view(np.float32).reshape(values.shape)
+
+
+def check(workload, isa, schedule):
+    """Against float64 sums of factors that are rounded already: what is left is that of float32."""
+    case = Case(workload, schedule, isa, rounded)
+    y = run(bfloat16.emit(workload, schedule, isa), isa, case.inputs, case.out_shape)
+    result = unblock(y, workload.geometry.out_channels)
+    assert relative_error(result, case.expected) < TOLERANCE, (workload, schedule)
+    assert np.isfinite(y).all()  # the next kernel reads the lanes beyond F too
+
+
+@st.composite
+def workloads(draw):
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 5)))
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    padding = draw(st.tuples(*[st.integers(0, 3)] * 4))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    geometry = ConvGeometry(
+        in_channels=draw(st.integers(1, 70)),
+        out_channels=draw(st.integers(1, 70)),
+        height=draw(st.integers(max(1, reach[0] - padding[0] - padding[2]), 11)),
+        width=draw(st.integers(max(1, reach[1] - padding[1] - padding[3]), 23)),
+        kernel=kernel,
+        stride=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
+        padding=padding,
+        dilation=dilation,
+        batch=draw(st.integers(1, 3)),
+    )
+    steps = ["bias", "residual", "relu", "affine", "clip:-1:6", *ACTIVATIONS]
+    epilogue = tuple(draw(st.lists(st.sampled_from(steps), max_size=2)))
+    workload = ConvWorkload(geometry, 16, epilogue)
+    if bfloat16_schedule.refuse(workload, AVX512_BF16):
+        return ConvWorkload(replace(geometry, batch=1), 16, epilogue)
+    return workload
+
+
+def test_any_geometry_and_schedule():
+    isa = bfloat16_isa()
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(st.data())
+    def check_one(data):
+        workload = data.draw(workloads())
+        check(workload, isa, data.draw(st.sampled_from(bfloat16_schedule.space(workload, isa))))
+
+    check_one()
+
+
+SHAPES = {
+    "pointwise": ConvGeometry(67, 40, 13, 7, (1, 1), batch=2),
+    "pointwise_strided": ConvGeometry(33, 64, 13, 7, (1, 1), (2, 2)),
+    "pointwise_padded": ConvGeometry(5, 7, 6, 5, (1, 1), padding=(1, 2, 0, 1)),
+    "fully_connected": ConvGeometry(100, 10, 1, 1, (1, 1)),
+    "column": ConvGeometry(32, 16, 50, 1, (33, 1), (1, 1), (15, 0, 17, 0)),
+    "line_of_tall_kernels": ConvGeometry(20, 24, 3, 40, (3, 5), padding=(0, 2, 0, 2)),
+    "kernel_of_the_whole_map": ConvGeometry(16, 64, 4, 4, (4, 4)),
+    "rows_of_padding_only": ConvGeometry(40, 20, 2, 2, (2, 2), padding=(4, 3, 3, 4)),
+    "strided": ConvGeometry(48, 32, 15, 15, (3, 3), (2, 2), (1, 1, 1, 1)),
+    "layer": LAYER,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kind_of_schedule(shape):
+    isa, workload = bfloat16_isa(), ConvWorkload(SHAPES[shape], 16, ("bias", "relu"))
+    kinds = {}
+    for schedule in bfloat16_schedule.space(workload, isa):
+        kind = (schedule.order, schedule.rows > 1, schedule.chunk > 1, schedule.chains > 1)
+        kinds.setdefault(kind, schedule)
+    assert {order for order, *_ in kinds} == {"channels", "rows"}
+    for schedule in kinds.values():
+        check(workload, isa, schedule)
+
+
+@pytest.mark.parametrize("shape", GROUPED)
+def test_groups(shape):
+    isa, (inputs, outputs, groups) = bfloat16_isa(), GROUPED[shape]
+    for kernel, pad in ((1, 0), (3, 1)):
+        geometry = ConvGeometry(
+            inputs, outputs, 7, 9, (kernel,) * 2, padding=(pad,) * 4, groups=groups, batch=2
+        )
+        workload = ConvWorkload(geometry, 16, ("bias",))
+        check(workload, isa, bfloat16_schedule.space(workload, isa)[0])
+
+
+def test_factors_are_rounded_to_nearest_and_even():
+    one, step = np.float32(1.0), np.float32(2.0**-7)
+    values = np.array([1, 1 + step / 2, 1 + 3 * step / 2, 1 + 0.51 * step, -3.1, 0, 1e30], "f4")
+    assert rounded(values)[:4].tolist() == [1.0, 1.0, 1 + 2 * step, one + step]
+    many = np.random.default_rng(0).standard_normal(10_000).astype("f4")
+    error = np.abs(rounded(many) / many.astype(np.float64) - 1)
+    assert 0.9 * 2**-8 < error.max() <= 2**-8
+    assert (rounded(rounded(many)) == rounded(many)).all()
+
+
+@pytest.mark.parametrize("shape", ["layer", "pointwise", "fully_connected"])
+def test_errors_keep_the_stated_bound_and_are_no_smaller_than_rounding(shape):
+    isa, workload = bfloat16_isa(), ConvWorkload(SHAPES[shape], 16)
+    schedule = bfloat16_schedule.space(workload, isa)[0]
+    case = Case(workload, schedule, isa)
+    y = run(bfloat16.emit(workload, schedule, isa), isa, case.inputs, case.out_shape)
+    error = relative_error(unblock(y, workload.geometry.out_channels), case.expected)
+    assert 2e-4 < error < bfloat16_schedule.error_bound(workload, schedule)
+    exact = reference_convolution(rounded(case.x), rounded(case.weight), workload.geometry)
+    assert relative_error(unblock(y, workload.geometry.out_channels), exact) < TOLERANCE
+
+
+@pytest.mark.parametrize("pipeline", ["lowrank", "default"])
+@pytest.mark.parametrize("order", ["channels", "rows"])
+def test_products_are_one_instruction(pipeline, order):
+    workload = ConvWorkload(LAYER, 16, ("bias",))
+    schedule = Bfloat16Schedule(14, 2, order, 1)
+    kernel = bfloat16.emit(workload, schedule, AVX512_BF16).with_attr("global_symbol", "main")
+    built = tvm.compile(
+        tvm.IRModule({"main": kernel}),
+        target=tvm.target.Target({"kind": "llvm", "mcpu": BF16}),
+        tir_pipeline=pipeline,
+    )
+    lines = built.mod.inspect_source("asm").splitlines()
+    assert sum("vdpbf16ps" in line for line in lines) >= 14 * 2
+    assert any("vcvtne2ps2bf16" in line for line in lines)
+    assert not any("lowrank_bfloat16" in line for line in lines)  # all are where they are called
+    # Accumulators stay in registers: nothing is stored between two products.
+    first = next(i for i, line in enumerate(lines) if "vdpbf16ps" in line)
+    assert all("vdpbf16ps" in x or "vbroadcast" in x or "\tvmov" in x for x in lines[first:][:28])
+
+
+def test_what_has_no_kernel_is_refused_with_its_reason():
+    workload = ConvWorkload(LAYER, 16)
+    assert "AVX512-BF16" in bfloat16_schedule.refuse(workload, AVX512)
+    assert "AVX512-BF16" in bfloat16_schedule.refuse(replace(workload, in_block=8), AVX2)
+    assert "in_block" in bfloat16_schedule.refuse(replace(workload, in_block=1), AVX512_BF16)
+    depthwise = ConvWorkload(replace(LAYER, groups=64), 16)
+    assert "depthwise" in bfloat16_schedule.refuse(depthwise, AVX512_BF16)
+    dense = ConvWorkload(ConvGeometry(64, 10, 1, 1, (1, 1), batch=8), 16)
+    assert "samples" in bfloat16_schedule.refuse(dense, AVX512_BF16)
+    for schedule in (
+        Bfloat16Schedule(30, 4),
+        Bfloat16Schedule(7, 3),
+        Bfloat16Schedule(7, 2, "rows", 0),
+    ):
+        with pytest.raises(ValueError, match="cannot compute"):
+            bfloat16.emit(workload, schedule, AVX512_BF16)
+    with pytest.raises(ValueError, match="expected"):
+        bfloat16.pack(np.zeros((1, 2, 3, 3), "f4"), workload, Bfloat16Schedule(7, 2), AVX512_BF16)
+
+
+def test_it_is_among_the_kernels_only_where_it_is_asked_for():
+    workload = ConvWorkload(LAYER, 16)
+    assert "bfloat16" not in spaces(workload, AVX512_BF16)
+    assert list(spaces(workload, AVX512_BF16, ("bfloat16",))) == ["bfloat16"]
+    assert "bfloat16" not in spaces(workload, AVX512_BF16, ("bfloat16", "direct"), exact=True)
+    assert not spaces(workload, AVX512, ("bfloat16",))
+
+
+def test_targets_without_it_say_so():
+    require_kernels(parse_target(f"llvm:{BF16}"), ("direct", "bfloat16"))
+    require_kernels(parse_target("llvm:haswell"), ("direct", "winograd", "fft"))
+    for name in ("haswell", "skylake-avx512"):
+        with pytest.raises(LowRankError, match=f"no kernel for llvm-{name}.*AVX512-BF16"):
+            require_kernels(parse_target(f"llvm:{name}"), ("direct", "bfloat16"))
+    with pytest.raises(LowRankError, match="no kernel for"):
+        require_kernels(parse_target("llvm:haswell"), ("tf32",))
+
+
+def test_one_cost_model_serves_both_kinds_of_avx512():
+    assert signature(AVX512) == signature(AVX512_BF16)
+    assert "chunk" in signature(AVX512)["bfloat16"]
+    assert "bfloat16" not in signature(AVX2)
+
+
+def test_effort_counts_pairs_and_the_copy():
+    workload = ConvWorkload(LAYER, 16)
+    whole = bfloat16_schedule.effort(workload, Bfloat16Schedule(7, 4), AVX512_BF16)
+    parts = bfloat16_schedule.effort(workload, Bfloat16Schedule(7, 4, "rows", 2), AVX512_BF16)
+    assert whole.multiplications == LAYER.multiplications / 2 == parts.multiplications
+    assert whole.weight_bytes == 2 * LAYER.weight_count
+    assert whole.exchange_bytes == 4 * 32 * 16 * 16 and parts.exchange_bytes == 0
+    assert parts.tasks == 7 and parts.transforms / whole.transforms == pytest.approx(7 * 4 / 16)
+
+
+def test_a_roofline_counts_two_products_in_the_place_of_one():
+    machine, plain = Roofline(1.0, 1e6), {"direct": 1.0}
+    direct = machine.microseconds([LAYER], 16, plain)
+    both = machine.microseconds([LAYER], 16, {**plain, "bfloat16": 1.0})
+    assert direct / both == pytest.approx(2.0, rel=0.01)
+    depthwise = replace(LAYER, groups=64)
+    assert machine.microseconds([depthwise], 16, {**plain, "bfloat16": 1.0}) == (
+        machine.microseconds([depthwise], 16, plain)
+    )
+
+
+def test_records_that_never_tried_it_do_not_cover_a_convolution(tmp_path):
+    workload = ConvWorkload(LAYER, 16, ("bias", "relu"))
+    direct = spaces(workload, AVX512_BF16, ("direct",))["direct"][0].to_json()
+    pairs = bfloat16_schedule.space(workload, AVX512_BF16)[0].to_json()
+
+    def usable(algorithms):
+        mine = TuningRecords(tmp_path / "records.jsonl", "avx512", 2, machine="mine")
+        return Usable(AVX512_BF16, mine, algorithms, exact=False)
+
+    theirs = TuningRecords(tmp_path / "records.jsonl", "avx512", 2, machine="theirs")
+    theirs.add(workload.key(), direct, 10.0)
+    plain, both = ("direct",), ("direct", "bfloat16")
+    assert usable(plain).elsewhere(workload).kernel == "direct" and usable(plain).is_complete(
+        workload
+    )
+    assert usable(both).elsewhere(workload) is None and not usable(both).is_complete(workload)
+    theirs.add(workload.key(), pairs, 6.0)
+    assert usable(both).elsewhere(workload).kernel == "bfloat16" and usable(both).is_complete(
+        workload
+    )
+    assert usable(plain).elsewhere(workload).kernel == "direct"
+
+
+@pytest.fixture(scope="module")
+def planned(small, tmp_path_factory):
+    """A network whose convolutions on blocks of channels all are of bfloat16, and its folder."""
+    bfloat16_isa()
+    folder = tmp_path_factory.mktemp("bfloat16")
+    return folder, lossless(small, folder, "top1", 100.0)
+
+
+def lossless(model, folder, metric, max_drop):
+    rng = np.random.default_rng(0)
+    data = Samples(rng.standard_normal((96, 3, 18, 18)).astype("f4"), rng.integers(0, 10, 96))
+    options = Options(
+        max_drop, ("dense",), ("bfloat16",), threads=1, trials=1, metric=metric
+    )  # fmt: skip
+    records = folder / "records.jsonl"
+    return search(load_model(model), None, data, None, options, records, folder)
+
+
+def test_a_network_of_it_is_planned_built_and_judged(planned, small):
+    folder, plan = planned
+    used = {layer.name: layer.algorithms for layer in plan.layers if layer.geometry is not None}
+    assert used["conv0"] == ("direct",) == used["conv4"]  # NCHW; depthwise
+    assert all(used[name] == ("bfloat16",) for name in ("conv1", "conv2", "conv3", "conv5"))
+    x = np.random.default_rng(1).standard_normal((1, 3, 18, 18)).astype("f4")
+    outputs = load(folder / "model.so")(x)
+    assert 1e-5 < relative(outputs, reference(small, x)) < 1e-2
+    assert 1e-5 < plan.result["output_error"] < 1e-2
+
+
+def test_tvm_builds_the_plan_to_the_same_library(planned, small, tmp_path):
+    folder, plan = planned
+    plan.save(tmp_path / "plan.json")
+    mod = Plan.load(tmp_path / "plan.json").apply(load_model(small))
+    x = np.random.default_rng(1).standard_normal((1, 3, 18, 18)).astype("f4")
+    assert np.array_equal(
+        run_network(mod, x, target=tvm.target.Target(plan.target)), load(folder / "model.so")(x)
+    )
+
+
+def test_the_library_runs_without_the_package(planned, tmp_path):
+    folder, _ = planned
+    x = np.random.default_rng(1).standard_normal((1, 3, 18, 18)).astype("f4")
+    np.save(tmp_path / "x.npy", x)
+    program = (
+        "import sys, numpy as np, tvm; from tvm import relax\n"
+        f"library = tvm.runtime.load_module({str(folder / 'model.so')!r})\n"
+        "vm = relax.VirtualMachine(library, tvm.cpu())\n"
+        "y = vm['main'](tvm.runtime.tensor(np.load('x.npy')))\n"
+        "assert not any(n.split('.')[0] == 'tvm_lowrank' for n in sys.modules)\n"
+        "np.save('y.npy', (y if hasattr(y, 'numpy') else y[0]).numpy())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    assert np.array_equal(np.load(tmp_path / "y.npy"), load(folder / "model.so")(x))
+
+
+def test_another_avx512_keeps_the_schedules_that_it_can_run(planned):
+    _, plan = planned
+    there = plan.for_target("llvm:skylake-avx512")
+    families = {schedule["kernel"] for _, schedule in plan.schedules}
+    assert families == {"bfloat16", "direct", "depthwise"}
+    assert {schedule["kernel"] for _, schedule in there.schedules} == families - {"bfloat16"}
+    assert plan.for_target(f"llvm:{BF16}").schedules == plan.schedules
+
+
+def test_rounding_that_costs_more_than_the_budget_is_left_out_with_its_reason(small, tmp_path):
+    bfloat16_isa()
+    with pytest.warns(UserWarning, match="rounding of bfloat16 kernels alone; leave them out"):
+        plan = lossless(small, tmp_path, "output_error", 1e-4)
+    assert "by the rounding of bfloat16" in plan.reason and not plan.transformed
+    assert "bfloat16" not in {name for layer in plan.layers for name in layer.algorithms}
+    assert plan.result["drop"] <= 1e-4
