@@ -21,7 +21,8 @@ import results_page
 from machine import processor
 from networks import NETWORKS, Network, keep_lossless
 from peers import Timing, take_turns
-from results_page import CHECKED, PEERS
+from results_page import CHECKED, PEERS, ROUNDING_PEER
+from tvm_lowrank.schedules.kernels import REDUCED
 
 from tvm_lowrank.data import Samples, input_shape
 from tvm_lowrank.deploy import load
@@ -63,7 +64,9 @@ def main() -> int:
             if network.missing:
                 print(f"{network.name}: skipped, {network.missing}")
                 continue
-            kept = folder / (network.name + ("-recovered" if args.recover else ""))
+            rounds = [name for name in args.algorithms if name in REDUCED]
+            parts = [network.name, *rounds, *(["recovered"] if args.recover else [])]
+            kept = folder / "-".join(parts)
             kept.mkdir(parents=True, exist_ok=True)
             if args.only != "race":
                 _plan(network, args, kept)
@@ -121,6 +124,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         "recover": args.recover,
         "unlabelled": 0 if unlabelled is None else len(unlabelled),
         "trials": args.trials,
+        "rounds": [name for name in args.algorithms if name in REDUCED],
         "metric": plan.metric,
         "seconds": end - start,
         "planning_seconds": end - calibrated,
@@ -149,6 +153,8 @@ def _race(network: Network, folder: Path, threads: int) -> None:
         "lossless": ("tvm", folder / "lossless.so"),
         **{peer: (peer, network.model) for peer in PEERS},
     }
+    if figures["rounds"]:
+        jobs[ROUNDING_PEER] = (ROUNDING_PEER, network.model)
     # Where a system puts both threads of a process on one core, it leaves them there for long: new
     # processes have new luck.
     races = [take_turns(jobs, input_shape(mod), threads) for _ in range(RACES)]
