@@ -21,7 +21,7 @@ def keep_lossless(folder: Path, transformed: bool) -> str:
     built = [path for path in (folder / "dense.so", folder / "original.so") if path.exists()]
     kept = [*(built if transformed else ()), folder / "model.so"][0]
     shutil.copy(kept, folder / "lossless.so")
-    for path in (*built, *folder.glob("attempt*.so")):
+    for path in (*built, folder / "unrounded.so", *folder.glob("attempt*.so")):
         path.unlink(missing_ok=True)
     return kept.name
 

@@ -10,15 +10,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tvm
+from cost_support import LAYERS, ROOFLINE, invented
 from helpers import reference, relative
 from helpers import run as run_network
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_x86_convolution import ACTIVATIONS, GROUPED
+from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.kernels import spaces
-from tvm_lowrank.schedules.x86 import bfloat16, bfloat16_schedule
+from tvm_lowrank.schedules.x86 import bfloat16, bfloat16_schedule, dense
 from tvm_lowrank.schedules.x86.bfloat16_schedule import Bfloat16Schedule
 from tvm_lowrank.schedules.x86.isa import AVX2, AVX512, AVX512_BF16
+from tvm_lowrank.schedules.x86.pairs import round_bits
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from x86_support import (
     BF16,
@@ -33,7 +36,9 @@ from x86_support import (
 
 from tvm_lowrank import LowRankError, Plan, load
 from tvm_lowrank.cost.analytic import Roofline
-from tvm_lowrank.cost.trees import signature
+from tvm_lowrank.cost.learned import LearnedModel, renew
+from tvm_lowrank.cost.model import AnalyticModel
+from tvm_lowrank.cost.trees import find, signature
 from tvm_lowrank.cost.usable import Usable
 from tvm_lowrank.data import Samples
 from tvm_lowrank.frontend import load_model
@@ -47,14 +52,14 @@ LAYER = ConvGeometry(64, 64, 14, 14, (3, 3), padding=(1, 1, 1, 1))
 
 
 def rounded(values):
-    bits = bfloat16.round_bits(values) << 16
+    bits = round_bits(values) << 16
     return bits.astype(np.uint32).view(np.float32).reshape(values.shape)
 
 
 def check(workload, isa, schedule):
     """Against float64 sums of factors that are rounded already: what is left is that of float32."""
     case = Case(workload, schedule, isa, rounded)
-    y = run(bfloat16.emit(workload, schedule, isa), isa, case.inputs, case.out_shape)
+    y = run(kernels.emit(workload, schedule, isa), isa, case.inputs, case.out_shape)
     result = unblock(y, workload.geometry.out_channels)
     assert relative_error(result, case.expected) < TOLERANCE, (workload, schedule)
     assert np.isfinite(y).all()  # the next kernel reads the lanes beyond F too
@@ -134,6 +139,51 @@ def test_groups(shape):
         check(workload, isa, bfloat16_schedule.space(workload, isa)[0])
 
 
+def dense_workload(inputs, outputs, size, batch, plain, epilogue=("bias", "relu")):
+    geometry = ConvGeometry(inputs, outputs, *size, size, batch=batch)
+    return ConvWorkload(geometry, 1 if plain else 16, epilogue)
+
+
+def test_any_dense_layer_of_several_samples():
+    isa = bfloat16_isa()
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(st.data())
+    def check_one(data):
+        draw, plain = data.draw, data.draw(st.booleans())
+        inputs = 16 * draw(st.integers(1, 5)) if plain else draw(st.integers(1, 70))
+        size = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+        samples, outputs = draw(st.integers(2, 37)), draw(st.integers(1, 70))
+        workload = dense_workload(inputs, outputs, size, samples, plain)
+        space = dense.space(workload, isa, dense.Bfloat16DenseSchedule)
+        check(workload, isa, draw(st.sampled_from(space)))
+
+    check_one()
+
+
+def test_large_dense_inputs_are_rounded_in_parallel():
+    isa = bfloat16_isa()
+    workload = dense_workload(144, 32, (3, 3), 11, plain=True)
+    for schedule in dense.space(workload, isa, dense.Bfloat16DenseSchedule)[:2]:
+        check(workload, isa, schedule)
+
+
+def test_dense_layers_of_several_samples_have_a_kernel_of_their_own():
+    workload = dense_workload(64, 32, (1, 1), 16, plain=False)
+    assert list(spaces(workload, AVX512_BF16, ("bfloat16",))) == ["bfloat16_dense"]
+    assert not spaces(workload, AVX512, ("bfloat16",))
+    odd = dense_workload(20, 32, (1, 1), 16, plain=True)
+    assert "multiple of 16" in dense.refuse(odd, AVX512_BF16, dense.Bfloat16DenseSchedule)
+    schedule = spaces(workload, AVX512_BF16, ("bfloat16",))["bfloat16_dense"][0]
+    assert kernels.schedule_from_json(schedule.to_json()) == schedule
+    effort, plain = (
+        dense.effort(workload, each(schedule.rows, schedule.vectors), AVX512_BF16)
+        for each in (dense.Bfloat16DenseSchedule, dense.DenseSchedule)
+    )
+    assert effort.multiplications == plain.multiplications / 2
+    assert effort.weight_bytes == plain.weight_bytes / 2
+
+
 def test_factors_are_rounded_to_nearest_and_even():
     one, step = np.float32(1.0), np.float32(2.0**-7)
     values = np.array([1, 1 + step / 2, 1 + 3 * step / 2, 1 + 0.51 * step, -3.1, 0, 1e30], "f4")
@@ -151,7 +201,7 @@ def test_errors_keep_the_stated_bound_and_are_no_smaller_than_rounding(shape):
     case = Case(workload, schedule, isa)
     y = run(bfloat16.emit(workload, schedule, isa), isa, case.inputs, case.out_shape)
     error = relative_error(unblock(y, workload.geometry.out_channels), case.expected)
-    assert 2e-4 < error < bfloat16_schedule.error_bound(workload, schedule)
+    assert 2e-4 < error < kernels.error_bound(workload, schedule)
     exact = reference_convolution(rounded(case.x), rounded(case.weight), workload.geometry)
     assert relative_error(unblock(y, workload.geometry.out_channels), exact) < TOLERANCE
 
@@ -183,8 +233,8 @@ def test_what_has_no_kernel_is_refused_with_its_reason():
     assert "in_block" in bfloat16_schedule.refuse(replace(workload, in_block=1), AVX512_BF16)
     depthwise = ConvWorkload(replace(LAYER, groups=64), 16)
     assert "depthwise" in bfloat16_schedule.refuse(depthwise, AVX512_BF16)
-    dense = ConvWorkload(ConvGeometry(64, 10, 1, 1, (1, 1), batch=8), 16)
-    assert "samples" in bfloat16_schedule.refuse(dense, AVX512_BF16)
+    several = ConvWorkload(ConvGeometry(64, 10, 1, 1, (1, 1), batch=8), 16)
+    assert "samples" in bfloat16_schedule.refuse(several, AVX512_BF16)
     for schedule in (
         Bfloat16Schedule(30, 4),
         Bfloat16Schedule(7, 3),
@@ -218,6 +268,23 @@ def test_one_cost_model_serves_both_kinds_of_avx512():
     assert signature(AVX512) == signature(AVX512_BF16)
     assert "chunk" in signature(AVX512)["bfloat16"]
     assert "bfloat16" not in signature(AVX2)
+
+
+def test_a_model_without_kernels_that_round_fits_and_counts_those(tmp_path):
+    records = TuningRecords(None, "avx512", 2)
+    for layer in LAYERS:
+        for space in spaces(layer, AVX512_BF16).values():
+            for schedule in space:
+                data = schedule.to_json()
+                records.add(layer.key(), data, invented(layer.key(), data))
+    trees = renew(records, AVX512_BF16, tmp_path, 0, None)
+    assert not {"bfloat16", "bfloat16_dense"} & {*trees.families}
+    found, complaint = find(tmp_path, AVX512_BF16)
+    assert complaint == "" and found.families == trees.families
+    analytic = AnalyticModel(ROOFLINE, AVX512_BF16, 2)
+    pairs = [Bfloat16Schedule(7, 2).to_json()]
+    times = LearnedModel(found, analytic).predict(LAYERS[4], pairs)
+    assert times == pytest.approx(analytic.predict(LAYERS[4], pairs) * np.exp(found.offsets[""]))
 
 
 def test_effort_counts_pairs_and_the_copy():

@@ -1,4 +1,4 @@
-"""How far float32 kernels are from exact results: bounds stated from what they compute."""
+"""How far kernels are from exact results: bounds stated from what they compute."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from .workload import ConvWorkload
 
 # Half the distance of float32 values around 1: the most that one rounding adds, relatively.
 _ROUNDING = 2.0**-24
+# The same of bfloat16.
+_BFLOAT16_ROUNDING = 2.0**-8
 # Roundings outside of the sum: weights, transforms, the epilogue.
 _FURTHER_ROUNDINGS = 4
 
@@ -27,3 +29,8 @@ def direct_error(workload: ConvWorkload, schedule: Any) -> float:
     """`stated_error` of a convolution by its definition, whatever the schedule."""
     _, channels, rows, columns = workload.geometry.weight_shape
     return stated_error(channels * rows * columns)
+
+
+def bfloat16_error(workload: ConvWorkload, schedule: Any) -> float:
+    """The stated error of sums in float32 whose products have two factors rounded to bfloat16."""
+    return 2 * _BFLOAT16_ROUNDING

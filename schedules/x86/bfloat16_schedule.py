@@ -14,11 +14,10 @@ from . import space as direct
 from .dense import is_dense
 from .groups import is_depthwise, merge_groups
 from .isa import VectorISA
+from .pairs import NO_BFLOAT16
 from .tiles import Tiling, tiling
 from .workload import ORDERS, ConvSchedule, ConvWorkload
 
-# Half the distance of bfloat16 values around 1.
-ROUNDING = 2.0**-8
 # Bytes of the rounded input that a task keeps to itself, and tasks that there should be at least.
 _SLAB_BYTES = 1 << 18
 _LEAST_TASKS = 2
@@ -107,7 +106,7 @@ def computed(workload: ConvWorkload, isa: VectorISA) -> ConvGeometry:
 def refuse(workload: ConvWorkload, isa: VectorISA) -> str | None:
     """Why the kernel cannot compute ``workload``, or None if it can."""
     if not isa.bfloat16:
-        return "bfloat16: the target has no instructions for it (AVX512-BF16)"
+        return NO_BFLOAT16
     if workload.in_block != isa.lanes:
         return f"bfloat16: in_block is {workload.in_block}, expected {isa.lanes}"
     if is_depthwise(workload.geometry):
@@ -191,11 +190,6 @@ def effort(workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA) -
         tasks=tasks,
         stages=1 if by_rows else 2,
     )
-
-
-def error_bound(workload: ConvWorkload, schedule: Bfloat16Schedule) -> float:
-    """The stated max|error| / max|result|: both factors of each product are rounded."""
-    return 2 * ROUNDING
 
 
 def _orders(geometry: ConvGeometry, tiles: ConvSchedule) -> list[tuple[str, int]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from tvm import tirx
 from tvm_lowrank.schedules.effort import Effort, imbalance
 
@@ -16,6 +18,8 @@ from .emitter import Emitter, Index, LoopKind, quotient, remainder
 from .epilogue import Epilogue
 from .gemm import RegisterBlock
 from .isa import VectorISA
+from .packing import pack_weights
+from .pairs import NO_BFLOAT16, PairEmitter, pair_rows
 from .workload import ConvWorkload
 
 # Vector loads that a cycle sustains, and cycles of a block of sums outside of its reduction.
@@ -39,6 +43,8 @@ class DenseSchedule:
     """
 
     kernel: ClassVar[str] = "dense"
+    # Whether terms are pairs of bfloat16.
+    paired: ClassVar[bool] = False
 
     rows: int
     vectors: int
@@ -53,6 +59,14 @@ class DenseSchedule:
         return cls(data["rows"], data["vectors"])
 
 
+@dataclass(frozen=True)
+class Bfloat16DenseSchedule(DenseSchedule):
+    """The same with bfloat16 factors."""
+
+    kernel: ClassVar[str] = "bfloat16_dense"
+    paired: ClassVar[bool] = True
+
+
 def is_dense(geometry: ConvGeometry) -> bool:
     """Whether a convolution is one product for each of several samples: its kernel is the map."""
     return (
@@ -64,18 +78,24 @@ def is_dense(geometry: ConvGeometry) -> bool:
     )
 
 
-def refuse(workload: ConvWorkload, isa: VectorISA) -> str | None:
+def refuse(
+    workload: ConvWorkload, isa: VectorISA, kind: type[DenseSchedule] = DenseSchedule
+) -> str | None:
     """Why the kernel cannot compute ``workload``, or None if it can."""
+    if kind.paired and not isa.bfloat16:
+        return NO_BFLOAT16
     if not is_dense(workload.geometry):
         return f"{workload.geometry} is no dense layer of several samples"
     if workload.in_block not in (1, isa.lanes):
         return f"in_block is {workload.in_block}, expected 1 or {isa.lanes}"
+    if kind.paired and _terms(workload) % isa.lanes:
+        return f"bfloat16: {_terms(workload)} terms are no multiple of {isa.lanes}"
     return None
 
 
 def is_legal(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> str | None:
     """Why ``schedule`` cannot be used for ``workload``, or None if it can."""
-    problem = refuse(workload, isa)
+    problem = refuse(workload, isa, type(schedule))
     if problem:
         return problem
     if not 1 <= schedule.rows <= workload.geometry.batch:
@@ -89,7 +109,9 @@ def is_legal(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) ->
     return None
 
 
-def space(workload: ConvWorkload, isa: VectorISA) -> list[DenseSchedule]:
+def space(
+    workload: ConvWorkload, isa: VectorISA, kind: type[DenseSchedule] = DenseSchedule
+) -> list[DenseSchedule]:
     """Legal schedules, most promising first by a count of cycles; never empty unless refused."""
     geometry = workload.geometry
     found: dict[DenseSchedule, float] = {}
@@ -98,7 +120,7 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[DenseSchedule]:
         most = max(1, (isa.registers - 2 - vectors) // vectors)
         least = -(-geometry.batch // most)
         for count in range(least, least + 3):
-            schedule = DenseSchedule(-(-geometry.batch // count), vectors)
+            schedule = kind(-(-geometry.batch // count), vectors)
             if is_legal(workload, schedule, isa) is None:
                 groups, blocks = _tasks(geometry, schedule, isa)
                 found[schedule] = _cycles(workload, schedule, isa) * imbalance(groups * blocks)
@@ -119,16 +141,17 @@ def emit(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> tir
         raise ValueError(f"{schedule} cannot compute {workload.geometry}: {problem}")
     g, lanes, width = workload.geometry, isa.lanes, schedule.vectors * isa.lanes
     out_blocks, in_blocks = _vectors(g, isa), -(-g.in_channels // workload.in_block)
-    (groups, blocks), terms = _tasks(g, schedule, isa), _terms(workload)
-    em = Emitter(isa)
+    (groups, blocks), terms = _tasks(g, schedule, isa), _steps(workload, schedule)
+    em = PairEmitter(isa) if schedule.paired else Emitter(isa)
     x_shape = (g.batch, in_blocks, g.height, g.width)
     x = em.argument("x", x_shape if workload.in_block == 1 else (*x_shape, lanes))
-    weights = em.argument("weights", (groups, in_blocks, *g.kernel, workload.in_block, width))
+    taps = (terms,) if schedule.paired else (in_blocks, *g.kernel, workload.in_block)
+    weights = em.argument("weights", (groups, *taps, width))
     y_shape = (g.batch, out_blocks, 1, 1, lanes)
     epilogue = Epilogue(em, workload.epilogue, out_blocks * lanes, y_shape)
     y = em.argument("y", y_shape)
 
-    copy = _emit_copy(em, x, g.batch, schedule.rows, terms)
+    copy = _emit_copy(em, x, g.batch, schedule.rows, _terms(workload))
     whole, rest = divmod(g.batch, schedule.rows)
 
     def multiply(block: Index, group: Index, rows: int) -> None:
@@ -144,7 +167,7 @@ def emit(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> tir
         lines = [[values[j, i] for i in range(rows)] for j in range(schedule.vectors)]
         epilogue.store(y, lines, base, lanes, group * width, lanes, out_blocks * lanes)
 
-    with em.loop(groups * blocks, "parallel", prefix="task") as task:
+    with em.loop(groups * blocks, "parallel", prefix="task") as task, _marked(em):
         group = em.bind_index(quotient(task, blocks), "group")
         block = em.bind_index(remainder(task, blocks), "rows")
         if not rest:
@@ -160,10 +183,12 @@ def emit(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> tir
 def _emit_copy(em: Emitter, x: tirx.Buffer, batch: int, rows: int, terms: int) -> tirx.Buffer:
     """Copy ``x`` as (blocks of samples, blocks of terms, rows, lanes); returns the copy.
 
-    In the last block of samples only as many rows as there are take space.
+    In the last block of samples only as many rows as there are take space. A block is a vector of
+    terms, or of pairs that they are rounded to.
     """
     lanes = em.lanes
-    columns = -(-terms // lanes)
+    length = 2 * lanes if isinstance(em, PairEmitter) else lanes
+    columns = -(-terms // length)
     copy = em.workspace(batch * columns * lanes)
     kind: LoopKind = "serial" if 4 * batch * terms < _SERIAL_BYTES else "parallel"
     whole = batch // rows * rows
@@ -171,17 +196,24 @@ def _emit_copy(em: Emitter, x: tirx.Buffer, batch: int, rows: int, terms: int) -
     def move(sample: Index, first: Index, count: int) -> None:
         """The terms of a sample, the first of a block of ``count`` being ``first``."""
         start = em.bind_index(first * (columns * lanes) + (sample - first) * lanes, "to")
-        whole_columns, rest = divmod(terms, lanes)
+        whole_columns, rest = divmod(terms, length)
         if whole_columns:
             with em.loop(whole_columns, prefix="column") as column:
-                value = em.load(x, sample * terms + column * lanes)
+                at = em.bind_index(sample * terms + column * length, "at")
+                value = em.load(x, at)
+                if isinstance(em, PairEmitter):
+                    value = em.rounded(value, em.load(x, at + lanes))
                 em.store(copy, value, start + column * (count * lanes))
-        if rest:
+        if rest and isinstance(em, PairEmitter):
+            value = em.load(x, sample * terms + whole_columns * length)
+            value = em.rounded(value, em.constant(0))
+            em.store(copy, value, start + whole_columns * (count * lanes))
+        elif rest:
             with em.loop(rest, prefix="c") as c:
                 value = em.scalar(x, sample * terms + whole_columns * lanes + c)
                 em.store_scalar(copy, value, start + whole_columns * (count * lanes) + c)
 
-    with em.loop(batch, kind, prefix="sample") as sample:
+    with em.loop(batch, kind, prefix="sample") as sample, _marked(em):
         if whole == batch:
             move(sample, em.bind_index(sample - remainder(sample, rows), "first"), rows)
         else:
@@ -192,9 +224,26 @@ def _emit_copy(em: Emitter, x: tirx.Buffer, batch: int, rows: int, terms: int) -
     return copy
 
 
+def pack(
+    weight: np.ndarray, workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA
+) -> np.ndarray:
+    """Lay out an OIHW weight, as `pack_weights` does; rounded to pairs of terms where they are.
+
+    Of those the shape is ``(tiles, pairs, vectors * lanes)``.
+    """
+    packed = pack_weights(weight, workload, schedule, isa)
+    if not schedule.paired:
+        return packed
+    return pair_rows(packed.reshape(len(packed), _terms(workload), -1))
+
+
+def _marked(em: Emitter) -> AbstractContextManager[None]:
+    return em.instructions() if isinstance(em, PairEmitter) else nullcontext()
+
+
 def effort(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> Effort:
     """What a schedule asks for; see `Effort`."""
-    g, terms = workload.geometry, _terms(workload)
+    g, terms = workload.geometry, _steps(workload, schedule)
     groups, blocks = _tasks(g, schedule, isa)
     width = schedule.vectors * isa.lanes
     return Effort(
@@ -227,6 +276,11 @@ def _terms(workload: ConvWorkload) -> int:
     return -(-g.in_channels // block) * block * math.prod(g.kernel)
 
 
+def _steps(workload: ConvWorkload, schedule: DenseSchedule) -> int:
+    """Multiply-adds of a sum: of its terms, or of pairs of them."""
+    return _terms(workload) // 2 if schedule.paired else _terms(workload)
+
+
 def _cycles(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> float:
     """Cycles of all sums on a core with two multiply-add units."""
     groups = _vectors(workload.geometry, isa) // schedule.vectors
@@ -235,5 +289,5 @@ def _cycles(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> 
     for count, rows in ((whole, schedule.rows), (1 if rest else 0, rest)):
         loads = (rows + schedule.vectors) / _LOADS_PER_CYCLE
         step = max(rows * schedule.vectors / 2, loads, _LATENCY) + fetch
-        cycles += count * (_terms(workload) * step + _BLOCK_OVERHEAD)
+        cycles += count * (_steps(workload, schedule) * step + _BLOCK_OVERHEAD)
     return cycles * groups

@@ -199,6 +199,14 @@ class Emitter:
         self._emit(tirx.IfThenElse(condition, _seq(body), None))
 
     @contextmanager
+    def attribute(self, key: str, text: str) -> Iterator[None]:
+        """Emit what the ``with`` block emits, marked for TVM's code generator."""
+        with self._scope() as body:
+            yield
+        zero = tirx.IntImm("int32", 0)
+        self._emit(tirx.AttrStmt(zero, key, ir.StringImm(text), _seq(body)))
+
+    @contextmanager
     def _scope(self) -> Iterator[list[tirx.Stmt]]:
         body: list[tirx.Stmt] = []
         self._scopes.append(body)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from tvm_lowrank.schedules.family import KernelFamily
 
 from . import (
@@ -19,9 +21,9 @@ from . import (
     winograd_schedule,
     winograd_space,
 )
-from .accuracy import direct_error
+from .accuracy import bfloat16_error, direct_error
 from .bfloat16_schedule import Bfloat16Schedule
-from .dense import DenseSchedule
+from .dense import Bfloat16DenseSchedule, DenseSchedule
 from .depthwise import DepthwiseSchedule
 from .fft_schedule import FFTSchedule
 from .winograd_schedule import WinogradSchedule
@@ -43,7 +45,7 @@ FAMILIES: dict[str, KernelFamily] = {
         dense.refuse,
         dense.space,
         dense.emit,
-        packing.pack_weights,
+        dense.pack,
         DenseSchedule.from_json,
         direct_error,
         effort=dense.effort,
@@ -85,7 +87,17 @@ FAMILIES: dict[str, KernelFamily] = {
         bfloat16.emit,
         bfloat16.pack,
         Bfloat16Schedule.from_json,
-        bfloat16_schedule.error_bound,
+        bfloat16_error,
         effort=bfloat16_schedule.effort,
+    ),
+    Bfloat16DenseSchedule.kernel: KernelFamily(
+        "bfloat16",
+        functools.partial(dense.refuse, kind=Bfloat16DenseSchedule),
+        functools.partial(dense.space, kind=Bfloat16DenseSchedule),
+        dense.emit,
+        dense.pack,
+        Bfloat16DenseSchedule.from_json,
+        bfloat16_error,
+        effort=dense.effort,
     ),
 }

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
-from .dense import DenseSchedule
 from .groups import merge_groups, merge_weight
 from .isa import VectorISA
-from .workload import ConvSchedule, ConvWorkload
+from .workload import ConvWorkload
+
+
+class Tiles(Protocol):
+    """A schedule in register tiles of ``vectors`` vectors of output channels."""
+
+    @property
+    def vectors(self) -> int:
+        """Their number."""
+        ...
 
 
 def pack_weights(
     weight: np.ndarray,
     workload: ConvWorkload,
-    schedule: ConvSchedule | DenseSchedule,
+    schedule: Tiles,
     isa: VectorISA,
 ) -> np.ndarray:
     """Lay out an OIHW weight for the direct convolution, dense layers of several samples included.

@@ -14,7 +14,7 @@ import numpy as np
 from tvm_lowrank.cost import machine
 from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.model import AnalyticModel, CostModel, features
-from tvm_lowrank.cost.trees import FILE, Trees, signature
+from tvm_lowrank.cost.trees import FILE, Trees, expected, signature
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.place import Place
 from tvm_lowrank.records import TuningRecords, schedule_text
@@ -187,8 +187,9 @@ def renew(
     Trees that know not all kernels of this version are not kept: `Trees.load` would refuse them.
     """
     trees = train(records, isa, seed, before)
-    new = trees is not None and trees is not before and trees.families == signature(isa)
-    if folder is not None and trees is not None and new:
+    if folder is None or trees is None or trees is before:
+        return trees
+    if trees.families == expected(isa, trees.families):
         trees.save(folder / FILE)
     return trees
 

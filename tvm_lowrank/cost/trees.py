@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ from tvm_lowrank.cost.model import AnalyticModel, features
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.schedules.family import Machine
-from tvm_lowrank.schedules.kernels import ALGORITHMS, REDUCED, spaces
+from tvm_lowrank.schedules.kernels import ALGORITHMS, FAMILIES, REDUCED, spaces
 from tvm_lowrank.schedules.machine import widest
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 
@@ -34,14 +35,30 @@ def signature(isa: Machine) -> dict[str, list[str]]:
     return {family: sorted(schedule) for family, (_, schedule) in _samples(isa).items()}
 
 
-@functools.lru_cache(maxsize=8)
-def feature_names(isa: Machine) -> frozenset[str]:
-    """The features that this version makes of kernels; of those for a word only the name."""
+def expected(isa: Machine, known: Collection[str]) -> dict[str, list[str]]:
+    """What of `signature` a model must have that knows some families.
+
+    Those that round are measured only where they are asked for, so it may lack them.
+    """
+    return {
+        family: fields
+        for family, fields in signature(isa).items()
+        if family in known or FAMILIES[family].algorithm not in REDUCED
+    }
+
+
+def feature_names(isa: Machine, families: Collection[str]) -> frozenset[str]:
+    """The features that this version makes of families; of those for a word only the name."""
     counted = AnalyticModel(Roofline(1.0, 1.0), isa, 1)
-    found = (features(workload, schedule, counted) for workload, schedule in _samples(isa).values())
+    found = [
+        features(workload, schedule, counted)
+        for family, (workload, schedule) in _samples(isa).items()
+        if family in families
+    ]
     return frozenset(_plain(name) for names in found for name in names)
 
 
+@functools.lru_cache(maxsize=8)
 def _samples(isa: Machine) -> dict[str, tuple[ConvWorkload, dict[str, Any]]]:
     """A kernel of each family: its workload and its schedule as JSON values."""
     found = {}
@@ -90,7 +107,7 @@ class Trees:
 
     def check(self, isa: Machine, origin: str = "the cost model") -> None:
         """Raise LowRankError, one sentence, if it was trained for other kernels or features."""
-        now = signature(isa)
+        now = expected(isa, self.families)
         differ = sorted(
             family
             for family in {*now, *self.families}
@@ -102,7 +119,8 @@ class Trees:
                 f"{origin} does not fit this version's kernels ({what} differ); "
                 "train it again with python -m tvm_lowrank.tune --survey"
             )
-        unlike = sorted(feature_names(isa).symmetric_difference(map(_plain, self.names)))
+        names = feature_names(isa, self.families)
+        unlike = sorted(names.symmetric_difference(map(_plain, self.names)))
         if unlike:
             raise LowRankError(
                 f"{origin} does not fit this version's features ({', '.join(unlike)} differ); "
