@@ -26,6 +26,7 @@ from zoo import NETWORKS, cache_folder
 
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.planner import ALGORITHMS
+from tvm_lowrank.target import host_target, require_kernels
 from tvm_lowrank.threads import physical_cores
 
 OURS = "tvm_lowrank"
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         known = (*ALGORITHMS, *REDUCED)
         args.algorithms = names("--algorithms", args.algorithms, known)
         args.also = [names("--also", also, known) for also in args.also]
+        if not gpu:
+            require_kernels(host_target(), args.algorithms)
         check_positive(args, "threads", "trials", "seconds", "metaschedule_trials")
         check_folder(args.markdown)
         check_folder(args.rows)

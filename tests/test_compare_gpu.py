@@ -173,7 +173,7 @@ def test_a_race_needs_a_gpu(capsys, monkeypatch) -> None:
 
 def test_algorithms_of_tensor_cores_are_known_on_a_gpu_alone(capsys) -> None:
     assert compare.main(["resnet18", "--algorithms", "tf32"]) == 2
-    assert "tf32" in capsys.readouterr().err
+    assert "no kernel for llvm" in capsys.readouterr().err
     if not tvm.cuda(0).exist:
         assert compare.main(["resnet18", "--target", "cuda", "--algorithms", "tf32"]) == 2
         assert "nothing was measured" in capsys.readouterr().err
