@@ -144,7 +144,7 @@ class Assembler:
         """Best schedule of every workload of the lowered network, measured where none is known."""
         workloads = survey(factored, timer.isa, plan.scheduler())
         for workload in workloads:
-            if timer.known(workload) is None:
+            if not timer.is_covered(workload):
                 timer.microseconds(workload)
         timer.compare(workloads)
         chosen = {workload: timer.choose(workload) for workload in workloads}
