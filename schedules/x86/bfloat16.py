@@ -111,6 +111,7 @@ class _Kernel:
         copy = em.workspace(maps * height * line)
         small = 4 * maps * height * line < _SERIAL_BYTES
         kind: LoopKind = "serial" if small else "parallel"
+        # A task for each row, or a single one for all of them.
         with (
             em.loop(1 if small else maps * height, kind, prefix="row") as outer,
             em.instructions(),
