@@ -52,7 +52,7 @@ def refuse(
             if reason is None:
                 return ""
             reasons.append(reason)
-    return "; ".join(reasons) or f"no kernel of {', '.join(algorithms)}"
+    return "; ".join(dict.fromkeys(reasons)) or f"no kernel of {', '.join(algorithms)}"
 
 
 def spaces(
@@ -127,14 +127,14 @@ def has_kernel(workload: ConvWorkload, schedule: Mapping[str, Any], machine: Mac
     return family is not None and family.refuse(workload, machine) is None
 
 
-def lacking(machine: Machine, algorithms: Collection[str]) -> str:
-    """Why a machine has no kernels at all of one of these algorithms; empty if it has of each.
+def lacking(machine: Machine, algorithms: Collection[str]) -> dict[str, str]:
+    """The algorithms among those named that a machine has no kernels of, each with the reason.
 
     Only those that round are looked at: the others have kernels everywhere, or pass.
     """
     probe = ConvWorkload(ConvGeometry(64, 64, 14, 14, (3, 3)), machine.block, ("bias",))
-    reasons = [refuse(probe, machine, (name,)) for name in algorithms if name in REDUCED]
-    return next(filter(None, reasons), "")
+    reasons = {name: refuse(probe, machine, (name,)) for name in algorithms if name in REDUCED}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def algorithm_of(schedule: Schedule) -> str:

@@ -121,10 +121,10 @@ def require_kernels(target: tvm.target.Target, algorithms: Collection[str]) -> N
     LowRankError
         The target has no kernel of one of them.
     """
-    if reason := lacking(machine_of(target), algorithms):
+    if missing := lacking(machine_of(target), algorithms):
+        name, reason = next(iter(missing.items()))
         raise LowRankError(
-            f"algorithms={list(algorithms)}: one has no kernel for {target_key(target)} "
-            f"({reason}); leave it out"
+            f"algorithm {name} has no kernel for {target_key(target)} ({reason}); leave it out"
         )
 
 
