@@ -64,8 +64,7 @@ def main() -> int:
             if network.missing:
                 print(f"{network.name}: skipped, {network.missing}")
                 continue
-            rounds = [name for name in args.algorithms if name in REDUCED]
-            parts = [network.name, *rounds, *(["recovered"] if args.recover else [])]
+            parts = [network.name, *_rounds(args), *(["recovered"] if args.recover else [])]
             kept = folder / "-".join(parts)
             kept.mkdir(parents=True, exist_ok=True)
             if args.only != "race":
@@ -73,6 +72,10 @@ def main() -> int:
             if args.only != "plan":
                 _race(network, kept, threads)
     return 0
+
+
+def _rounds(args: argparse.Namespace) -> list[str]:
+    return [name for name in args.algorithms if name in REDUCED]
 
 
 def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
@@ -124,7 +127,7 @@ def _plan(network: Network, args: argparse.Namespace, folder: Path) -> None:
         "recover": args.recover,
         "unlabelled": 0 if unlabelled is None else len(unlabelled),
         "trials": args.trials,
-        "rounds": [name for name in args.algorithms if name in REDUCED],
+        "rounds": _rounds(args),
         "metric": plan.metric,
         "seconds": end - start,
         "planning_seconds": end - calibrated,

@@ -23,7 +23,9 @@ from tvm_lowrank.passes.factor_convolutions import Chain
 from tvm_lowrank.passes.lower import lower
 from tvm_lowrank.passes.pipeline import factor, normalise
 from tvm_lowrank.schedules.kernels import (
+    REDUCED,
     Schedule,
+    algorithm_of,
     default_schedule,
     has_kernel,
     schedule_from_json,
@@ -190,6 +192,11 @@ class Plan:
                 branches = FORMS[layer.form].branches(layer.geometry, layer.rank)
             chains[layer.name] = Chain(layer.stages, tuple(weights), bias, branches)
         return chains
+
+    def rounding(self) -> list[str]:
+        """The algorithms among those of its kernels that round."""
+        used = {algorithm_of(schedule_from_json(schedule)) for _, schedule in self.schedules}
+        return [name for name in REDUCED if name in used]
 
     def lower(self, mod: tvm.IRModule) -> tvm.IRModule:
         """A normalised (and possibly factored) module lowered with the plan's schedules."""

@@ -18,22 +18,20 @@ from . import space as direct
 from .bfloat16_schedule import (
     Bfloat16Schedule,
     computed,
+    groups_of,
     is_legal,
     paired,
     parts_of,
     slab_of,
-    tiling_of,
 )
-from .convolution import Nest, Place, emit_tile, store_values, within
-from .emitter import Index, LoopKind, clamp_high, quotient, remainder
+from .convolution import Nest, Place, emit_tasks, emit_tile, store_values, within
+from .emitter import Index, clamp_high, moving, quotient, remainder
 from .epilogue import Epilogue
 from .isa import VectorISA
 from .packing import pack_weights
 from .pairs import PairEmitter, RoundedMap, pair_rows
+from .space import tiling_of
 from .workload import ConvWorkload
-
-# Smaller copies are made by one thread: starting the others costs more.
-_SERIAL_BYTES = 1 << 15
 
 
 def emit(workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA) -> tirx.PrimFunc:
@@ -78,16 +76,15 @@ def pack(
     Raises ValueError if the weight does not have the shape the workload's geometry gives.
     """
     blocks = replace(workload, in_block=2 * isa.lanes)
-    return pair_rows(pack_weights(weight, blocks, schedule.tiles, isa))
+    return pair_rows(pack_weights(weight, blocks, schedule.direct, isa))
 
 
 def _packed_shape(
     workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA
 ) -> tuple[int, int, int, int, int, int]:
     geometry, width = paired(workload, isa).geometry, schedule.vectors * isa.lanes
-    tiles = geometry.groups * -(-geometry.out_channels // geometry.groups // width)
     blocks = -(-geometry.in_channels // geometry.groups // isa.lanes)
-    return tiles, blocks, *geometry.kernel, isa.lanes, width
+    return groups_of(geometry, schedule, isa), blocks, *geometry.kernel, isa.lanes, width
 
 
 @dataclass(frozen=True)
@@ -105,32 +102,17 @@ class _Kernel:
 
     def by_channels(self, height: int) -> None:
         """Round the whole map, of ``height`` rows, then compute it by groups of channels."""
-        em, source, geometry, schedule = self.em, self.source, self.geometry, self.schedule
+        em, source, geometry = self.em, self.source, self.geometry
         line = source.width * em.lanes
         maps = geometry.batch * source.pairs
         copy = em.workspace(maps * height * line)
-        small = 4 * maps * height * line < _SERIAL_BYTES
-        kind: LoopKind = "serial" if small else "parallel"
-        # A task for each row, or a single one for all of them.
-        with (
-            em.loop(1 if small else maps * height, kind, prefix="row") as outer,
-            em.instructions(),
-            em.loop(maps * height if small else 1, start=outer, prefix="row") as row,
-        ):
+        kind = moving(4 * maps * height * line)
+        with em.loop(maps * height, kind, prefix="row") as row:
             of = em.bind_index(quotient(row, height), "map")
             image = em.bind_index(quotient(of, source.pairs), "image")
             block = em.bind_index(remainder(of, source.pairs), "block")
             source.round_row((image, block, remainder(row, height)), copy, row * line)
-        nest = self._nest(geometry, copy)
-        tiles = tiling_of(geometry, schedule)
-        chunks = -(-tiles.count // schedule.chunk)
-        tasks = self.groups * geometry.batch * chunks
-        with em.loop(tasks, "parallel", prefix="task") as task, em.instructions():
-            group = em.bind_index(quotient(task, geometry.batch * chunks), "group")
-            place = remainder(task, geometry.batch * chunks)
-            image = em.bind_index(quotient(place, chunks), "image")
-            first = em.bind_index(remainder(place, chunks) * schedule.chunk, "first")
-            self._tiles(nest, (image, group), (first, schedule.chunk, tiles.count), (image, 0, 0))
+        emit_tasks(em, self._nest(geometry, copy), self.groups, self.epilogue, self.y)
 
     def by_rows(self) -> None:
         """In each task round a part of the map, then compute it for all channels."""
@@ -141,7 +123,7 @@ class _Kernel:
         rows, columns = slab_of(geometry, schedule)
         slab = replace(geometry, height=rows, width=columns, batch=1)
         tasks = geometry.batch * chunks
-        with em.loop(tasks, "parallel", prefix="task") as task, em.instructions():
+        with em.loop(tasks, "parallel", prefix="task") as task:
             # Made by every task: a thread gets the same memory again, which is still in its cache.
             copy = em.workspace(source.pairs * rows * columns * em.lanes)
             nest = self._nest(slab, copy)
@@ -157,13 +139,13 @@ class _Kernel:
             of_line = tiles.per_line if tiles.lines > 1 else 1
             begin = em.bind_index(first * of_line, "tile")
             with em.loop(self.groups, prefix="group") as group:
-                span = (begin, chunk * of_line, tiles.count)
-                self._tiles(nest, (image, group), span, (0, lines, pixels))
+                span = (begin, chunk * of_line)
+                self._tiles(nest, (image, group), span, (lines, pixels))
 
     def _nest(self, geometry: ConvGeometry, copy: tirx.Buffer) -> Nest:
         reduction = direct.reduction_of(geometry, self.em.lanes)
         return Nest(
-            geometry, self.schedule.tiles, self.em.lanes, *reduction, self.em.lanes, copy,
+            geometry, self.schedule.direct, self.em.lanes, *reduction, self.em.lanes, copy,
             self.weights,
         )  # fmt: skip
 
@@ -171,19 +153,19 @@ class _Kernel:
         self,
         nest: Nest,
         of: tuple[Index, Index],
-        span: tuple[Index, int, int],
-        origin: tuple[Index, Index, Index],
+        span: tuple[Index, int],
+        origin: tuple[Index, Index],
     ) -> None:
-        """Register tiles ``span``: first, how many, and how many the map has.
+        """Register tiles ``span``: the first, and how many as far as there are so many.
 
-        ``of`` is their image and group of output channels, ``origin`` the image, row and column of
-        the output that the copy in ``nest`` begins with.
+        ``of`` is their image and group of output channels, ``origin`` the row and column of the
+        output that the copy in ``nest`` begins with.
         """
         em, geometry, schedule = self.em, self.geometry, self.schedule
-        tiles, (first, chunk, count) = tiling_of(geometry, schedule), span
+        tiles, (first, chunk) = tiling_of(geometry, schedule), span
         extent: Index = chunk
-        if count % chunk:
-            extent = clamp_high(count - first, chunk)
+        if tiles.count % chunk:
+            extent = clamp_high(tiles.count - first, chunk)
         with em.loop(extent, prefix="tile") as number:
             tile = em.bind_index(first + number, "tile")
             line = em.bind_index(quotient(tile, tiles.per_line), "line")
@@ -193,7 +175,7 @@ class _Kernel:
                 row = line if schedule.rows == 1 else at * schedule.rows
                 column = at * schedule.tile if schedule.rows == 1 else 0
                 place = Place(*of, row, column, 0)
-                read = Place(origin[0], of[1], row - origin[1], column - origin[2], 0)
+                read = Place(0, of[1], row - origin[0], column - origin[1], 0)
                 only = len(tiles.groups) == 1
                 with nullcontext() if only else em.when(within(index, part, tiles.per_line)):
                     values = emit_tile(em, nest, part, read)

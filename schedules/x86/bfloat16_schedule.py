@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tvm_lowrank.schedules.effort import Effort, imbalance
 
@@ -15,8 +15,7 @@ from .dense import is_dense
 from .groups import is_depthwise, merge_groups
 from .isa import VectorISA
 from .pairs import NO_BFLOAT16
-from .tiles import Tiling, tiling
-from .workload import ORDERS, ConvSchedule, ConvWorkload
+from .workload import ConvSchedule, ConvWorkload, TiledSchedule
 
 # Bytes of the rounded input that a task keeps to itself, and tasks that there should be at least.
 _SLAB_BYTES = 1 << 18
@@ -32,7 +31,7 @@ _MOST_SCHEDULES = 32
 
 
 @dataclass(frozen=True)
-class Bfloat16Schedule:
+class Bfloat16Schedule(TiledSchedule):
     """The tunable choices; register tiles are those of `ConvSchedule`.
 
     - ``order``: with ``"channels"``, the whole input is rounded first, and tasks finish the whole
@@ -44,33 +43,13 @@ class Bfloat16Schedule:
 
     kernel: ClassVar[str] = "bfloat16"
 
-    tile: int
-    vectors: int
-    order: str = "channels"
-    chunk: int = 1
-    chains: int = 1
-    rows: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {ORDERS}, not {self.order!r}")
-
     @property
-    def tiles(self) -> ConvSchedule:
-        """Its register tiles."""
-        return ConvSchedule(self.tile, self.vectors, chains=self.chains, rows=self.rows)
-
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **vars(self)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Bfloat16Schedule:
-        """Rebuild a schedule from `to_json`'s dictionary."""
-        return cls(**{name: value for name, value in data.items() if name != "kernel"})
+    def direct(self) -> ConvSchedule:
+        """The direct kernel's schedule that has its tiles and tasks."""
+        return ConvSchedule(**vars(self))
 
 
+@functools.lru_cache(maxsize=4096)
 def paired(workload: ConvWorkload, isa: VectorISA) -> ConvWorkload:
     """The convolution between the rounded copy of the input and the output.
 
@@ -123,7 +102,7 @@ def is_legal(workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA)
         return problem
     if schedule.chunk < 1:
         return "chunk must be positive"
-    return direct.illegal_tiles(computed(workload, isa), schedule.tiles, isa)
+    return direct.illegal_tiles(computed(workload, isa), schedule.direct, isa)
 
 
 def space(workload: ConvWorkload, isa: VectorISA) -> list[Bfloat16Schedule]:
@@ -140,21 +119,16 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[Bfloat16Schedule]:
     return sorted(found, key=lambda schedule: found[schedule])[:_MOST_SCHEDULES]
 
 
-def tiling_of(geometry: ConvGeometry, schedule: Bfloat16Schedule) -> Tiling:
-    """The register tiles of the map."""
-    return tiling(geometry, schedule.tile, schedule.rows)
-
-
 def parts_of(geometry: ConvGeometry, schedule: Bfloat16Schedule) -> int:
     """Lines of the map that tasks of order rows share, or tiles where there is one line."""
-    tiles = tiling_of(geometry, schedule)
+    tiles = direct.tiling_of(geometry, schedule)
     return tiles.lines if tiles.lines > 1 else tiles.per_line
 
 
 def slab_of(geometry: ConvGeometry, schedule: Bfloat16Schedule) -> tuple[int, int]:
     """Rows and columns of the input that a task of order rows reads, at most."""
     chunk = min(schedule.chunk, parts_of(geometry, schedule))
-    if tiling_of(geometry, schedule).lines > 1 or schedule.rows > 1:
+    if direct.tiling_of(geometry, schedule).lines > 1 or schedule.rows > 1:
         lines = min(chunk * schedule.rows, geometry.out_height)
         return _reach(geometry, 0, lines), geometry.width
     columns = min(chunk * schedule.tile, geometry.out_width)
@@ -165,22 +139,23 @@ def tasks_of(geometry: ConvGeometry, schedule: Bfloat16Schedule, isa: VectorISA)
     """Parallel tasks of the products."""
     if schedule.order == "rows":
         return geometry.batch * -(-parts_of(geometry, schedule) // schedule.chunk)
-    chunks = -(-tiling_of(geometry, schedule).count // schedule.chunk)
-    return geometry.batch * _groups(geometry, schedule, isa) * chunks
+    chunks = -(-direct.tiling_of(geometry, schedule).count // schedule.chunk)
+    return geometry.batch * groups_of(geometry, schedule, isa) * chunks
 
 
 def effort(workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA) -> Effort:
     """What a schedule asks for; see `Effort`. A multiply-add is one of pairs."""
     geometry = computed(workload, isa)
     width, steps = isa.lanes * schedule.vectors, geometry.weight_count // geometry.out_channels
-    groups, tasks = _groups(geometry, schedule, isa), tasks_of(geometry, schedule, isa)
+    groups, tasks = groups_of(geometry, schedule, isa), tasks_of(geometry, schedule, isa)
     by_rows = schedule.order == "rows"
     copied = _copied(geometry, schedule)
     pixels = geometry.batch * geometry.out_height * geometry.out_width
     return Effort(
         multiplications=float(pixels * steps * groups * width),
         operations=0.0,
-        products=_products(workload, schedule, isa),
+        products=geometry.batch
+        * direct.tile_cycles(paired(workload, isa), geometry, schedule.direct, isa),
         transforms=_ROUND_CYCLES * copied / isa.lanes,
         weight_bytes=4.0 * groups * width * steps,
         weight_reads=float(tasks if by_rows else 1),
@@ -219,13 +194,6 @@ def _rate(size: float) -> float:
     return _NEAR if size <= _CACHE_BYTES else _FAR
 
 
-def _products(workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA) -> float:
-    """Cycles of the register tiles."""
-    geometry = computed(workload, isa)
-    pairs = paired(workload, isa)
-    return geometry.batch * direct.tile_cycles(pairs, geometry, schedule.tiles, isa)
-
-
 def _copied(geometry: ConvGeometry, schedule: Bfloat16Schedule) -> float:
     """Pairs that all tasks together round."""
     rows, columns = geometry.height, geometry.width
@@ -236,7 +204,7 @@ def _copied(geometry: ConvGeometry, schedule: Bfloat16Schedule) -> float:
     return float(count * geometry.in_channels * rows * columns)
 
 
-def _groups(geometry: ConvGeometry, schedule: Bfloat16Schedule, isa: VectorISA) -> int:
+def groups_of(geometry: ConvGeometry, schedule: Bfloat16Schedule, isa: VectorISA) -> int:
     """Groups of output channels that have a register tile."""
     width = isa.lanes * schedule.vectors
     return geometry.groups * -(-geometry.out_channels // geometry.groups // width)

@@ -116,11 +116,11 @@ def emit(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> tirx
     nest = Nest(
         geometry, schedule, isa.lanes, *reduction_of(geometry, block), block, x, weights
     )  # fmt: skip
-    _emit_tasks(em, nest, groups, epilogue, y)
+    emit_tasks(em, nest, groups, epilogue, y)
     return em.finish()
 
 
-def _emit_tasks(em: Emitter, nest: Nest, groups: int, epilogue: Epilogue, y: tirx.Buffer) -> None:
+def emit_tasks(em: Emitter, nest: Nest, groups: int, epilogue: Epilogue, y: tirx.Buffer) -> None:
     """The parallel loop over images, groups of output channels and chunks of register tiles."""
     geometry, schedule = nest.geometry, nest.schedule
     tiles = tiling(geometry, schedule.tile, schedule.rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from tvm_lowrank.schedules.effort import Effort, imbalance
 
 from tvm_lowrank.geometry import ConvGeometry
 
-from .emitter import Emitter, Index, LoopKind, quotient, remainder
+from .emitter import Emitter, Index, moving, quotient, remainder
 from .epilogue import Epilogue
 from .gemm import RegisterBlock
 from .isa import VectorISA
@@ -31,8 +30,6 @@ _FETCH = 128
 _LATENCY = 4
 _MOST_VECTORS = 8
 _MOST_SCHEDULES = 24
-# Smaller inputs are laid out by one thread: starting the others costs more.
-_SERIAL_BYTES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def emit(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> tir
         lines = [[values[j, i] for i in range(rows)] for j in range(schedule.vectors)]
         epilogue.store(y, lines, base, lanes, group * width, lanes, out_blocks * lanes)
 
-    with em.loop(groups * blocks, "parallel", prefix="task") as task, _marked(em):
+    with em.loop(groups * blocks, "parallel", prefix="task") as task:
         group = em.bind_index(quotient(task, blocks), "group")
         block = em.bind_index(remainder(task, blocks), "rows")
         if not rest:
@@ -190,7 +187,6 @@ def _emit_copy(em: Emitter, x: tirx.Buffer, batch: int, rows: int, terms: int) -
     length = 2 * lanes if isinstance(em, PairEmitter) else lanes
     columns = -(-terms // length)
     copy = em.workspace(batch * columns * lanes)
-    kind: LoopKind = "serial" if 4 * batch * terms < _SERIAL_BYTES else "parallel"
     whole = batch // rows * rows
 
     def move(sample: Index, first: Index, count: int) -> None:
@@ -213,7 +209,7 @@ def _emit_copy(em: Emitter, x: tirx.Buffer, batch: int, rows: int, terms: int) -
                 value = em.scalar(x, sample * terms + whole_columns * lanes + c)
                 em.store_scalar(copy, value, start + whole_columns * (count * lanes) + c)
 
-    with em.loop(batch, kind, prefix="sample") as sample, _marked(em):
+    with em.loop(batch, moving(4 * batch * terms), prefix="sample") as sample:
         if whole == batch:
             move(sample, em.bind_index(sample - remainder(sample, rows), "first"), rows)
         else:
@@ -235,10 +231,6 @@ def pack(
     if not schedule.paired:
         return packed
     return pair_rows(packed.reshape(len(packed), _terms(workload), -1))
-
-
-def _marked(em: Emitter) -> AbstractContextManager[None]:
-    return em.instructions() if isinstance(em, PairEmitter) else nullcontext()
 
 
 def effort(workload: ConvWorkload, schedule: DenseSchedule, isa: VectorISA) -> Effort:

@@ -25,6 +25,8 @@ _LOOP_KINDS = {
 # TVM lowers smaller allocations to the stack, where LLVM promotes them to registers; from this
 # size on they become calls of TVMBackendAllocWorkspace.
 _WORKSPACE_BYTES = 1024
+# What is smaller is moved by one thread: starting the others costs more.
+_SERIAL_BYTES = 1 << 15
 # Bytes that the data of every buffer is a multiple of from zero.
 ALIGNMENT = 64
 
@@ -51,6 +53,11 @@ def clamp_low(value: Index, low: int) -> Index:
 def clamp_high(value: Index, high: int) -> Index:
     """``min(value, high)``, folded when both are numbers."""
     return min(value, high) if isinstance(value, int) else tirx.min(value, high)
+
+
+def moving(size: int) -> LoopKind:
+    """The kind of a loop that moves ``size`` bytes."""
+    return "serial" if size < _SERIAL_BYTES else "parallel"
 
 
 class Emitter:

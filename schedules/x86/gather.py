@@ -8,12 +8,10 @@ from typing import TypeAlias
 
 from tvm import ir, tirx
 
-from .emitter import Emitter, Index, LoopKind, clamp_high, quotient, remainder
+from .emitter import Emitter, Index, clamp_high, moving, quotient, remainder
 from .epilogue import Epilogue
 from .isa import VectorISA
 
-# Smaller copies are made by one thread: starting the others costs more.
-_SERIAL_BYTES = 1 << 15
 # Pixels of a task where the copy keeps the map as it is: at most so many, and so few that there are
 # tasks enough for a few threads.
 _CHUNK = 64
@@ -129,8 +127,7 @@ def emit_gather(
     epilogue = Epilogue(em, steps, out_blocks * isa.lanes, y_shape)
     y = em.argument("y", y_shape)
     size = 4 * given.batch * out_blocks * pixels * isa.lanes
-    kind: LoopKind = "serial" if size < _SERIAL_BYTES else "parallel"
-    with em.loop(given.batch * rows, kind, prefix="task") as task:
+    with em.loop(given.batch * rows, moving(size), prefix="task") as task:
         image = em.bind_index(quotient(task, rows), "image")
         row = em.bind_index(remainder(task, rows), "row")
         for blocks in _plan(given, isa.lanes):

@@ -9,7 +9,7 @@ from tvm import tirx
 
 from tvm_lowrank.geometry import ConvGeometry
 
-from .emitter import Emitter, Index, LoopKind, quotient, remainder
+from .emitter import Emitter, Index, moving, quotient, remainder
 from .tiles import tiling
 from .workload import ConvSchedule
 
@@ -20,8 +20,6 @@ Sides: TypeAlias = tuple[int, int, int, int]  # top, left, bottom, right
 # their inputs and LLVM keeps these at the price of spilled accumulators, for speed too.
 _BORDER_CODE_BLOCKED = 300
 _BORDER_CODE_PLAIN = 60
-# Smaller copies are made by one thread: starting the others costs more.
-_SERIAL_BYTES = 1 << 15
 
 
 def padded_copy(geometry: ConvGeometry, schedule: ConvSchedule, in_block: int) -> Sides:
@@ -63,7 +61,6 @@ def pad_map(
     old, new = geometry.width * in_block, padded.width * in_block
     size = maps * padded.height * new
     copy = em.workspace(size)
-    kind: LoopKind = "serial" if 4 * size < _SERIAL_BYTES else "parallel"
     zero = tirx.FloatImm("float32", 0.0)
 
     def clear(start: Index, count: int) -> None:
@@ -72,7 +69,7 @@ def pad_map(
             with em.loop(count) as i:
                 em.store_scalar(copy, zero, start + i)
 
-    with em.loop(maps * padded.height, kind, prefix="row") as row:
+    with em.loop(maps * padded.height, moving(4 * size), prefix="row") as row:
         target = em.bind_index(row * new, "to")
         line = em.bind_index(remainder(row, padded.height) - top, "line")
         is_copied = tirx.And(tirx.GE(line, 0), tirx.LT(line, geometry.height))

@@ -7,8 +7,8 @@ both are functions of LLVM code that a kernel imports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from tvm import ir, tirx
 
 from tvm_lowrank.geometry import ConvGeometry
 
-from .emitter import Emitter, Index, quotient, remainder
+from .emitter import Emitter, Index, LoopKind, quotient, remainder
 
 NO_BFLOAT16 = "bfloat16: the target has no instructions for it (AVX512-BF16)"
 
@@ -43,12 +43,20 @@ define <16 x float> @{_ROUND}(<16 x float> %first, <16 x float> %second) {{
 class PairEmitter(Emitter):
     """An `Emitter` whose products are of pairs.
 
-    ``multiply_add`` and ``rounded`` must stand within `instructions`.
+    ``multiply_add`` and ``rounded`` must stand within a loop.
     """
 
-    def instructions(self) -> AbstractContextManager[None]:
-        """Emit what the ``with`` block emits where the functions that it calls are known."""
-        return self.attribute("pragma_import_llvm", _CODE)
+    @contextmanager
+    def loop(
+        self, extent: Index, kind: LoopKind = "serial", start: Index = 0, prefix: str = "i"
+    ) -> Iterator[Index]:
+        """As of an `Emitter`; in an outermost one the functions that are called are known."""
+        outermost = len(self._scopes) == 1
+        with (
+            super().loop(extent, kind, start, prefix) as variable,
+            self.attribute("pragma_import_llvm", _CODE) if outermost else nullcontext(),
+        ):
+            yield variable
 
     def multiply_add(self, accumulator: tirx.Buffer, a: ir.Expr, b: ir.Expr) -> None:
         """Add both products of each lane's pairs to ``accumulator``."""

@@ -14,7 +14,7 @@ from .groups import is_depthwise, merge_groups
 from .isa import VectorISA
 from .padding import pad_geometry, padded_copy
 from .tiles import Tiling, tiling
-from .workload import ConvSchedule, ConvWorkload
+from .workload import ConvSchedule, ConvWorkload, TiledSchedule
 
 # Multiply-adds in flight that keep two units of four cycles' latency busy.
 _IN_FLIGHT = 8
@@ -119,7 +119,7 @@ def space(workload: ConvWorkload, isa: VectorISA) -> list[ConvSchedule]:
         cycles += _padding_cycles(workload, geometry, shape, isa)
         groups = vectors // shape.vectors * geometry.groups
         for order, chunk in _orders(geometry, shape, groups):
-            prefetch = is_cold and _tiling(geometry, shape).count > 1
+            prefetch = is_cold and tiling_of(geometry, shape).count > 1
             schedule = replace(shape, order=order, chunk=chunk, prefetch=prefetch)
             found[schedule] = cycles * imbalance(groups * _chunks(geometry, schedule))
     # Sorting is stable: among equals, the order that _orders prefers stays first.
@@ -177,7 +177,7 @@ def _orders(geometry: ConvGeometry, shape: ConvSchedule, groups: int) -> list[tu
     """Orders of the tasks with their chunks, the one with less traffic from memory first."""
     inputs = 4 * geometry.in_channels * geometry.height * geometry.width
     weights = 4 * geometry.weight_count
-    tiles = _tiling(geometry, shape)
+    tiles = tiling_of(geometry, shape)
     chunk = tiles.per_line if tiles.lines > 1 else min(4, tiles.per_line)
     chunks = tiles.count / chunk
     again_inputs = inputs * (groups if inputs > _CACHE_BYTES else 1)
@@ -188,7 +188,8 @@ def _orders(geometry: ConvGeometry, shape: ConvSchedule, groups: int) -> list[tu
     return [by_rows, channels]
 
 
-def _tiling(geometry: ConvGeometry, schedule: ConvSchedule) -> Tiling:
+def tiling_of(geometry: ConvGeometry, schedule: TiledSchedule) -> Tiling:
+    """The register tiles of a schedule; those of several rows read a padded copy."""
     sides = geometry.padding if schedule.rows > 1 else (0, 0, 0, 0)
     return tiling(pad_geometry(geometry, sides), schedule.tile, schedule.rows)
 
@@ -199,7 +200,7 @@ def tile_cycles(
     """Cycles of the register tiles of one image, on a core with two multiply-add units."""
     steps = geometry.weight_count // geometry.out_channels
     groups = -(-geometry.out_channels // (isa.lanes * schedule.vectors))
-    tiles = _tiling(geometry, schedule)
+    tiles = tiling_of(geometry, schedule)
     per_line = 0.0
     for group in tiles.groups:
         step = _step_cycles(workload, geometry, schedule, isa, group.width)
@@ -242,7 +243,7 @@ def _padding_cycles(
 
 def _chunks(geometry: ConvGeometry, schedule: ConvSchedule) -> int:
     """Tasks of one group of outputs."""
-    return geometry.batch * -(-_tiling(geometry, schedule).count // schedule.chunk)
+    return geometry.batch * -(-tiling_of(geometry, schedule).count // schedule.chunk)
 
 
 def effort(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> Effort:
@@ -250,7 +251,7 @@ def effort(workload: ConvWorkload, schedule: ConvSchedule, isa: VectorISA) -> Ef
     geometry = direct_geometry(workload, isa)
     steps, width = geometry.weight_count // geometry.out_channels, isa.lanes * schedule.vectors
     groups = geometry.groups * -(-geometry.out_channels // geometry.groups // width)
-    tiles = _tiling(geometry, schedule)
+    tiles = tiling_of(geometry, schedule)
     chunks = _chunks(geometry, schedule)
     rows, columns = geometry.kernel
     of_tap = steps // (rows * columns)

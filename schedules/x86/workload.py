@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from tvm_lowrank.geometry import ConvGeometry
 
@@ -106,7 +106,38 @@ class ConvWorkload:
 
 
 @dataclass(frozen=True)
-class ConvSchedule:
+class TiledSchedule:
+    """Choices of a convolution in register tiles of its output; see `ConvSchedule`."""
+
+    kernel: ClassVar[str]
+
+    tile: int
+    vectors: int
+    order: str = "channels"
+    chunk: int = 1
+    chains: int = 1
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, not {self.order!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return {"kernel": self.kernel, **vars(self)}
+
+    @classmethod
+    def from_json(cls: type[Tiled], data: Mapping[str, Any]) -> Tiled:
+        """Rebuild a schedule from `to_json`'s dictionary."""
+        return cls(**{name: value for name, value in data.items() if name != "kernel"})
+
+
+Tiled = TypeVar("Tiled", bound=TiledSchedule)
+
+
+@dataclass(frozen=True)
+class ConvSchedule(TiledSchedule):
     """The tunable choices of the direct convolution.
 
     - ``tile``: output pixels, along a row, of a register tile;
@@ -125,24 +156,4 @@ class ConvSchedule:
 
     kernel: ClassVar[str] = "direct"
 
-    tile: int
-    vectors: int
-    order: str = "channels"
-    chunk: int = 1
-    chains: int = 1
-    rows: int = 1
     prefetch: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.order not in ORDERS:
-            raise ValueError(f"order must be one of {ORDERS}, not {self.order!r}")
-
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain JSON values; `from_json` is its inverse."""
-        return {"kernel": self.kernel, **vars(self)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ConvSchedule:
-        """Rebuild a schedule from `to_json`'s dictionary."""
-        return cls(**{name: value for name, value in data.items() if name != "kernel"})

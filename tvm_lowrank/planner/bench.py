@@ -17,7 +17,6 @@ from tvm_lowrank.cost.predicting import PredictingTimer
 from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import verify
-from tvm_lowrank.schedules.kernels import REDUCED
 from tvm_lowrank.target import host_target
 
 
@@ -116,8 +115,7 @@ class PredictingBench:
 
     def outputs(self, plan: Plan, path: Path, inputs: np.ndarray) -> np.ndarray:
         """Outputs of the plan on this machine's processor."""
-        used = {name for layer in plan.layers for name in layer.algorithms}
-        if rounded := [name for name in REDUCED if name in used]:
+        if rounded := plan.rounding():
             warnings.warn(
                 "accuracy is measured in float32 here, without the rounding of "
                 f"{' and '.join(rounded)} kernels",

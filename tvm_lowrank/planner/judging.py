@@ -21,7 +21,6 @@ from tvm_lowrank.planner.assemble import Assembler
 from tvm_lowrank.planner.bench import Bench
 from tvm_lowrank.planner.curve import Curve
 from tvm_lowrank.planner.survey import Report
-from tvm_lowrank.schedules.kernels import REDUCED, algorithm_of, schedule_from_json
 
 # Built networks that may miss the budget before the original is returned.
 _BUILDS = 4
@@ -80,17 +79,20 @@ class Judge:
         tried: tuple[dict[str, Any], ...] = ()
         if options.lossless:
             reason = "only the dense form is allowed"
-        if not self.bench.predicted and (rounding := _rounding(dense_plan)):
+        # With no form changed: judged once, at first if kernels round.
+        alone: Quality | None = None
+        if not self.bench.predicted and (rounding := dense_plan.rounding()):
             alone = judge(self._outputs(dense_path), original, labels, metric)
             if alone.drop > limit:
                 reason = (
                     f"{metric.name} falls by {alone.drop:.2f}, more than {limit}, by the rounding "
-                    f"of {rounding} kernels alone"
+                    f"of {' and '.join(rounding)} kernels alone"
                 )
                 self.complaints.append(f"{reason}; leave them out of the algorithms")
                 make_curve = None
                 dense_plan = self.assembler.plan({}, survey.unrounded)
                 dense_path = self._build(dense_plan, self.directory / "unrounded.so")
+                alone = None
         if make_curve is not None:
             curve = make_curve()
             point = curve.search()
@@ -123,8 +125,10 @@ class Judge:
                 return self._finish(plan, built, before, after, slow, fast)
             tried = curve.to_json()
         slow, fast = self._race(original_path, dense_path)
-        outputs = original if dense_path == original_path else self._outputs(dense_path)
-        after = judge(outputs, original, labels, metric)
+        if alone is None:
+            outputs = original if dense_path == original_path else self._outputs(dense_path)
+            alone = judge(outputs, original, labels, metric)
+        after = alone
         if fast.median_ms > slow.median_ms or after.drop > limit:
             dense_plan, dense_path, after, fast = slow_plan, original_path, before, slow
         plan = replace(dense_plan, transformed=False, reason=reason, curve=tried)
@@ -213,9 +217,3 @@ class Judge:
             "weight_bytes_after": 4 * sum(kept),
             "kernel_weight_bytes": sum(layer.weight_bytes or 0 for layer in plan.layers),
         }
-
-
-def _rounding(plan: Plan) -> str:
-    """The algorithms of a plan's kernels that round, in words; empty without any."""
-    used = {algorithm_of(schedule_from_json(schedule)) for _, schedule in plan.schedules}
-    return " and ".join(name for name in REDUCED if name in used)
