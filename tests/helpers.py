@@ -18,6 +18,7 @@ from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.layer import collect_layers
 from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.planner.verify import Latency
 from tvm_lowrank.target import host_target
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -83,3 +84,20 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"{'/'.join(parts)} is not beside this checkout")
     return path
+
+
+# What `win` replaces.
+RACE = "tvm_lowrank.planner.verify.take_turns"
+
+
+def win(first: bool = False):
+    """A race that the last library always wins, or the first: what the others take grows by 1 ms.
+
+    Searches end with a race; whoever expects its result decides it.
+    """
+
+    def race(paths, _shape, _threads) -> list[Latency]:
+        places = range(1, len(paths) + 1)
+        return [Latency(ms, ms, 3) for ms in map(float, places if first else reversed(places))]
+
+    return race

@@ -13,12 +13,11 @@ import time
 import numpy as np
 import onnx
 import pytest
-from helpers import reference, relative
+from helpers import RACE, reference, relative, win
 from onnx import numpy_helper
 
 import tvm_lowrank
 from tvm_lowrank import tune
-from tvm_lowrank.planner.verify import Latency
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +59,10 @@ def test_tune_writes_library_plan_and_records(files, tmp_path, capsys):
 
 
 def test_the_same_records_and_seed_give_the_same_plan(files, tmp_path, monkeypatch):
-    def later_is_faster(paths, shape, threads):
-        return [Latency(1.0 / (1 + i), 1.0 / (1 + i), 3) for i, _ in enumerate(paths)]
-
     def last_wins(_asker, _workload, schedules):
         return [100.0 - i for i, _ in enumerate(schedules)]
 
-    monkeypatch.setattr("tvm_lowrank.planner.verify.take_turns", later_is_faster)
+    monkeypatch.setattr(RACE, win())
     # What runs in turns, here any three schedules, comes in another order than by itself: the
     # second search knows that from the start.
     monkeypatch.setattr("tvm_lowrank.records._NEAR", 100.0)

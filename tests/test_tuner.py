@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from cost_support import timer, workload
-from helpers import reference, relative
+from helpers import RACE, reference, relative, win
 from tuner_support import Invented
 from tvm_lowrank.schedules.kernels import emit, schedule_from_json, spaces
 from tvm_lowrank.schedules.x86 import fused_space
@@ -27,7 +27,6 @@ from tvm_lowrank.cost.worker import Worker
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.planner import Options
-from tvm_lowrank.planner.verify import Latency
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.shipped import shipped_records
 from tvm_lowrank.target import host_target, parse_target
@@ -218,11 +217,7 @@ def test_a_covered_network_compiles_without_measuring(small, tmp_path, monkeypat
     model = tmp_path / "net.onnx"
     onnx.save(small, model)
     command = [str(model), "--lossless", "--trials", "1"]
-    # The tuned library always wins the last race, which decides between two plans.
-    monkeypatch.setattr(
-        "tvm_lowrank.planner.verify.take_turns",
-        lambda paths, *_: [Latency(1 / (i + 1), 1 / (i + 1), 1) for i in range(len(paths))],
-    )
+    monkeypatch.setattr(RACE, win())
     first, second = tmp_path / "first", tmp_path / "second"
     assert tune.main([*command, "--no-shipped-records", "-o", str(first)]) == 0
     shipped = tmp_path / "shipped.jsonl"

@@ -198,6 +198,11 @@ class Plan:
         used = {algorithm_of(schedule_from_json(schedule)) for _, schedule in self.schedules}
         return [name for name in REDUCED if name in used]
 
+    @property
+    def kernel_weight_bytes(self) -> int:
+        """Bytes of the weights of its layers, as its kernels keep them."""
+        return sum(layer.weight_bytes or 0 for layer in self.layers)
+
     def lower(self, mod: tvm.IRModule) -> tvm.IRModule:
         """A normalised (and possibly factored) module lowered with the plan's schedules."""
         machine = machine_of(parse_target(self.target))

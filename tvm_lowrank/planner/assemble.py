@@ -50,15 +50,16 @@ class Assembler:
     threads: int
     metric: Metric
 
-    def plan(self, choice: Choice, timer: KernelTimer | None = None) -> Plan:
+    def plan(self, choice: Choice, timer: KernelTimer | None = None, bounded: bool = True) -> Plan:
         """The plan of a choice, with schedules by ``timer`` for every kernel of the network.
 
-        Layers that the choice leaves out stay dense.
+        Layers that the choice leaves out stay dense. What is only compared with need not be
+        ``bounded``.
 
         Raises
         ------
         LowRankError
-            No choice of schedules keeps ``max_weight_bytes``.
+            ``bounded``, and no choice of schedules keeps ``max_weight_bytes``.
         """
         options, timer = self.survey.options, timer or self.survey.timer
         layers, factors = [], {}
@@ -95,7 +96,7 @@ class Assembler:
             factors=factors,
         )
         factored = factor(self.normalised, plan.chains())
-        plan = replace(plan, schedules=self._schedules(factored, plan, timer))
+        plan = replace(plan, schedules=self._schedules(factored, plan, timer, bounded))
         found = choose_chains(factored, plan.scheduler(), timer, options.trials)
         plan = replace(plan, fused=_as_json(found))
         return replace(plan, layers=tuple(self._describe(layer, plan, timer) for layer in layers))
@@ -140,7 +141,9 @@ class Assembler:
             measured_us=layer.measured_us if None in times else sum(filter(None, times)),
         )
 
-    def _schedules(self, factored: tvm.IRModule, plan: Plan, timer: KernelTimer) -> Schedules:
+    def _schedules(
+        self, factored: tvm.IRModule, plan: Plan, timer: KernelTimer, bounded: bool
+    ) -> Schedules:
         """Best schedule of every workload of the lowered network, measured where none is known."""
         workloads = survey(factored, timer.isa, plan.scheduler())
         for workload in workloads:
@@ -149,7 +152,7 @@ class Assembler:
         timer.compare(workloads)
         chosen = {workload: timer.choose(workload) for workload in workloads}
         limit = self.survey.options.max_weight_bytes
-        if limit is not None and timer is self.survey.timer:
+        if limit is not None and bounded:
             chosen = _bounded(Counter(workloads), limit, timer)
         elif isinstance(timer.isa, CudaArch):
             chosen = layouts.settle(factored, timer, chosen)

@@ -66,7 +66,7 @@ class Judge:
         """
         options, survey = self.assembler.survey.options, self.assembler.survey
         metric, limit = self.assembler.metric, options.max_drop
-        slow_plan = self.assembler.plan({}, survey.plain)
+        slow_plan = self.assembler.plan({}, survey.plain, bounded=False)
         dense_plan = slow_plan if survey.plain is survey.timer else self.assembler.plan({})
         self.bench.prepare()  # from here on, no kernel is timed for a while
         original_path = self._build(slow_plan, self.directory / "original.so")
@@ -113,7 +113,7 @@ class Judge:
                     continue
                 smaller = any(FORMS[layer.form].keeps_memory for layer in plan.rewritten)
                 most = 1.0 if smaller else _WORTHWHILE
-                slow, dense, fast = self._contest(original_path, dense_path, built, most)
+                slow, dense, fast = self._contest(most, original_path, dense_path, built)
                 if fast.median_ms > most * dense.median_ms:
                     reason = (
                         f"the transformed network takes {fast.median_ms:.3f} ms, with no form "
@@ -124,15 +124,27 @@ class Judge:
                 plan = replace(plan, curve=curve.to_json())
                 return self._finish(plan, built, before, after, slow, fast)
             tried = curve.to_json()
-        slow, fast = self._race(original_path, dense_path)
+        slow, fast = self._contest(1.0, original_path, dense_path)
         if alone is None:
             outputs = original if dense_path == original_path else self._outputs(dense_path)
             alone = judge(outputs, original, labels, metric)
-        after = alone
-        if fast.median_ms > slow.median_ms or after.drop > limit:
-            dense_plan, dense_path, after, fast = slow_plan, original_path, before, slow
-        plan = replace(dense_plan, transformed=False, reason=reason, curve=tried)
-        return self._finish(plan, dense_path, before, after, slow, fast)
+        final_path, after = dense_path, alone
+        if self._fits(slow_plan):
+            if fast.median_ms > slow.median_ms or alone.drop > limit:
+                final_path, after, fast = original_path, before, slow
+        elif alone.drop > limit:
+            # Both are bounded: direct kernels again, fewer bytes than those that are the fastest.
+            final_path = self._build(
+                self.assembler.plan({}, survey.plain), self.directory / "smaller.so"
+            )
+            after = judge(self._outputs(final_path), original, labels, metric)
+            slow, fast = self._race(original_path, final_path)
+        plan = replace(self.plans[final_path], transformed=False, reason=reason, curve=tried)
+        return self._finish(plan, final_path, before, after, slow, fast)
+
+    def _fits(self, plan: Plan) -> bool:
+        most = self.assembler.survey.options.max_weight_bytes
+        return most is None or plan.kernel_weight_bytes <= most
 
     def _build(self, plan: Plan, path: Path) -> Path:
         target, options = self.assembler.survey.timer.target, self.assembler.survey.options
@@ -154,18 +166,17 @@ class Judge:
     def _race(self, *paths: Path) -> list[verify.Latency]:
         return self.bench.race([(self.plans[path], path) for path in paths])
 
-    def _contest(
-        self, original: Path, dense: Path, built: Path, most: float
-    ) -> list[verify.Latency]:
+    def _contest(self, most: float, *paths: Path) -> list[verify.Latency]:
         """A race, and another one if the last takes over ``most`` of the time of the one before it.
 
         Its kernels were measured faster, and what disturbs a race only makes it slower: the lesser
         median of each counts.
         """
-        raced = self._race(original, dense, built)
-        if self.bench.predicted or raced[2].median_ms <= most * raced[1].median_ms:
+        raced = self._race(*paths)
+        *_, before, last = raced
+        if self.bench.predicted or last.median_ms <= most * before.median_ms:
             return raced
-        again = self._race(original, dense, built)
+        again = self._race(*paths)
         return [
             min(pair, key=lambda found: found.median_ms) for pair in zip(raced, again, strict=True)
         ]
@@ -215,5 +226,5 @@ class Judge:
             "batch": self.shape[0],
             "weight_bytes_before": 4 * sum(weights),
             "weight_bytes_after": 4 * sum(kept),
-            "kernel_weight_bytes": sum(layer.weight_bytes or 0 for layer in plan.layers),
+            "kernel_weight_bytes": plan.kernel_weight_bytes,
         }
