@@ -23,14 +23,14 @@ from probes import compile_kernel, peak_gflops, read_gigabytes
 from tvm import relax, tirx
 from tvm_lowrank.passes.graph import op_name
 from tvm_lowrank.passes.lower_convolutions import survey
-from tvm_lowrank.schedules.kernels import Schedule, emit
+from tvm_lowrank.schedules.kernels import REDUCED, Schedule, emit
 from tvm_lowrank.schedules.x86.isa import isa_of
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from zoo import NETWORKS, cache_folder
 
 from tvm_lowrank import LowRankError, load
 from tvm_lowrank.planner import ALGORITHMS
-from tvm_lowrank.target import host_target
+from tvm_lowrank.target import host_target, require_kernels
 from tvm_lowrank.threads import physical_cores, set_threads
 
 # Calls take turns among copies of a kernel's weights that together take at least this, or as much
@@ -86,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
     add("network", metavar="NETWORK", help=f"an .onnx file, or of {', '.join(NETWORKS)}")
     add("--batch", type=int, default=1, metavar="N", help="default: 1")
     add("--threads", type=int, default=physical_cores(), help="default: all physical cores")
-    add("--algorithms", default=",".join(ALGORITHMS), metavar="A,B", help=", ".join(ALGORITHMS))
+    among = ", ".join((*ALGORITHMS, *REDUCED))
+    add("--algorithms", default=",".join(ALGORITHMS), metavar="A,B", help=among)
     add("--trials", type=int, default=4, help="schedules tried a kernel (default: 4)")
     add("--records", type=Path, help="tuning records (default: in the cache folder)")
     add("--markdown", type=Path, metavar="FILE", help="also write the table there")
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     try:
         args = parser().parse_args(argv)
-        algorithms = names("--algorithms", args.algorithms, ALGORITHMS)
+        algorithms = names("--algorithms", args.algorithms, (*ALGORITHMS, *REDUCED))
         check_positive(args, "threads", "trials")
         check_folder(args.markdown)
         case = find_case(args.network, args.batch)
@@ -106,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     set_threads(args.threads)
     try:
+        require_kernels(host_target(), algorithms)
         text = _measure(case, algorithms, args)
     except LowRankError as error:
         print(f"roofline: {error}", file=sys.stderr)

@@ -50,6 +50,7 @@ class Effort:
     stages: int = 1
 
 
-def imbalance(tasks: int) -> float:
-    """Time over that of perfectly shared work, averaged over some numbers of threads."""
-    return sum(-(-tasks // n) * n / tasks for n in _THREADS) / len(_THREADS)
+def imbalance(tasks: int, threads: int | None = None) -> float:
+    """Time over that of perfectly shared work, by default averaged over some numbers of threads."""
+    counts = _THREADS if threads is None else (threads,)
+    return sum(-(-tasks // n) * n / tasks for n in counts) / len(counts)

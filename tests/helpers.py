@@ -17,7 +17,8 @@ from tvm_lowrank.passes.pipeline import normalise
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.layer import collect_layers
-from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.layer_plan import LayerPlan
+from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner.verify import Latency
 from tvm_lowrank.target import host_target
 
@@ -90,14 +91,10 @@ def shared(*parts: str) -> Path:
 RACE = "tvm_lowrank.planner.verify.take_turns"
 
 
-def win(first: bool = False):
-    """A race that the last library always wins, or the first: what the others take grows by 1 ms.
-
-    Searches end with a race; whoever expects its result decides it.
-    """
+def win():
+    """A race that the last library always wins, for searches whose result is expected."""
 
     def race(paths, _shape, _threads) -> list[Latency]:
-        places = range(1, len(paths) + 1)
-        return [Latency(ms, ms, 3) for ms in map(float, places if first else reversed(places))]
+        return [Latency(ms, ms, 3) for ms in map(float, range(len(paths), 0, -1))]
 
     return race

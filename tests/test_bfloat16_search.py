@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tvm
 from cost_support import LAYERS, ROOFLINE, invented
-from helpers import RACE, reference, relative, win
+from helpers import RACE, factored_plan, reference, relative, win
 from helpers import run as run_network
+from test_x86_chain import inverted_residual
 from tvm_lowrank.schedules.kernels import spaces
-from tvm_lowrank.schedules.x86 import bfloat16_schedule
+from tvm_lowrank.schedules.x86 import bfloat16_schedule, fused_space
 from tvm_lowrank.schedules.x86.bfloat16_schedule import Bfloat16Schedule
 from tvm_lowrank.schedules.x86.isa import AVX2, AVX512, AVX512_BF16
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
@@ -190,6 +191,21 @@ def test_another_avx512_keeps_the_schedules_that_it_can_run(planned):
     assert families == {"bfloat16", "direct", "depthwise"}
     assert {schedule["kernel"] for _, schedule in there.schedules} == families - {"bfloat16"}
     assert plan.for_target(f"llvm:{BF16}").schedules == plan.schedules
+
+
+def test_plans_know_of_stages_that_round_in_kernels_of_several(small):
+    workload = inverted_residual(16)
+    rounds = fused_space.fused_space(workload.last(2), AVX512_BF16, bfloat16=True)[0]
+    plain = fused_space.fused_space(workload.last(2), AVX512_BF16)[0]
+    made = replace(factored_plan(small), schedules=()).for_target(f"llvm:{BF16}")
+    for schedule, algorithms in ((rounds, ["direct", "bfloat16"]), (plain, ["direct", "direct"])):
+        plan = replace(made, fused=((workload.to_json(), schedule.to_json()),))
+        geometries = [stage.geometry for stage in workload.stages[1:]]
+        assert plan.fused_algorithms() == dict(zip(geometries, algorithms, strict=True))
+        assert plan.rounding() == [name for name in algorithms if name == "bfloat16"]
+        assert plan.for_target(f"llvm:{BF16}").fused == plan.fused
+        there = plan.for_target("llvm:skylake-avx512").fused
+        assert there == (() if schedule is rounds else plan.fused)
 
 
 def test_rounding_that_costs_more_than_the_budget_is_left_out_with_its_reason(small, tmp_path):

@@ -42,7 +42,8 @@ from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import collect_layers
-from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.layer_plan import LayerPlan
+from tvm_lowrank.plan import Plan
 from tvm_lowrank.records import TuningRecords
 from tvm_lowrank.target import is_measurable, parse_target, target_key
 

@@ -19,7 +19,8 @@ from tvm_lowrank.cost.analytic import Roofline
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import FORMS, InputMoments
 from tvm_lowrank.layer import collect_layers
-from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.layer_plan import LayerPlan
+from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import allocate
 from tvm_lowrank.planner.calibrate import input_moments
 from tvm_lowrank.planner.candidates import Candidate, confirm_memory, forms_for, propose

@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import RACE, win
 from hypothesis import given
 from hypothesis import strategies as st
 from tvm_lowrank.schedules.kernels import (
@@ -82,7 +81,7 @@ def test_one_kernel_gets_the_fastest_option_that_fits_on_the_hull():
     ]
 
 
-def test_plans_keep_the_bounds(small, tmp_path, monkeypatch):
+def test_plans_keep_the_bounds(small, tmp_path):
     shape = (8, 3, 18, 18)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     options = {
@@ -106,7 +105,6 @@ def test_plans_keep_the_bounds(small, tmp_path, monkeypatch):
     ) as error:
         tvm_lowrank.plan(small, max_weight_bytes=1, **options)
     least = int(str(error.value).split("at least ")[1].split()[0])
-    monkeypatch.setattr(RACE, win(first=True))  # of faster kernels that are too large
     tight = tvm_lowrank.plan(small, max_weight_bytes=least, **options)
     assert tight.result["kernel_weight_bytes"] <= least
     assert np.isfinite(tight.result["latency_after_ms"])

@@ -19,7 +19,8 @@ from tvm_lowrank.decompose import FORMS  # noqa: E402
 from tvm_lowrank.errors import LowRankError  # noqa: E402
 from tvm_lowrank.frontend import load_model  # noqa: E402
 from tvm_lowrank.layer import collect_layers  # noqa: E402
-from tvm_lowrank.plan import LayerPlan, Plan  # noqa: E402
+from tvm_lowrank.layer_plan import LayerPlan  # noqa: E402
+from tvm_lowrank.plan import Plan  # noqa: E402
 from tvm_lowrank.planner.candidates import forms_for  # noqa: E402
 from tvm_lowrank.target import host_target  # noqa: E402
 from tvm_lowrank.torch import FactoredConv2d, FactoredLinear, collect, factorize  # noqa: E402

@@ -15,7 +15,6 @@ from tvm_lowrank.schedules.kernels import spaces
 from tvm_lowrank.schedules.x86 import bfloat16, bfloat16_schedule, dense
 from tvm_lowrank.schedules.x86.bfloat16_schedule import Bfloat16Schedule
 from tvm_lowrank.schedules.x86.isa import AVX2, AVX512, AVX512_BF16
-from tvm_lowrank.schedules.x86.pairs import round_bits
 from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from x86_support import (
     BF16,
@@ -24,6 +23,7 @@ from x86_support import (
     bfloat16_isa,
     reference_convolution,
     relative_error,
+    rounded,
     run,
     unblock,
 )
@@ -31,11 +31,6 @@ from x86_support import (
 from tvm_lowrank.geometry import ConvGeometry
 
 LAYER = ConvGeometry(64, 64, 14, 14, (3, 3), padding=(1, 1, 1, 1))
-
-
-def rounded(values):
-    bits = round_bits(values) << 16
-    return bits.astype(np.uint32).view(np.float32).reshape(values.shape)
 
 
 def check(workload, isa, schedule):

@@ -7,16 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.x86 import fused, fused_space
+from tvm_lowrank.schedules.x86.bfloat16_schedule import Bfloat16Schedule
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.depthwise import DepthwiseSchedule
-from tvm_lowrank.schedules.x86.isa import AVX512
+from tvm_lowrank.schedules.x86.isa import AVX512, AVX512_BF16
 from tvm_lowrank.schedules.x86.workload import ConvSchedule, ConvWorkload
 from x86_support import (
     CPUS,
     apply_steps,
+    bfloat16_isa,
     block,
     reference_convolution,
     relative_error,
+    rounded,
     run,
     runnable_isa,
     unblock,
@@ -29,7 +32,10 @@ SAME = (1, 1, 1, 1)
 
 
 def check(workload, schedule, isa):
-    """The fused kernel against the stages one after the other in float64."""
+    """The fused kernel against the stages one after the other in float64.
+
+    What stages of bfloat16 multiply is rounded before: what is left is the error of float32.
+    """
     rng = np.random.default_rng(0)
     first, last = workload.stages[0].geometry, workload.stages[-1].geometry
     shape = (first.batch, first.in_channels, first.height, first.width)
@@ -39,6 +45,8 @@ def check(workload, schedule, isa):
         weight = rng.standard_normal(stage.geometry.weight_shape).astype("float32")
         weight /= np.prod(weight.shape[1:]) ** 0.5
         inputs.append(kernels.pack_weights(weight, stage, tiles, isa))
+        if isinstance(tiles, Bfloat16Schedule):
+            y, weight = rounded(np.float32(y)), rounded(weight)
         y = reference_convolution(y, weight, stage.geometry)
         y, operands = apply_steps(y, stage.epilogue, isa, rng)
         inputs += operands
@@ -46,7 +54,9 @@ def check(workload, schedule, isa):
     out_shape = (last.batch, blocks, last.out_height, last.out_width, isa.lanes)
     result = run(fused.emit(workload, schedule, isa), isa, inputs, out_shape)
     assert np.isfinite(result).all()  # the next kernel reads the lanes beyond F too
-    assert relative_error(unblock(result, last.out_channels), y) < 1e-5, (workload, schedule)
+    # A value that lies between two of bfloat16 may be rounded to the other one.
+    allowed = 1e-3 if schedule.rounds else 1e-5
+    assert relative_error(unblock(result, last.out_channels), y) < allowed, (workload, schedule)
 
 
 def chain(lanes, *geometries, epilogues=()):
@@ -119,6 +129,18 @@ def test_chains(case, name):
     assert checked
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_chains_of_bfloat16(case):
+    isa = bfloat16_isa()
+    workload = CASES[case](isa.lanes)
+    schedules = fused_space.fused_space(workload, isa, bfloat16=True)
+    assert bool(schedules) == any(fused_space.is_flat(stage.geometry) for stage in workload.stages)
+    for schedule in schedules:
+        kinds = [isinstance(tiles, Bfloat16Schedule) for tiles in schedule.stages]
+        assert kinds == [fused_space.is_flat(stage.geometry) for stage in workload.stages]
+        check(workload, schedule, isa)
+
+
 @st.composite
 def chains(draw, lanes):
     """Two or three stages, any of them depthwise."""
@@ -167,6 +189,35 @@ def test_any_chain_and_schedule(name):
     check_one()
 
 
+def test_any_chain_of_bfloat16():
+    isa = bfloat16_isa()
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(st.data())
+    def check_one(data):
+        workload = data.draw(chains(isa.lanes))
+        if schedules := fused_space.fused_space(workload, isa, bfloat16=True):
+            check(workload, data.draw(st.sampled_from(schedules)), isa)
+
+    check_one()
+
+
+def test_processors_without_bfloat16_have_no_such_chains():
+    workload = inverted_residual(16)
+    assert fused_space.fused_space(workload, AVX512, bfloat16=True) == []
+    schedule = fused_space.fused_space(workload, AVX512_BF16, bfloat16=True)[0]
+    assert fused_space.is_legal(workload, schedule, AVX512_BF16) is None
+    assert "AVX512-BF16" in fused_space.is_legal(workload, schedule, AVX512)
+
+
+def test_the_number_of_threads_decides_on_how_many_bands():
+    stage = ConvGeometry(64, 384, 14, 14, (1, 1))
+    wide = ConvGeometry(384, 384, 14, 14, (3, 3), padding=SAME, groups=384)
+    workload = chain(16, stage, wide, ConvGeometry(384, 64, 14, 14, (1, 1)))
+    first = [fused_space.fused_space(workload, AVX512, threads=n)[0].rows for n in (2, 4, 14)]
+    assert first == [7, 4, 1]
+
+
 def test_what_no_fused_kernel_computes():
     stem = ConvGeometry(3, 16, 9, 9, (3, 3), padding=SAME)
     rest = ConvGeometry(16, 16, 9, 9, (3, 3), padding=SAME, groups=16)
@@ -190,6 +241,8 @@ def test_what_no_fused_kernel_computes():
         ({"stages": (DepthwiseSchedule(2, 5), ConvSchedule(4, 1)), "rows": 1}, "tiles of 2 rows"),
         ({"stages": (DepthwiseSchedule(1, 5), ConvSchedule(13, 1, rows=2))}, "several rows"),
         ({"stages": (DepthwiseSchedule(1, 5), ConvSchedule(40, 1))}, "registers"),
+        ({"stages": (Bfloat16Schedule(4, 1), ConvSchedule(4, 1))}, "does not fit"),
+        ({"stages": (DepthwiseSchedule(1, 5), Bfloat16Schedule(4, 1))}, "no instructions"),
     ],
 )
 def test_illegal_schedules(changes, message):
@@ -198,6 +251,15 @@ def test_illegal_schedules(changes, message):
     assert fused_space.is_legal(workload, legal, AVX512) is None
     with pytest.raises(ValueError, match=message):
         fused.emit(workload, dataclasses.replace(legal, **changes), AVX512)
+
+
+def test_only_pointwise_stages_are_of_bfloat16():
+    workload = CASES["tucker"](16)
+    schedule = fused_space.fused_space(workload, AVX512_BF16, bfloat16=True)[0]
+    pairs = Bfloat16Schedule(3, 1)
+    changed = dataclasses.replace(schedule, stages=(schedule.stages[0], pairs, schedule.stages[2]))
+    with pytest.raises(ValueError, match="stage 1: only pointwise"):
+        fused.emit(workload, changed, AVX512_BF16)
 
 
 def test_chains_and_schedules_are_json():

@@ -13,6 +13,7 @@ from tvm_lowrank.schedules import kernels
 from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.isa import AVX512_BF16, VectorISA, isa_of
 from tvm_lowrank.schedules.x86.packing import pack_channels
+from tvm_lowrank.schedules.x86.pairs import round_bits
 from tvm_lowrank.schedules.x86.workload import ConvWorkload, parse_step
 
 from tvm_lowrank.build import compile_module
@@ -162,10 +163,16 @@ def apply_steps(
     return y, operands
 
 
+def rounded(values: np.ndarray) -> np.ndarray:
+    """The nearest values of bfloat16, as float32."""
+    bits = round_bits(values) << 16
+    return bits.astype(np.uint32).view(np.float32).reshape(values.shape)
+
+
 class Case:
     """Random data for a workload, the kernel's arguments, and the float64 result.
 
-    ``rounded`` makes the factors from standard-normal values.
+    ``make`` makes the factors from standard-normal values.
     """
 
     def __init__(
@@ -173,13 +180,13 @@ class Case:
         workload: ConvWorkload,
         schedule: Schedule,
         isa: VectorISA,
-        rounded: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+        make: Callable[[np.ndarray], np.ndarray] = lambda values: values,
     ) -> None:
         geometry = workload.geometry
         rng = np.random.default_rng(0)
         maps = (geometry.batch, geometry.in_channels, geometry.height, geometry.width)
         self.x, self.weight = (
-            rounded(rng.standard_normal(shape).astype("float32"))
+            make(rng.standard_normal(shape).astype("float32"))
             for shape in (maps, geometry.weight_shape)
         )
         channels = geometry.out_channels

@@ -19,8 +19,9 @@ if (_root / "pyproject.toml").is_file() and (_root / "passes").is_dir():
 from tvm_lowrank.api import compile, plan, transform  # noqa: E402
 from tvm_lowrank.deploy import Network, load  # noqa: E402
 from tvm_lowrank.errors import LowRankError  # noqa: E402
+from tvm_lowrank.layer_plan import LayerPlan  # noqa: E402
 from tvm_lowrank.pipeline import LowRank  # noqa: E402
-from tvm_lowrank.plan import LayerPlan, Plan  # noqa: E402
+from tvm_lowrank.plan import Plan  # noqa: E402
 from tvm_lowrank.target import host_target  # noqa: E402
 
 __all__ = [

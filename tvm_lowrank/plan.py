@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import numpy as np
 import tvm
 
 from tvm_lowrank.decompose import FORMS
-from tvm_lowrank.decompose.form import Branch, Rank
+from tvm_lowrank.decompose.form import Branch
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import ConvLayer, collect_layers
+from tvm_lowrank.layer_plan import LayerPlan
 from tvm_lowrank.passes.factor_convolutions import Chain
 from tvm_lowrank.passes.lower import lower
 from tvm_lowrank.passes.pipeline import factor, normalise
@@ -36,54 +37,6 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 from tvm_lowrank.target import parse_target
 
 FORMAT = 4
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What happens to one convolution or fully connected layer.
-
-    ``dense_us`` and ``measured_us`` are the measured times of the layer's kernels before and after,
-    ``error`` the share of its output variance lost on the data; ``reason`` says why a layer is left
-    as it is. ``algorithms`` has one entry a stage; ``weight_bytes`` are those of all
-    stages' weights as their kernels keep them, padded and transformed. ``refitted`` marks a dense
-    layer whose weights make up for errors of the layers before it. ``fitted`` says what the factors
-    were fitted to: "data", or "weights" alone; None for a dense layer.
-    """
-
-    name: str
-    geometry: ConvGeometry | None
-    form: str = "dense"
-    rank: Rank = 0
-    stages: tuple[ConvGeometry, ...] = ()
-    algorithms: tuple[str, ...] = ()
-    error: float = 0.0
-    dense_us: float | None = None
-    predicted_us: float | None = None
-    measured_us: float | None = None
-    weight_bytes: int | None = None
-    fitted: str | None = None
-    reason: str | None = None
-    refitted: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        data = asdict(self)
-        data["geometry"] = self.geometry.to_json() if self.geometry else None
-        data["stages"] = [stage.to_json() for stage in self.stages]
-        data["rank"] = list(self.rank) if isinstance(self.rank, tuple) else self.rank
-        data["algorithms"] = list(self.algorithms)
-        return data
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LayerPlan:
-        """Inverse of `to_json`."""
-        data = dict(data)
-        geometry, rank = data["geometry"], data["rank"]
-        data["geometry"] = ConvGeometry.from_json(geometry) if geometry else None
-        data["stages"] = tuple(ConvGeometry.from_json(stage) for stage in data["stages"])
-        data["rank"] = tuple(rank) if isinstance(rank, list) else rank
-        data["algorithms"] = tuple(data["algorithms"])
-        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -196,7 +149,16 @@ class Plan:
     def rounding(self) -> list[str]:
         """The algorithms among those of its kernels that round."""
         used = {algorithm_of(schedule_from_json(schedule)) for _, schedule in self.schedules}
+        used |= {*self.fused_algorithms().values()}
         return [name for name in REDUCED if name in used]
+
+    def fused_algorithms(self) -> dict[ConvGeometry, str]:
+        """The algorithm of each convolution that shares a kernel with others."""
+        return {
+            stage.geometry: algorithm_of(schedule_from_json(tiles))
+            for pair in self.fused
+            for stage, tiles in _stages(*pair)
+        }
 
     @property
     def kernel_weight_bytes(self) -> int:
@@ -249,11 +211,16 @@ class Plan:
             for workload, schedule in self.schedules
             if same and has_kernel(ConvWorkload.from_json(workload), schedule, machine)
         )
+        fused = tuple(
+            pair
+            for pair in self.fused
+            if same and all(has_kernel(stage, tiles, machine) for stage, tiles in _stages(*pair))
+        )
         return replace(
             self,
             target=dict(json.loads(str(parsed))),
             schedules=kept,
-            fused=self.fused if same else (),
+            fused=fused,
             layers=tuple(
                 replace(
                     layer, dense_us=None, predicted_us=None, measured_us=None, weight_bytes=None
@@ -385,6 +352,15 @@ class Plan:
     def rewritten(self) -> Sequence[LayerPlan]:
         """The layers that do not stay dense."""
         return [layer for layer in self.layers if layer.form != "dense"]
+
+
+def _stages(
+    workload: dict[str, Any], schedule: dict[str, Any]
+) -> list[tuple[ConvWorkload, dict[str, Any]]]:
+    """The convolutions of a chain that share a kernel, its last ones, each with its tiles."""
+    tiles = schedule["stages"]
+    stages = map(ConvWorkload.from_json, workload["stages"][-len(tiles) :])
+    return list(zip(stages, tiles, strict=True))
 
 
 def _replace(path: Path, blob: bytes) -> None:

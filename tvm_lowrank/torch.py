@@ -21,8 +21,9 @@ from tvm_lowrank.extras import require_torch
 from tvm_lowrank.frontend import load_model
 from tvm_lowrank.geometry import ConvGeometry
 from tvm_lowrank.layer import collect_layers
+from tvm_lowrank.layer_plan import LayerPlan
 from tvm_lowrank.passes.pipeline import normalise
-from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.plan import Plan
 from tvm_lowrank.torch_layers import (
     FactoredConv2d,
     FactoredLinear,

@@ -49,7 +49,7 @@ def emit(workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA) -> 
     em = PairEmitter(isa)
     x_shape = (given.batch, -(-given.in_channels // lanes), given.height, given.width, lanes)
     x = em.argument("x", x_shape)
-    packed = _packed_shape(workload, schedule, isa)
+    packed = packed_shape(workload, schedule, isa)
     weights = em.argument("weights", packed)
     y_shape = (given.batch, out_blocks, given.out_height, given.out_width, lanes)
     epilogue = Epilogue(em, workload.epilogue, out_blocks * lanes, y_shape)
@@ -79,9 +79,10 @@ def pack(
     return pair_rows(pack_weights(weight, blocks, schedule.direct, isa))
 
 
-def _packed_shape(
+def packed_shape(
     workload: ConvWorkload, schedule: Bfloat16Schedule, isa: VectorISA
 ) -> tuple[int, int, int, int, int, int]:
+    """The shape of what `pack` returns."""
     geometry, width = paired(workload, isa).geometry, schedule.vectors * isa.lanes
     blocks = -(-geometry.in_channels // geometry.groups // isa.lanes)
     return groups_of(geometry, schedule, isa), blocks, *geometry.kernel, isa.lanes, width

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, TypeAlias
 
 from tvm_lowrank.schedules.kernels import Schedule, schedule_from_json
 
+from .bfloat16_schedule import Bfloat16Schedule
 from .depthwise import DepthwiseSchedule
 from .groups import is_depthwise
 from .workload import ConvSchedule, ConvWorkload
 
-StageSchedule: TypeAlias = "ConvSchedule | DepthwiseSchedule"
+StageSchedule: TypeAlias = "ConvSchedule | DepthwiseSchedule | Bfloat16Schedule"
 
 # Stages of the chains that networks have: expansion, depthwise, projection.
 MOST_STAGES = 3
@@ -78,14 +79,19 @@ class FusedSchedule:
 
     - ``rows``: rows of the last map that a parallel task makes, with all that they need of the maps
       before;
-    - ``stages``: the register tiles of each stage. Of a `ConvSchedule`, ``tile``, ``vectors`` and
-      ``chains`` count; the others keep their defaults.
+    - ``stages``: the register tiles of each stage. Of a `ConvSchedule` or `Bfloat16Schedule`,
+      ``tile``, ``vectors`` and ``chains`` count; the others keep their defaults.
     """
 
     kernel: ClassVar[str] = "fused"
 
     rows: int
     stages: tuple[StageSchedule, ...]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a stage multiplies pairs of bfloat16."""
+        return any(isinstance(stage, Bfloat16Schedule) for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -96,8 +102,9 @@ class FusedSchedule:
     def from_json(cls, data: Mapping[str, Any]) -> FusedSchedule:
         """Rebuild a schedule from `to_json`'s dictionary; ValueError for stages of other kinds."""
         stages = tuple(schedule_from_json(stage) for stage in data["stages"])
-        if not all(isinstance(stage, ConvSchedule | DepthwiseSchedule) for stage in stages):
-            raise ValueError("a fused kernel has direct and depthwise stages only")
+        kinds = ConvSchedule | DepthwiseSchedule | Bfloat16Schedule
+        if not all(isinstance(stage, kinds) for stage in stages):
+            raise ValueError("a fused kernel has direct, depthwise and bfloat16 stages only")
         return cls(data["rows"], stages)
 
 

@@ -2,27 +2,29 @@
 
 The bands of the maps between the stages lie in scratch memory of the thread, between the zeros of
 the next stage's padding, so they stay in its core's cache. Rows that neighbouring bands share are
-made twice.
+made twice. A stage that multiplies pairs of bfloat16 first rounds the band that it reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from tvm import tirx
 
 from tvm_lowrank.geometry import ConvGeometry
 
-from . import convolution, depthwise
+from . import bfloat16, convolution, depthwise
+from .bfloat16_schedule import Bfloat16Schedule, paired
 from .chain import ChainWorkload, FusedSchedule
 from .depthwise import DepthwiseSchedule
 from .emitter import Emitter, Index, clamp_high, clamp_low, quotient, remainder
 from .epilogue import Epilogue
 from .fused_space import Band, band_geometry, bands, is_flat, is_legal
-from .groups import is_depthwise, merge_groups
+from .groups import merge_groups
 from .isa import VectorISA
+from .pairs import PairEmitter, RoundedMap
 from .space import reduction_of
 from .tiles import tiling
 from .workload import ConvSchedule
@@ -76,7 +78,7 @@ def emit(workload: ChainWorkload, schedule: FusedSchedule, isa: VectorISA) -> ti
     if problem:
         raise ValueError(f"{schedule} cannot compute {workload}: {problem}")
     first, last = workload.stages[0].geometry, workload.stages[-1].geometry
-    em = Emitter(isa)
+    em = PairEmitter(isa) if schedule.rounds else Emitter(isa)
     in_blocks = -(-first.in_channels // isa.lanes)
     x = em.argument("x", (first.batch, in_blocks, first.height, first.width, isa.lanes))
     operands = [_operands(em, workload, schedule, number) for number in range(len(workload.stages))]
@@ -103,14 +105,21 @@ def emit(workload: ChainWorkload, schedule: FusedSchedule, isa: VectorISA) -> ti
             place: tuple[Index, Index] = (image, first_row)
             if number:
                 given, place = band_geometry(workload, number, schedule.rows), (0, 0)
-            merged = merge_groups(given, isa.lanes, isa.lanes)
-            geometry = given if is_depthwise(given) else merged
+            stage = _Stage(given, source, *operands[number], *place)
             tiles = schedule.stages[number]
-            stage = _Stage(geometry, source, *operands[number], *place)
-            if isinstance(tiles, DepthwiseSchedule):
-                _emit_depthwise(em, stage, tiles, target)
+            if isinstance(tiles, Bfloat16Schedule):
+                assert isinstance(em, PairEmitter)
+                pairs = paired(workload.stages[number], isa).geometry
+                stage = _rounded(em, stage, pairs, band, target)
+                _emit_direct(em, stage, tiles.direct, band, target)
             else:
-                _emit_direct(em, stage, tiles, band, target)
+                with em.single() if isinstance(em, PairEmitter) else nullcontext():
+                    if isinstance(tiles, DepthwiseSchedule):
+                        _emit_depthwise(em, stage, tiles, target)
+                    else:
+                        merged = merge_groups(given, isa.lanes, isa.lanes)
+                        stage = replace(stage, geometry=merged)
+                        _emit_direct(em, stage, tiles, band, target)
             source = target.buffer
     return em.finish()
 
@@ -127,7 +136,9 @@ def _operands(
     stage, tiles, lanes = workload.stages[number], schedule.stages[number], em.lanes
     blocks = -(-stage.geometry.out_channels // lanes)
     shape: tuple[int, ...] = (blocks, *stage.geometry.kernel, lanes)
-    if not isinstance(tiles, DepthwiseSchedule):
+    if isinstance(tiles, Bfloat16Schedule):
+        shape = bfloat16.packed_shape(stage, tiles, em.isa)
+    elif not isinstance(tiles, DepthwiseSchedule):
         merged = merge_groups(stage.geometry, lanes, lanes)
         reduced = -(-merged.in_channels // merged.groups // lanes)
         width = tiles.vectors * lanes
@@ -172,6 +183,23 @@ def _scratch(
         clear(block * plane, low * pitch)
         clear(block * plane + high * pitch, (band.rows - high) * pitch)
     return _Target(buffer, left, plane, pitch, low, high)
+
+
+def _rounded(
+    em: PairEmitter, stage: _Stage, pairs: ConvGeometry, band: Band, target: _Target
+) -> _Stage:
+    """A pointwise stage that reads the rows of its band from scratch memory, as ``pairs``."""
+    width = stage.geometry.width
+    source = RoundedMap(em, stage.geometry, width, stage.x)
+    size = band.rows * width * em.lanes
+    copy = em.workspace(source.pairs * size)
+    pixels = stage.geometry.height * width
+    first = stage.image * (source.blocks * pixels) + stage.first * width
+    first = em.bind_index(first, "first")
+    span = [em.bind_index(edge * width, "edge") for edge in (target.low, target.high)]
+    source.round_pixels(first, (span[0], span[1]), copy, size)
+    geometry = replace(pairs, batch=1, height=band.rows)
+    return replace(stage, geometry=geometry, x=copy, image=0, first=0)
 
 
 def _emit_depthwise(

@@ -8,7 +8,8 @@ from tvm_lowrank.schedules.effort import imbalance
 
 from tvm_lowrank.geometry import ConvGeometry
 
-from . import convolution, depthwise, space
+from . import bfloat16_schedule, convolution, depthwise, space
+from .bfloat16_schedule import Bfloat16Schedule, paired
 from .chain import ChainWorkload, FusedSchedule, StageSchedule
 from .depthwise import DepthwiseSchedule
 from .groups import is_depthwise, merge_groups
@@ -127,9 +128,13 @@ def _illegal_stage(
     if isinstance(tiles, DepthwiseSchedule):
         problem = depthwise.is_legal(stage, tiles, isa)
         copied = any(depthwise.copied_sides(stage.geometry, tiles))
+    elif tiles.rows > 1:
+        return "tiles of several rows"
+    elif isinstance(tiles, Bfloat16Schedule):
+        if not is_flat(stage.geometry):
+            return f"only pointwise stages are of bfloat16, not {stage.geometry}"
+        problem, copied = bfloat16_schedule.is_legal(stage, tiles, isa), False
     else:
-        if tiles.rows > 1:
-            return "tiles of several rows"
         problem = space.is_legal(stage, tiles, isa)
         merged = merge_groups(stage.geometry, isa.lanes, isa.lanes)
         copied = any(padded_copy(merged, tiles, isa.lanes))
@@ -138,39 +143,96 @@ def _illegal_stage(
     return problem
 
 
-def fused_space(workload: ChainWorkload, isa: VectorISA) -> list[FusedSchedule]:
-    """Legal schedules, most promising first, one for each height of the bands; may be empty."""
-    return _schedules(workload, isa) if refuse(workload, isa) is None else []
+def fused_space(
+    workload: ChainWorkload,
+    isa: VectorISA,
+    bfloat16: bool = False,
+    threads: int | None = None,
+) -> list[FusedSchedule]:
+    """Legal schedules, most promising first, one for each height of the bands; may be empty.
+
+    With ``bfloat16`` all pointwise stages multiply such pairs, and there is at least one. What is
+    promising depends on how many ``threads`` share the tasks.
+    """
+    flat = any(is_flat(stage.geometry) for stage in workload.stages)
+    if refuse(workload, isa) is not None or (bfloat16 and not (isa.bfloat16 and flat)):
+        return []
+    return _schedules(workload, isa, bfloat16, threads)
 
 
-def _schedules(workload: ChainWorkload, isa: VectorISA) -> list[FusedSchedule]:
+def _schedules(
+    workload: ChainWorkload,
+    isa: VectorISA,
+    bfloat16: bool = False,
+    threads: int | None = None,
+) -> list[FusedSchedule]:
     last = workload.stages[-1].geometry
     found: dict[FusedSchedule, float] = {}
     for rows in sorted({-(-last.out_height // count) for count in _BANDS}, reverse=True):
         if last.batch == 1 and rows == last.out_height > 1:
             continue  # one task would leave all other threads idle
-        if _scratch_bytes(workload, rows, isa) > _SCRATCH_BYTES:
-            continue
-        stages = [_tiles(workload, number, rows, isa) for number in range(len(workload.stages))]
+        stages = []
+        for number, stage in enumerate(workload.stages):
+            pick = _pair_tiles if bfloat16 and is_flat(stage.geometry) else _tiles
+            stages.append(pick(workload, number, rows, isa))
         if None in stages:
             continue
         schedule = FusedSchedule(rows, tuple(stage for stage in stages if stage is not None))
+        if _scratch_bytes(workload, schedule, isa) > _SCRATCH_BYTES:
+            continue
         if is_legal(workload, schedule, isa) is None:
-            found[schedule] = _work(workload, rows)
+            found[schedule] = _work(workload, rows, threads)
     return sorted(found, key=lambda schedule: found[schedule])
 
 
-def _scratch_bytes(workload: ChainWorkload, rows: int, isa: VectorISA) -> int:
-    total = 0
+def _scratch_bytes(workload: ChainWorkload, schedule: FusedSchedule, isa: VectorISA) -> int:
+    total, rows = 0, schedule.rows
     for number, band in enumerate(bands(workload, rows)[:-1]):
         geometry = band_geometry(workload, number + 1, rows)
         blocks = -(-geometry.in_channels // isa.lanes)
         total += blocks * band.rows * geometry.width * isa.vector_bytes
+    for stage, tiles, band in zip(
+        workload.stages, schedule.stages, bands(workload, rows), strict=True
+    ):
+        if isinstance(tiles, Bfloat16Schedule):
+            blocks = -(-paired(stage, isa).geometry.in_channels // isa.lanes)
+            total += blocks * band.rows * stage.geometry.width * isa.vector_bytes
     return total
 
 
 def _tiles(workload: ChainWorkload, number: int, rows: int, isa: VectorISA) -> StageSchedule | None:
     """The register tile that the stage's own kernel would take for a map like the band."""
+    stage, band = workload.stages[number], bands(workload, rows)[number]
+    geometry = _alone(workload, number, rows)
+    if is_depthwise(geometry):
+        last = workload.stages[-1].geometry.out_height
+        least = band.least_rows(stage.geometry, first_rows(last, rows))
+        tiles = depthwise.space(ConvWorkload(geometry, isa.lanes), isa)
+        return next((t for t in tiles if t.rows <= least), None)
+    for found in space.space(ConvWorkload(geometry, isa.lanes), isa):
+        if found.rows == 1:
+            return ConvSchedule(found.tile, found.vectors, chains=found.chains)
+    return None
+
+
+def _pair_tiles(
+    workload: ChainWorkload, number: int, rows: int, isa: VectorISA
+) -> StageSchedule | None:
+    """The register tile of pairs that takes a pointwise stage the fewest cycles."""
+    pairs = paired(ConvWorkload(_alone(workload, number, rows), isa.lanes), isa)
+    found = [
+        tiles
+        for tiles in space.register_tiles(pairs, pairs.geometry, isa)
+        if tiles.rows == 1
+    ]  # fmt: skip
+    if not found:
+        return None
+    best = min(found, key=lambda tiles: space.tile_cycles(pairs, pairs.geometry, tiles, isa))
+    return Bfloat16Schedule(best.tile, best.vectors, chains=best.chains)
+
+
+def _alone(workload: ChainWorkload, number: int, rows: int) -> ConvGeometry:
+    """Stage ``number`` as a convolution of its own that makes the stage's band."""
     stage, band = workload.stages[number], bands(workload, rows)[number]
     geometry = stage.geometry
     if number:
@@ -180,20 +242,12 @@ def _tiles(workload: ChainWorkload, number: int, rows: int, isa: VectorISA) -> S
         height = (band.rows - 1) * geometry.stride[0] + reach
         _, left, _, right = geometry.padding
         geometry = replace(geometry, batch=1, height=height, padding=(0, left, 0, right))
-    if is_depthwise(geometry):
-        last = workload.stages[-1].geometry.out_height
-        least = band.least_rows(stage.geometry, first_rows(last, rows))
-        tiles = depthwise.space(ConvWorkload(geometry, isa.lanes), isa)
-        return next((t for t in tiles if t.rows <= least), None)
     if is_flat(geometry) and number == len(workload.stages) - 1:
         geometry = replace(geometry, height=1, width=geometry.height * geometry.width)
-    for found in space.space(ConvWorkload(geometry, isa.lanes), isa):
-        if found.rows == 1:
-            return ConvSchedule(found.tile, found.vectors, chains=found.chains)
-    return None
+    return geometry
 
 
-def _work(workload: ChainWorkload, rows: int) -> float:
+def _work(workload: ChainWorkload, rows: int, threads: int | None) -> float:
     """Multiplications with those that bands share, times the imbalance of the tasks."""
     last = workload.stages[-1].geometry
     tasks = last.batch * -(-last.out_height // rows)
@@ -201,4 +255,4 @@ def _work(workload: ChainWorkload, rows: int) -> float:
     for stage, band in zip(workload.stages, bands(workload, rows), strict=True):
         geometry = stage.geometry
         work += band.rows * geometry.out_width * geometry.weight_count
-    return tasks * work * imbalance(tasks)
+    return tasks * work * imbalance(tasks, threads)

@@ -41,10 +41,19 @@ define <16 x float> @{_ROUND}(<16 x float> %first, <16 x float> %second) {{
 
 
 class PairEmitter(Emitter):
-    """An `Emitter` whose products are of pairs.
+    """An `Emitter` whose products are of pairs, unless they stand within `single`.
 
     ``multiply_add`` and ``rounded`` must stand within a loop.
     """
+
+    _single = False
+
+    @contextmanager
+    def single(self) -> Iterator[None]:
+        """What the ``with`` block multiplies are single values of float32."""
+        self._single = True
+        yield
+        self._single = False
 
     @contextmanager
     def loop(
@@ -60,6 +69,9 @@ class PairEmitter(Emitter):
 
     def multiply_add(self, accumulator: tirx.Buffer, a: ir.Expr, b: ir.Expr) -> None:
         """Add both products of each lane's pairs to ``accumulator``."""
+        if self._single:
+            super().multiply_add(accumulator, a, b)
+            return
         self.store(accumulator, self._call(_DOT, self.value_of(accumulator), a, b))
 
     def rounded(self, first: ir.Expr, second: ir.Expr) -> ir.Expr:
@@ -143,6 +155,30 @@ class RoundedMap:
             move_all()
         with em.when(tirx.Not(inside)):
             clear(0, self.width)
+
+    def round_pixels(
+        self, first: Index, span: tuple[Index, Index], copy: tirx.Buffer, size: int
+    ) -> None:
+        """Round neighbouring pixels of a map that is not padded, all their channels.
+
+        ``span`` are the pixels, counted from ``first``, the number of a pixel in the first block of
+        channels of its image; in the copy they have the same places in each block of pairs, of
+        ``size`` elements.
+        """
+        em, (begin, end) = self.em, span
+
+        def move(block: Index, second: bool) -> None:
+            start = em.bind_index(first * em.lanes + block * (2 * self._size), "from")
+            to = em.bind_index(block * size, "to")
+            with em.loop(end - begin, start=begin, prefix="pixel") as pixel:
+                at = em.bind_index(pixel * em.lanes, "at")
+                self._move(start + at, second, copy, to + at)
+
+        if whole := self.blocks // 2:
+            with em.loop(whole, prefix="block") as block:
+                move(block, True)
+        if self.blocks % 2:
+            move(whole, False)
 
     def round_pixel(
         self, place: tuple[Index, Index], copy: tirx.Buffer, target: Index, size: int

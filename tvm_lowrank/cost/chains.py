@@ -9,7 +9,7 @@ import tvm
 
 from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.passes.lower_convolutions import survey
-from tvm_lowrank.schedules.kernels import Schedule
+from tvm_lowrank.schedules.kernels import Schedule, algorithm_of
 from tvm_lowrank.schedules.x86 import fused_space
 from tvm_lowrank.schedules.x86.chain import ChainSchedule, ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
@@ -19,7 +19,8 @@ from tvm_lowrank.schedules.x86.workload import ConvWorkload
 class ChainTimer:
     """Measures a chain's single kernels against kernels for its last stages, and for all.
 
-    A chain that records of another machine cover is not measured.
+    A chain that records of another machine cover is not measured. Stages that round are in a kernel
+    for several only where the timer may take such.
 
     Parameters
     ----------
@@ -41,8 +42,6 @@ class ChainTimer:
 
     def fuse(self, workload: ChainWorkload) -> FusedSchedule | None:
         """The schedule of one kernel for the last stages of a chain, None if that gains nothing."""
-        if "direct" not in self.timer.usable.algorithms:
-            return None
         found = self.best(workload).fused
         if found is not None:
             self.chosen[workload] = found
@@ -52,21 +51,29 @@ class ChainTimer:
         """The fastest kernels for a chain."""
         records, key = self.timer.records, workload.key()
         known = self._read(workload, records.elsewhere(key))
-        if records.measured(key) or not known:
+        if records.measured(key) or not self._is_complete(workload, known):
             self._measure(workload)
             known = self._read(workload, [schedule for schedule, _ in records.measured(key)])
         return known[0] if known else self._separate(workload)
 
+    def _is_complete(self, workload: ChainWorkload, known: Sequence[ChainSchedule]) -> bool:
+        """Whether schedules on record tell the best, those that round among them if they may be."""
+        if not known or any(found.fused is not None and found.fused.rounds for found in known):
+            return bool(known)
+        return not self._space(workload, bfloat16=True)
+
     def _measure(self, workload: ChainWorkload) -> None:
         """Time all stages alone, the last two in their best kernel, and all in one."""
         measured = [found for found, _ in self.timer.records.measured(workload.key())]
-        if not any(found.is_separate for found in self._read(workload, measured)):
-            self.timer.time(workload, self._separate(workload))
-        candidates = self._space(workload)
+        separate = self._separate(workload)
+        known = [found for found in self._read(workload, measured) if found.is_separate]
+        if not any(_algorithms(found) == _algorithms(separate) for found in known):
+            self.timer.time(workload, separate)
+        candidates = [*self._space(workload), *self._space(workload, bfloat16=True)]
         if len(workload.stages) > 2 and workload.last(2).is_promising():
             pair = self.best(workload.last(2))
             if not pair.is_separate:
-                alone = self._separate(workload).parts[:-2]
+                alone = separate.parts[:-2]
                 candidates.append(ChainSchedule((*alone, *pair.parts)))
         for candidate in candidates:
             self.timer.time(workload, candidate)
@@ -74,9 +81,14 @@ class ChainTimer:
     def _separate(self, workload: ChainWorkload) -> ChainSchedule:
         return ChainSchedule(tuple(self.timer.choose(stage) for stage in workload.stages))
 
-    def _space(self, workload: ChainWorkload) -> list[ChainSchedule]:
-        space = fused_space.fused_space(workload, self.timer.isa)[: self.trials]
-        return [ChainSchedule((schedule,)) for schedule in space]
+    def _space(self, workload: ChainWorkload, bfloat16: bool = False) -> list[ChainSchedule]:
+        threads = self.timer.records.threads
+        space = fused_space.fused_space(workload, self.timer.isa, bfloat16, threads)
+        return [
+            ChainSchedule((schedule,))
+            for schedule in space[: self.trials]
+            if self._may_take(workload, schedule)
+        ]
 
     def _read(
         self, workload: ChainWorkload, records: Sequence[Mapping[str, Any]]
@@ -89,16 +101,23 @@ class ChainTimer:
                 parts = schedule.split(workload)
             except (ValueError, KeyError, TypeError):
                 continue
-            if all(self._is_legal(*part) for part in parts):
+            if all(self._may_take(*part) for part in parts):
                 found.append(schedule)
         return found
 
-    def _is_legal(
+    def _may_take(
         self, workload: ConvWorkload | ChainWorkload, schedule: Schedule | FusedSchedule
     ) -> bool:
-        if not isinstance(workload, ChainWorkload) or not isinstance(schedule, FusedSchedule):
-            return True  # only a fused last part is taken from here
-        return fused_space.is_legal(workload, schedule, self.timer.isa) is None
+        if not isinstance(workload, ChainWorkload):
+            return self.timer.usable.may_take(workload, schedule)
+        if fused_space.is_legal(workload, schedule, self.timer.isa) is not None:
+            return False
+        stages = zip(workload.stages, schedule.stages, strict=True)
+        return all(self.timer.usable.may_take(stage, tiles) for stage, tiles in stages)
+
+
+def _algorithms(schedule: ChainSchedule) -> list[str]:
+    return [algorithm_of(part) for part in schedule.parts if not isinstance(part, FusedSchedule)]
 
 
 def choose_chains(

@@ -91,6 +91,10 @@ class Usable:
         here = (data for data, _ in self.records.measured(workload.key()))
         return not self._untried(workload, chain(here, self._best_elsewhere(workload)))
 
+    def may_take(self, workload: ConvWorkload, schedule: Schedule) -> bool:
+        """Whether a legal schedule is among those that may be taken for a workload."""
+        return self._is_allowed(workload, schedule) or not self.allowed(workload)
+
     def _untried(self, workload: ConvWorkload, schedules: Iterable[Mapping[str, Any]]) -> set[str]:
         """The algorithms that round, are asked for, have kernels, and none of the schedules."""
         if not any(name in self.algorithms for name in REDUCED):
@@ -118,9 +122,9 @@ class Usable:
                 schedule = None
             self._known[key] = schedule
         schedule = self._known[key]
-        if schedule is None or self._is_allowed(workload, schedule):
-            return schedule
-        return None if self.allowed(workload) else schedule
+        if schedule is None or not self.may_take(workload, schedule):
+            return None
+        return schedule
 
     def _is_allowed(self, workload: ConvWorkload, schedule: Schedule) -> bool:
         if self.exact and not is_exact(workload, schedule):

@@ -17,10 +17,11 @@ from tvm_lowrank.cost.measure import KernelTimer
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.errors import LowRankError
 from tvm_lowrank.layer import ConvLayer
+from tvm_lowrank.layer_plan import LayerPlan
 from tvm_lowrank.metrics import Metric
 from tvm_lowrank.passes.lower import survey
 from tvm_lowrank.passes.pipeline import factor
-from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner.allocate import Choice
 from tvm_lowrank.planner.memory import Option, within_bytes
 from tvm_lowrank.planner.survey import Survey
@@ -123,11 +124,11 @@ class Assembler:
         )
 
     def _describe(self, layer: LayerPlan, plan: Plan, timer: KernelTimer) -> LayerPlan:
-        """The layer with what the plan's schedules make of it."""
+        """The layer with what the plan's schedules make of it; times are of separate kernels."""
         if layer.name not in self.survey.dense:
             return layer
         workloads = timer.workloads(layer.stages)
-        schedules = [plan.scheduler()(workload) for workload in workloads]
+        schedules, fused = map(plan.scheduler(), workloads), plan.fused_algorithms()
         pairs = list(zip(workloads, schedules, strict=True))
         times = [timer.time_of(workload, schedule) for workload, schedule in pairs]
         if layer.geometry is not None and layer.form != "dense":
@@ -136,7 +137,7 @@ class Assembler:
             times += [None] * (len(branches) > 1)
         return replace(
             layer,
-            algorithms=tuple(map(algorithm_of, schedules)),
+            algorithms=tuple(fused.get(w.geometry) or algorithm_of(s) for w, s in pairs),
             weight_bytes=sum(weight_bytes(w, s, timer.isa) for w, s in pairs),
             measured_us=layer.measured_us if None in times else sum(filter(None, times)),
         )

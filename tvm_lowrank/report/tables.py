@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tvm_lowrank.layer_plan import LayerPlan
 from tvm_lowrank.metrics import BUILT_IN
-from tvm_lowrank.plan import LayerPlan, Plan
+from tvm_lowrank.plan import Plan
 
 
 def render(plan: Plan) -> RenderableType:
