@@ -54,9 +54,12 @@ class _Matcher:
         """The activation ``source * gate``, if ``gate`` is a known function of ``source``."""
         scale, step = 1.0, None
         value = self._inner(gate)
-        number, rest = self._with_number(value, "multiply")
-        if number is not None and isinstance(rest, relax.Var):
-            scale, value = number, self._inner(rest)
+        for operator in ("multiply", "divide"):
+            number, rest = self._with_number(value, operator)
+            if number and isinstance(rest, relax.Var):
+                scale = number if operator == "multiply" else 1 / number
+                value = self._inner(rest)
+                break
         name = op_name(value)
         if name == "sigmoid" and value.args[0].same_as(source):
             step = "silu"

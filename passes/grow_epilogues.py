@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 from tvm_lowrank.passes.activations import Activation
-from tvm_lowrank.passes.blocked import BlockedTensor
+from tvm_lowrank.passes.blocked import NCHW, NHWC, BlockedTensor
 from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter, steps_of
 from tvm_lowrank.passes.graph import constant_array, is_constant, static_shape
 from tvm_lowrank.passes.kernel_calls import Step
@@ -27,11 +27,13 @@ ACTIVATIONS: dict[str, Callable[[relax.Call], str]] = {
 
 
 def lower_binary(rewriter: BlockedRewriter, name: str, value: relax.Call) -> BlockedTensor | None:
-    """An addition or multiplication: by a constant a channel, or a residual; None if neither."""
+    """An addition or multiplication: by a constant, a residual, a gate; None if neither."""
     left, right = value.args
     if is_constant(left) or is_constant(right):
         tensor, const = (right, left) if is_constant(left) else (left, right)
         return _lower_channelwise(rewriter, name, tensor, const)
+    if name == "multiply":
+        return _lower_gate(rewriter, left, right) or _lower_gate(rewriter, right, left)
     if name != "add" or left.same_as(right) or static_shape(left) is None:
         return None
     first, second = rewriter.values.get(left), rewriter.values.get(right)
@@ -50,6 +52,24 @@ def lower_binary(rewriter: BlockedRewriter, name: str, value: relax.Call) -> Blo
             other = rewriter.blocked(rewriter.values[there])
             return append_step(rewriter, here, "residual", [other])
     return None
+
+
+def _lower_gate(
+    rewriter: BlockedRewriter, var: relax.Expr, gate: relax.Expr
+) -> BlockedTensor | None:
+    """A map times a value for each image and channel (squeeze and excitation)."""
+    source, by = rewriter.values.get(var), rewriter.values.get(gate)
+    if not isinstance(source, BlockedTensor) or not isinstance(by, BlockedTensor):
+        return None
+    batch, channels, *_ = source.map
+    shapes = {NCHW: (batch, channels, 1, 1), NHWC: (batch, 1, 1, channels)}
+    if len(source.shape) != 4 or by.shape != shapes.get(source.view) or not source.is_blocked:
+        return None
+    if source.view == NHWC and not source.channels_at_end:
+        return None
+    if by.map != (batch, channels, 1, 1):
+        return None
+    return append_step(rewriter, var, "gate", [rewriter.blocked(by)])
 
 
 def _lower_channelwise(

@@ -205,6 +205,48 @@ def test_activations_join_kernels_however_they_are_written():
     assert [steps[0] for steps in names[2:6]] == ["leaky_relu", "silu", "gelu", "gelu"]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_squeeze_and_excitation_stays_in_blocks(batch):
+    g = Graph(batch, 20, 9, 7)
+    x = g.op("HardSwish", g.conv("x", 20, 40))
+    for first in (True, False):
+        narrow = g.op("Relu", g.conv(g.op("GlobalAveragePool", x), 40, 10, 1))
+        gate = g.op("HardSigmoid", g.conv(narrow, 10, 40, 1), alpha=1 / 6, beta=0.5)
+        x = g.op("Mul", gate, x) if first else g.op("Mul", x, gate)
+        x = g.op("Add", g.op("Relu", g.conv(x, 40, 40, 1)), x)
+    found, epilogues = lowered(g, x)
+    assert not {"multiply", "add"} & set(found)
+    assert found["lowrank_block"] == found["lowrank_unblock"] == 1
+    assert found["lowrank_elementwise"] == 2
+    assert sum("residual" in steps for steps in epilogues) == 2
+
+
+def test_a_gate_joins_the_convolution_before_it():
+    g = Graph(2, 24, 6, 6)
+    gate = g.op("Sigmoid", g.conv(g.op("GlobalAveragePool", "x"), 24, 24, 1))
+    found, epilogues = lowered(g, g.op("Mul", g.conv("x", 24, 24), gate))
+    assert ("bias", "gate") in epilogues
+    assert not {"multiply", "lowrank_elementwise"} & set(found)
+
+
+def test_products_that_are_no_gates_stay():
+    g = Graph(1, 16, 6, 6)
+    x, y = g.conv("x", 16, 16), g.conv("x", 16, 1)  # a value a pixel
+    found, _ = lowered(g, g.op("Mul", g.op("Mul", x, y), g.conv("x", 16, 16)))
+    assert found["multiply"] == 2
+
+
+def test_a_flat_activation_that_divides_is_one_step():
+    g = Graph(1, 16, 8, 8)
+    x = g.op("Flatten", g.op("GlobalAveragePool", g.conv("x", 16, 32)))
+    x = g.op("Gemm", x, g.constant(RNG.standard_normal((32, 48)) / 6))
+    gate = g.op("Clip", g.op("Add", x, g.constant(3.0)), g.constant(0.0), g.constant(6.0))
+    x = g.op("Mul", x, g.op("Div", gate, g.constant(6.0)))
+    found, epilogues = lowered(g, g.op("Gemm", x, g.constant(RNG.standard_normal((48, 10)) / 7)))
+    assert any("hard_swish" in steps for steps in epilogues)
+    assert not {"add", "divide", "multiply", "clip"} & set(found)
+
+
 def test_an_activation_whose_parts_are_read_elsewhere_stays_spelt_out():
     g = Graph(1, 16, 8, 8)
     x = g.conv("x", 16, 16)

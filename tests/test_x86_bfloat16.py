@@ -59,7 +59,7 @@ def workloads(draw):
         dilation=dilation,
         batch=draw(st.integers(1, 3)),
     )
-    steps = ["bias", "residual", "relu", "affine", "clip:-1:6", *ACTIVATIONS]
+    steps = ["bias", "residual", "gate", "affine", "clip:-1:6", *ACTIVATIONS]
     epilogue = tuple(draw(st.lists(st.sampled_from(steps), max_size=2)))
     workload = ConvWorkload(geometry, 16, epilogue)
     if bfloat16_schedule.refuse(workload, AVX512_BF16):

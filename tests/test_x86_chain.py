@@ -169,7 +169,7 @@ def chains(draw, lanes):
         epilogues.append(draw(steps))
         channels = filters
         height, width = geometries[-1].out_height, geometries[-1].out_width
-    epilogues[-1] = ("bias", "residual", "relu")
+    epilogues[-1] = ("bias", "residual", draw(st.sampled_from(["relu", "gate"])))
     return chain(lanes, *geometries, epilogues=epilogues)
 
 
@@ -224,8 +224,9 @@ def test_what_no_fused_kernel_computes():
     plain = ChainWorkload((ConvWorkload(stem, 1), ConvWorkload(rest, 16)))
     assert "in_block" in fused_space.refuse(plain, AVX512)
     assert fused_space.fused_space(plain, AVX512) == []
-    with pytest.raises(ValueError, match="residual"):
-        chain(16, stem, rest, epilogues=[("residual",)])
+    for step in ("residual", "gate"):
+        with pytest.raises(ValueError, match="reads another map"):
+            chain(16, stem, rest, epilogues=[(step,)])
     with pytest.raises(ValueError, match="does not read"):
         chain(16, stem, stem)
     with pytest.raises(ValueError, match="two stages"):

@@ -52,7 +52,7 @@ def maps(draw):
     shape = draw(
         st.tuples(st.integers(1, 2), st.integers(1, 37), st.integers(1, 30), st.integers(1, 30))
     )
-    steps = ["bias", "residual", "affine", *TOLERANCES]
+    steps = ["bias", "residual", "gate", "affine", *TOLERANCES]
     return shape, tuple(draw(st.lists(st.sampled_from(steps), max_size=4)))
 
 

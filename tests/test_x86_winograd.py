@@ -52,7 +52,9 @@ def workloads(draw, lanes):
         padding=padding,
         batch=draw(st.integers(1, 3)),
     )
-    epilogue = tuple(draw(st.lists(st.sampled_from(["bias", "residual", "relu"]), max_size=2)))
+    epilogue = tuple(
+        draw(st.lists(st.sampled_from(["bias", "residual", "gate", "relu"]), max_size=2))
+    )
     return ConvWorkload(geometry, lanes, epilogue)
 
 

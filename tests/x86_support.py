@@ -146,7 +146,11 @@ def apply_steps(
     operands = []
     for step in steps:
         name, numbers = parse_step(step)
-        if name == "residual":
+        if name == "gate":
+            gate = rng.standard_normal((*y.shape[:2], 1, 1)).astype("float32")
+            operands.append(block(gate, isa.lanes))
+            y = y * gate
+        elif name == "residual":
             residual = rng.standard_normal(y.shape).astype("float32")
             operands.append(block(residual, isa.lanes))
             y = y + residual

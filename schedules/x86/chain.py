@@ -24,8 +24,8 @@ MOST_STAGES = 3
 class ChainWorkload:
     """Convolutions of which each reads the result of the one before, and nothing else does.
 
-    Raises ValueError for fewer than two stages, for maps that do not fit, and for a residual that
-    is added before the last stage.
+    Raises ValueError for fewer than two stages, for maps that do not fit, and for a residual or a
+    gate before the last stage.
     """
 
     stages: tuple[ConvWorkload, ...]
@@ -43,8 +43,8 @@ class ChainWorkload:
                 read.width,
             ):
                 raise ValueError(f"{read} does not read what {made} makes")
-            if "residual" in before.epilogue:
-                raise ValueError(f"{made} adds a residual inside of the chain")
+            if {"residual", "gate"} & {*before.epilogue}:
+                raise ValueError(f"{made} reads another map inside of the chain")
 
     def is_promising(self) -> bool:
         """Whether a kernel for several stages may gain anything.

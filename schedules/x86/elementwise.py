@@ -23,7 +23,7 @@ def emit_elementwise(
 
     Its parameters are ``x``, the buffers of the steps (see `Epilogue`), and ``y``; ``x``,
     residuals and ``y`` have shape ``(N, ceil(C / lanes), H, W, lanes)``. Adding two maps is the
-    step ``residual``.
+    step ``residual``, multiplying a map by one of a single pixel is ``gate``.
 
     Raises ValueError for a step unknown or malformed.
     """

@@ -1,13 +1,14 @@
-"""What follows a convolution on its output vectors: biases, residuals, affine, activations."""
+"""What follows a convolution on its output vectors: biases, other maps, affine, activations."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from tvm import ir, tirx
 
 from . import activations
-from .emitter import Emitter, Index
+from .emitter import Emitter, Index, quotient
 from .workload import parse_step
 
 _ACTIVATIONS: dict[str, Callable[..., ir.Expr]] = {
@@ -29,7 +30,7 @@ class Epilogue:
 
     Creating one adds those parameters to the function of ``em``, in the order of the steps: a
     vector of ``channels`` values for a bias, two (scale, shift) for an affine step, a map of shape
-    ``map_shape`` for a residual. The other steps have none.
+    ``map_shape`` for a residual, one of a single pixel for a gate. The other steps have none.
     """
 
     def __init__(
@@ -37,6 +38,9 @@ class Epilogue:
     ) -> None:
         """Add the parameters of ``steps``; ValueError for a step unknown or malformed."""
         self._em = em
+        self._channels = channels
+        batch, *_, lanes = map_shape
+        self._image = math.prod(map_shape[1:]) if batch > 1 else 0
         self._steps: list[tuple[str, tuple[float, ...], tuple[tirx.Buffer, ...]]] = []
         for index, step in enumerate(steps):
             name, numbers = parse_step(step)
@@ -45,6 +49,9 @@ class Epilogue:
                 buffers = (em.argument(f"bias{index}", (channels,)),)
             elif name == "residual":
                 buffers = (em.argument(f"residual{index}", map_shape),)
+            elif name == "gate":
+                gates = (batch, channels // lanes, 1, 1, lanes)
+                buffers = (em.argument(f"gate{index}", gates),)
             elif name == "affine":
                 scale = em.argument(f"scale{index}", (channels,))
                 buffers = (scale, em.argument(f"shift{index}", (channels,)))
@@ -90,6 +97,11 @@ class Epilogue:
                 value = value + em.load(buffers[0], channel)
             elif name == "residual":
                 value = value + em.load(buffers[0], position)
+            elif name == "gate":
+                at = channel
+                if self._image:
+                    at = em.bind_index(quotient(position, self._image) * self._channels + channel)
+                value = value * em.load(buffers[0], at)
             elif name == "affine":
                 value = value * em.load(buffers[0], channel) + em.load(buffers[1], channel)
             elif name == "relu":

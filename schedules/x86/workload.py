@@ -14,6 +14,7 @@ from tvm_lowrank.geometry import ConvGeometry
 EPILOGUE_STEPS = {
     "bias": 0,
     "residual": 0,
+    "gate": 0,
     "affine": 0,
     "relu": 0,
     "clip": 2,
@@ -62,6 +63,7 @@ class ConvWorkload:
 
     - ``"bias"``: add a value per channel;
     - ``"residual"``: add a map of the shape of the output;
+    - ``"gate"``: multiply by a value per image and channel, a map of one pixel;
     - ``"affine"``: multiply by a scale per channel and add a shift per channel;
     - ``"relu"``: ``max(y, 0)``; ``"leaky_relu:ALPHA"``: ``ALPHA * y`` where y is negative;
     - ``"clip:LOW:HIGH"``: ``min(max(y, LOW), HIGH)``, where a bound may be ``inf`` or ``-inf``;
