@@ -128,6 +128,18 @@ def test_races_settle_times_at_the_level_of_what_was_measured_alone(tmp_path):
     assert schedule_text(three) not in here.settled("work", here.here)
 
 
+def test_races_settle_nothing_of_what_was_measured_with_another_epilogue_only():
+    records = TuningRecords(None, "avx512", 2, machine="here")
+    one, two, three = ({"tile": tile} for tile in (1, 2, 3))
+    records.add("work", one, 10.0)
+    records.add_race("work", [(one, 20.0), (two, 10.0)])
+    assert records.settled("work", records.here) == {}
+    records.add("work", three, 10.0)
+    records.add_race("work", [(one, 20.0), (two, 10.0), (three, 20.0)])
+    settled = records.settled("work", records.here)
+    assert settled == pytest.approx({schedule_text(one): 10.0, schedule_text(three): 10.0})
+
+
 def test_times_of_two_races_are_never_mixed(tmp_path):
     path = tmp_path / "records.jsonl"
     here = TuningRecords(path, "avx512", 2, machine="one")

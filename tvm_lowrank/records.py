@@ -268,11 +268,12 @@ class TuningRecords:
         """Microseconds of schedules at a place, by their text, as they were told apart in turns.
 
         Of each race the least times count, at the level of what its schedules took by themselves:
-        what disturbed one of these tells nothing of the others. Only what ran in turns is in it.
+        what disturbed one of these tells nothing of the others. Only what ran in turns is in it,
+        and was measured with this workload's epilogue, not with another alone.
         """
         alone, found = self._times.get(workload, {}).get(place, {}), dict[str, float]()
         for race in self._races.get((workload, place), {}).values():
-            ratios = {s: min(us) / alone[s] for s, us in race.items() if alone.get(s, math.inf) > 0}
+            ratios = {s: min(us) / alone[s] for s, us in race.items() if alone.get(s)}
             ratios = {s: ratio for s, ratio in ratios.items() if 0 < ratio < math.inf}
             if len(ratios) > 1:
                 level = math.exp(statistics.fmean(map(math.log, ratios.values())))
