@@ -100,12 +100,15 @@ def test_special_shapes(name, shape):
 
 
 GROUPED = {
-    # in, out, groups: whole blocks; one input block a group; merged into pairs or fours; all merged
+    # in, out, groups: whole blocks; one input block a group; merged into pairs or fours; all merged;
+    # merged, with groups missing in the last
     "aligned": (32, 64, 2),
     "resnext": (64, 64, 16),
     "shufflenet": (24, 48, 3),
     "odd": (15, 21, 3),
     "multiplier": (18, 36, 18),
+    "regnet": (40, 40, 5),
+    "narrow": (28, 28, 7),
 }
 
 
@@ -127,6 +130,15 @@ def test_groups_merge_no_further_than_blocks_need():
     assert [merge_groups(geometry, lanes, lanes).groups for lanes in (4, 8, 16)] == [16, 8, 4]
     assert merge_groups(geometry, 1, 4).groups == 16
     assert merge_groups(ConvGeometry(15, 21, 7, 7, (3, 3), groups=3), 16, 16).groups == 1
+
+
+def test_the_last_of_merged_groups_ends_with_the_last_block():
+    geometry = ConvGeometry(440, 440, 7, 7, (3, 3), groups=55)
+    merged = merge_groups(geometry, 16, 16)
+    assert (merged.groups, merged.in_channels, merged.out_channels) == (28, 448, 448)
+    assert merge_groups(geometry, 1, 16).groups == 1  # its channels are in no blocks
+    three = ConvGeometry(72, 72, 7, 7, (3, 3), groups=3)  # two in three blocks, and one in two
+    assert merge_groups(three, 16, 16).groups == 1
 
 
 def test_depthwise_is_refused_in_favour_of_its_own_kernel():

@@ -19,13 +19,20 @@ def merge_groups(geometry: ConvGeometry, in_block: int, lanes: int) -> ConvGeome
 
     Each group of the result has whole blocks of ``in_block`` input and ``lanes`` output channels,
     or is the only one. Its weights off the diagonal are zeros, to be multiplied all the same.
+    Groups may be missing in the last one: its channels are those that fill up the last block.
     """
     groups = geometry.groups
     inputs, outputs = geometry.in_channels // groups, geometry.out_channels // groups
     for merged in range(1, groups):
-        aligned = merged * inputs % in_block == 0 and merged * outputs % lanes == 0
-        if groups % merged == 0 and aligned:
-            return replace(geometry, groups=groups // merged)
+        read, made, left = merged * inputs, merged * outputs, -(-groups // merged)
+        aligned = read % in_block == 0 and made % lanes == 0
+        # No block more than there are.
+        ends = (
+            left * read - geometry.in_channels < in_block,
+            left * made - geometry.out_channels < lanes,
+        )
+        if aligned and all(ends):
+            return replace(geometry, in_channels=left * read, out_channels=left * made, groups=left)
     return replace(geometry, groups=1)
 
 
@@ -36,8 +43,9 @@ def merge_weight(weight: np.ndarray, geometry: ConvGeometry, merged: ConvGeometr
     wide = np.zeros(merged.weight_shape, np.float32)
     outputs = geometry.out_channels // geometry.groups
     inputs = geometry.in_channels // geometry.groups
+    together = merged.in_channels // merged.groups // inputs
     for group in range(geometry.groups):
-        at = group % (geometry.groups // merged.groups) * inputs
+        at = group % together * inputs
         rows = slice(group * outputs, (group + 1) * outputs)
         wide[rows, at : at + inputs] = weight[rows]
     return wide
