@@ -100,7 +100,7 @@ def test_special_shapes(name, shape):
 
 
 GROUPED = {
-    # in, out, groups: whole blocks; one input block a group; merged into pairs or fours; all merged;
+    # in, out, groups: whole blocks; one block a group; merged into pairs or fours; all merged;
     # merged, with groups missing in the last
     "aligned": (32, 64, 2),
     "resnext": (64, 64, 16),
