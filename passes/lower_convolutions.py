@@ -19,7 +19,13 @@ from tvm_lowrank.passes.grow_epilogues import (
 from tvm_lowrank.passes.kernel_calls import WeightParameter, Weights
 from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense
 from tvm_lowrank.passes.lower_reductions import lower_global_pool, lower_layer_norm, lower_pool
-from tvm_lowrank.passes.lower_views import lower_concat, lower_view, lower_window
+from tvm_lowrank.passes.lower_views import (
+    lower_concat,
+    lower_take,
+    lower_view,
+    lower_window,
+)
+from tvm_lowrank.passes.raise_shuffles import RaiseShuffles
 from tvm_lowrank.passes.split_batch import SplitBatch
 from tvm_lowrank.schedules.kernels import Schedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
@@ -79,6 +85,7 @@ class LowerConvolutions:
         weights = Weights.PARAMETERS if self.weights_as_parameters else Weights.CONSTANTS
         if weights is Weights.CONSTANTS:
             mod = SplitBatch()(mod)
+        mod = RaiseShuffles()(mod)
         lowerer = _Lowerer(mod, self.isa, self.choose, weights, self.fuse)
         if self.blocked_inputs:
             lowerer.take_blocks()
@@ -99,7 +106,7 @@ def survey(
     One entry a call, in the network's order; ``choose`` and ``fuse`` are asked as they are there.
     No weight is laid out, so large networks are surveyed quickly.
     """
-    lowerer = _Lowerer(SplitBatch()(mod), isa, choose, Weights.ABSENT, fuse)
+    lowerer = _Lowerer(RaiseShuffles()(SplitBatch()(mod)), isa, choose, Weights.ABSENT, fuse)
     lowerer.run()
     return lowerer.calls.workloads
 
@@ -152,6 +159,8 @@ class _Lowerer(BlockedRewriter):
             result = lower_view(self, name, value, static_shape(var))
         elif name == "concat":
             result = lower_concat(self, value)
+        elif name == "take":
+            result = lower_take(self, value)
         elif name in ("strided_slice", "nn.pad"):
             result = lower_window(self, name, value, static_shape(var))
         elif name == "nn.layer_norm":

@@ -17,7 +17,7 @@ from tvm_lowrank.passes.blocked import (
     view_of,
 )
 from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter
-from tvm_lowrank.passes.graph import is_constant
+from tvm_lowrank.passes.graph import constant_array, is_constant
 from tvm_lowrank.schedules.x86.emitter import ALIGNMENT
 from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
 from tvm_lowrank.schedules.x86.placement import Images
@@ -96,6 +96,31 @@ def lower_window(
     if cut is None or (n, cut.out_channels, *cut.out_size) != shape:
         return None
     return of_map((n, cut.out_channels, *cut.out_size), pending=Pending(sources, Gather(cut)))
+
+
+def lower_take(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
+    """Channels in another order as a pending copy, merged with the one before it; else None."""
+    source = rewriter.blocked_map(value.args[0])
+    axis, indices = value.attrs.axis, value.args[1]
+    if source is None or axis is None or int(axis) != 1 or not is_constant(indices):
+        return None
+    order = constant_array(indices)
+    if order.ndim != 1 or not order.size or order.min() < 0 or order.max() >= source.channels:
+        return None
+    sources, workload = rewriter.copied(source)
+    channels = [
+        (run.source, run.first + number) for run in workload.runs for number in range(run.count)
+    ]
+    runs: list[ChannelRun] = []
+    for taken_from, first in (channels[channel] for channel in order):
+        last = runs[-1] if runs else None
+        if last and (last.source, last.first + last.count) == (taken_from, first):
+            runs[-1] = replace(last, count=last.count + 1)
+        else:
+            runs.append(ChannelRun(taken_from, first, 1))
+    taken = replace(workload, runs=tuple(runs))
+    shape = (source.map[0], taken.out_channels, *taken.out_size)
+    return of_map(shape, pending=Pending(sources, Gather(taken)))
 
 
 def _join(

@@ -205,6 +205,47 @@ def test_activations_join_kernels_however_they_are_written():
     assert [steps[0] for steps in names[2:6]] == ["leaky_relu", "silu", "gelu", "gelu"]
 
 
+def shuffle(g, x, shape, groups, axes=(0, 2, 1, 3, 4)):
+    n, c, h, w = shape
+    split = g.op("Reshape", x, g.constant((n, groups, c // groups, h, w), np.int64))
+    swapped = g.op("Transpose", split, perm=axes)
+    return split, g.op("Reshape", swapped, g.constant(shape, np.int64))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_shuffled_channels_are_copied_once_for_each_reader(batch):
+    g = Graph(batch, 3, 18, 14)
+    x = g.op("Relu", g.conv("x", 3, 40, strides=[2, 2]))
+    for _ in range(3):
+        left = g.slice(x, [0], [20], [1], [1])
+        right = g.slice(x, [20], [40], [1], [1])
+        right = g.op("Relu", g.conv(right, 20, 20, 1))
+        _, x = shuffle(g, g.op("Concat", left, right, axis=1), (batch, 40, 9, 7), 2)
+    found, _ = lowered(g, g.conv(x, 40, 8, 1))
+    # The first half is no whole number of blocks; what passes by is never copied by itself.
+    assert found["lowrank_gather"] == 4
+    assert not {"reshape", "permute_dims", "strided_slice", "concat", "take"} & set(found)
+    assert found["lowrank_block"] == 0 and found["lowrank_unblock"] == 1
+
+
+def test_transpositions_that_shuffle_no_channels_or_are_read_elsewhere_stay():
+    for axes, read in (((0, 2, 1, 3, 4), True), ((0, 1, 2, 4, 3), False)):
+        g = Graph(1, 20, 6, 6)
+        split, x = shuffle(g, g.conv("x", 20, 20), (1, 20, 6, 6), 4, axes)
+        if read:
+            x = g.op("Add", x, g.op("Reshape", split, g.constant((1, 20, 6, 6), np.int64)))
+        found, _ = lowered(g, x)
+        assert found["permute_dims"] == 1 and found["lowrank_gather"] == 0
+
+
+def test_channels_in_any_order_are_one_copy():
+    g = Graph(1, 16, 5, 5)
+    order = RNG.permutation(37)[:30]
+    x = g.op("Gather", g.conv("x", 16, 37), g.constant(order, np.int64), axis=1)
+    found, _ = lowered(g, g.conv(x, 30, 16))
+    assert found["lowrank_gather"] == 1 and found["take"] == 0
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_squeeze_and_excitation_stays_in_blocks(batch):
     g = Graph(batch, 20, 9, 7)
