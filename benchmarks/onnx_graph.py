@@ -57,7 +57,7 @@ class Graph:
         self.batch = batch
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, Weight] = {}
-        self.constants: dict[str, float] = {}
+        self.constants: dict[str, np.ndarray] = {}
         self.shapes: dict[str, Shape] = {"input": image}
         self.multiply_adds = 0
 
@@ -79,8 +79,7 @@ class Graph:
         """The network with its weights drawn from ``seed``."""
         rng = np.random.default_rng(seed)
         tensors = [numpy_helper.from_array(w.draw(rng), name) for name, w in self.weights.items()]
-        for name, value in self.constants.items():
-            tensors.append(numpy_helper.from_array(np.float32(value).reshape(()), name))
+        tensors += [numpy_helper.from_array(value, name) for name, value in self.constants.items()]
         ends = [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, [self.batch, *self.shapes[name]])
             for name in ("input", output)
@@ -177,6 +176,22 @@ class Graph:
         """``min(max(x, 0), 6)``."""
         return self._node("Clip", [x, self._constant(0.0), self._constant(6.0)], self.shapes[x])
 
+    def sigmoid(self, x: str) -> str:
+        """``1 / (1 + exp(-x))``."""
+        return self._node("Sigmoid", [x], self.shapes[x])
+
+    def silu(self, x: str) -> str:
+        """``x sigmoid(x)``."""
+        return self.multiply(x, self.sigmoid(x))
+
+    def hard_sigmoid(self, x: str) -> str:
+        """``clip(x / 6 + 1 / 2, 0, 1)``."""
+        return self._node("HardSigmoid", [x], self.shapes[x], alpha=1 / 6, beta=0.5)
+
+    def hard_swish(self, x: str) -> str:
+        """x times its hard sigmoid."""
+        return self._node("HardSwish", [x], self.shapes[x])
+
     def gelu(self, x: str) -> str:
         """``x (1 + erf(x / sqrt 2)) / 2`` in the operators of an export."""
         shape = self.shapes[x]
@@ -189,6 +204,24 @@ class Graph:
     def add(self, x: str, y: str) -> str:
         """Sum of two tensors of one shape."""
         return self._node("Add", [x, y], self.shapes[x])
+
+    def multiply(self, x: str, y: str) -> str:
+        """Product of a tensor and one of its shape, or with one pixel."""
+        return self._node("Mul", [x, y], self.shapes[x])
+
+    def channels(self, x: str, first: int, last: int) -> str:
+        """The channels from ``first`` to before ``last`` of a map."""
+        bounds = [self._integers(value) for value in ((first,), (last,), (1,))]
+        return self._node("Slice", [x, *bounds], (last - first, *self.shapes[x][1:]))
+
+    def shuffle(self, x: str, groups: int) -> str:
+        """Channels of groups in turns: the first of each, the second of each, and so on."""
+        count, *size = self.shapes[x]
+        split = (groups, count // groups, *size)
+        y = self._node("Reshape", [x, self._integers((self.batch, *split))], split)
+        y = self.transpose(y, (1, 0, 2, 3))
+        shape = (count, *size)
+        return self._node("Reshape", [y, self._integers((self.batch, *shape))], shape)
 
     def concat(self, parts: Sequence[str]) -> str:
         """Maps joined along their channels."""
@@ -240,7 +273,12 @@ class Graph:
 
     def _constant(self, value: float) -> str:
         name = f"c{value:g}"
-        self.constants[name] = value
+        self.constants[name] = np.float32(value).reshape(())
+        return name
+
+    def _integers(self, values: Sequence[int]) -> str:
+        name = "i" + "_".join(map(str, values))
+        self.constants[name] = np.array(values, np.int64)
         return name
 
     def _node(self, kind: str, inputs: list[str], shape: Shape, **attributes: Any) -> str:

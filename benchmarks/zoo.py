@@ -9,8 +9,14 @@ from pathlib import Path
 
 import onnx
 from onnx_graph import Graph
-
-CLASSES = 1000
+from zoo_layers import CLASSES, classifier, conv_norm_relu
+from zoo_mobile import (
+    efficientnet_b0,
+    mobilenet_v2,
+    mobilenet_v3_large,
+    regnet_y_400mf,
+    shufflenet_v2,
+)
 
 
 def vgg16(batch: int = 1) -> tuple[Graph, str]:
@@ -54,7 +60,7 @@ def resnet18(batch: int = 1) -> tuple[Graph, str]:
     """ResNet-18 (He et al., 2015), two 3x3 convolutions a block."""
 
     def branch(g: Graph, x: str, width: int, stride: int) -> str:
-        x = _conv_norm_relu(g, x, width, 3, stride)
+        x = conv_norm_relu(g, x, width, 3, stride)
         return g.norm(g.conv(x, width, 3, bias=False), gain=0.3)
 
     return _resnet("resnet18", batch, branch, (2, 2, 2, 2), 1)
@@ -64,7 +70,7 @@ def resnet50(batch: int = 1) -> tuple[Graph, str]:
     """ResNet-50 (He et al., 2015), bottlenecks with the stride in the 3x3 convolution."""
 
     def branch(g: Graph, x: str, width: int, stride: int) -> str:
-        x = _conv_norm_relu(g, _conv_norm_relu(g, x, width, 1), width, 3, stride)
+        x = conv_norm_relu(g, conv_norm_relu(g, x, width, 1), width, 3, stride)
         return g.norm(g.conv(x, 4 * width, 1, bias=False), gain=0.3)
 
     return _resnet("resnet50", batch, branch, (3, 4, 6, 3), 4)
@@ -78,7 +84,7 @@ def _resnet(
     expansion: int,
 ) -> tuple[Graph, str]:
     g = Graph(name, batch=batch)
-    x = g.max_pool(_conv_norm_relu(g, "input", 64, 7, 2), 3, 2, 1)
+    x = g.max_pool(conv_norm_relu(g, "input", 64, 7, 2), 3, 2, 1)
     for stage, depth in enumerate(depths):
         width = 64 << stage
         for block in range(depth):
@@ -87,22 +93,14 @@ def _resnet(
             if g.shapes[x][0] != expansion * width:
                 shortcut = g.norm(g.conv(x, expansion * width, 1, stride, bias=False))
             x = g.relu(g.add(branch(g, x, width, stride), shortcut))
-    return g, _classifier(g, x)
-
-
-def _conv_norm_relu(g: Graph, x: str, filters: int, kernel: int, stride: int = 1) -> str:
-    return g.relu(g.norm(g.conv(x, filters, kernel, stride, bias=False)))
-
-
-def _classifier(g: Graph, x: str) -> str:
-    return g.linear(g.flatten(g.global_pool(x)), CLASSES)
+    return g, classifier(g, x)
 
 
 def googlenet(batch: int = 1) -> tuple[Graph, str]:
     """GoogLeNet (Szegedy et al., 2014) as torchvision has it: batch norm, 3x3 for 5x5, one head."""
     g = Graph("googlenet", batch=batch)
-    x = g.max_pool(_conv_norm_relu(g, "input", 64, 7, 2), 3, 2, ceil=True)
-    x = _conv_norm_relu(g, _conv_norm_relu(g, x, 64, 1), 192, 3)
+    x = g.max_pool(conv_norm_relu(g, "input", 64, 7, 2), 3, 2, ceil=True)
+    x = conv_norm_relu(g, conv_norm_relu(g, x, 64, 1), 192, 3)
     x = g.max_pool(x, 3, 2, ceil=True)
     blocks: tuple[tuple[int, ...], ...] = (
         (64, 96, 128, 16, 32, 32),
@@ -124,41 +122,19 @@ def googlenet(batch: int = 1) -> tuple[Graph, str]:
         one, reduce3, three, reduce5, five, pooled = widths
         x = g.concat(
             [
-                _conv_norm_relu(g, x, one, 1),
-                _conv_norm_relu(g, _conv_norm_relu(g, x, reduce3, 1), three, 3),
-                _conv_norm_relu(g, _conv_norm_relu(g, x, reduce5, 1), five, 3),
-                _conv_norm_relu(g, g.max_pool(x, 3, 1, 1), pooled, 1),
+                conv_norm_relu(g, x, one, 1),
+                conv_norm_relu(g, conv_norm_relu(g, x, reduce3, 1), three, 3),
+                conv_norm_relu(g, conv_norm_relu(g, x, reduce5, 1), five, 3),
+                conv_norm_relu(g, g.max_pool(x, 3, 1, 1), pooled, 1),
             ]
         )
-    return g, _classifier(g, x)
-
-
-def mobilenet_v2(batch: int = 1) -> tuple[Graph, str]:
-    """MobileNetV2 (Sandler et al., 2018): expansion, depthwise 3x3, linear projection."""
-    g = Graph("mobilenet_v2", batch=batch)
-    x = g.relu6(g.norm(g.conv("input", 32, 3, 2, bias=False)))
-    settings = (
-        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
-        (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
-    )  # fmt: skip
-    for expansion, filters, count, first_stride in settings:
-        for block in range(count):
-            channels, y = g.shapes[x][0], x
-            hidden, stride = channels * expansion, first_stride if block == 0 else 1
-            if expansion > 1:
-                y = g.relu6(g.norm(g.conv(y, hidden, 1, bias=False, gain=1.0)))
-            y = g.relu6(g.norm(g.conv(y, hidden, 3, stride, groups=hidden, bias=False)))
-            residual = stride == 1 and channels == filters
-            y = g.norm(g.conv(y, filters, 1, bias=False), gain=0.3 if residual else 1.0)
-            x = g.add(x, y) if residual else y
-    x = g.relu6(g.norm(g.conv(x, 1280, 1, bias=False, gain=1.0)))
-    return g, _classifier(g, x)
+    return g, classifier(g, x)
 
 
 def densenet121(batch: int = 1) -> tuple[Graph, str]:
     """DenseNet-121 (Huang et al., 2016), growth 32, norm and ReLU before each convolution."""
     g = Graph("densenet121", batch=batch)
-    x = g.max_pool(_conv_norm_relu(g, "input", 64, 7, 2), 3, 2, 1)
+    x = g.max_pool(conv_norm_relu(g, "input", 64, 7, 2), 3, 2, 1)
     for index, depth in enumerate((6, 12, 24, 16)):
         for _ in range(depth):
             y = g.conv(g.relu(g.norm(x)), 128, 1, bias=False)
@@ -166,7 +142,7 @@ def densenet121(batch: int = 1) -> tuple[Graph, str]:
         x = g.relu(g.norm(x))
         if index < 3:
             x = g.average_pool(g.conv(x, g.shapes[x][0] // 2, 1, bias=False), 2, 2)
-    return g, _classifier(g, x)
+    return g, classifier(g, x)
 
 
 def super_resolution(batch: int = 1) -> tuple[Graph, str]:
@@ -206,6 +182,10 @@ NETWORKS: dict[str, Callable[[int], tuple[Graph, str]]] = {
     "resnet50": resnet50,
     "googlenet": googlenet,
     "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v3_large": mobilenet_v3_large,
+    "efficientnet_b0": efficientnet_b0,
+    "shufflenet_v2": shufflenet_v2,
+    "regnet_y_400mf": regnet_y_400mf,
     "densenet121": densenet121,
     "super_resolution": super_resolution,
     "convnext_tiny": convnext_tiny,
