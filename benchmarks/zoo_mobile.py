@@ -44,13 +44,13 @@ def mobilenet_v3_large(batch: int = 1) -> tuple[Graph, str]:
     for kernel, hidden, filters, gated, hard, stride in settings:
         act, y = g.hard_swish if hard else g.relu, x
         if g.shapes[x][0] != hidden:
-            y = act(conv_norm(g, y, hidden))
+            y = act(conv_norm(g, y, hidden, gain=1.0))
         y = act(conv_norm(g, y, hidden, kernel, stride, groups=hidden))
         if gated:
             squeezed = _multiple_of_8(hidden // 4)
             y = _gate(g, y, squeezed, g.relu, g.hard_sigmoid)
-        x = _project(g, x, y, filters, stride)
-    x = g.flatten(g.global_pool(g.hard_swish(conv_norm(g, x, 960))))
+        x = _project(g, x, y, filters, stride, gain=8.0 if gated else 2.0)
+    x = g.flatten(g.global_pool(g.hard_swish(conv_norm(g, x, 960, gain=1.0))))
     return g, g.linear(g.hard_swish(g.linear(x, 1280)), CLASSES)
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from tvm import relax
 from tvm_lowrank.passes.kernel_calls import Convolution, Shape, Step
 from tvm_lowrank.schedules.x86.gather import GatherWorkload
+from tvm_lowrank.schedules.x86.interleave import InterleaveWorkload
 from tvm_lowrank.schedules.x86.placement import Images
 
 # How the network sees a map: as it is, with channels last (whatever the axes before them), or
@@ -34,7 +35,15 @@ class Gather:
     steps: list[Step] = field(default_factory=list)
 
 
-Operation: TypeAlias = Convolution | Elementwise | Gather
+@dataclass
+class Interleave:
+    """A map of more pixels from one of more channels; it takes steps."""
+
+    workload: InterleaveWorkload
+    steps: list[Step] = field(default_factory=list)
+
+
+Operation: TypeAlias = Convolution | Elementwise | Gather | Interleave
 
 
 @dataclass

@@ -16,6 +16,7 @@ from tvm_lowrank.passes.blocked import (
     BlockedTensor,
     Elementwise,
     Gather,
+    Interleave,
     Pending,
     of_map,
     of_plain,
@@ -249,9 +250,12 @@ class BlockedRewriter(Rewriter):
             in_place = self._joins_in_place(operation, sources)
             if any(in_place):
                 return self._join_in_place(sources, in_place)
-            blocks = [self.blocked(source) for source in sources]
-            return self.calls.gather(blocks, operation.workload, operation.steps)
+            gathered = [self.blocked(source) for source in sources]
+            return self.calls.gather(gathered, operation.workload, operation.steps)
         (data,) = sources
+        if isinstance(operation, Interleave):
+            blocks = self.blocked(data)
+            return self.calls.interleave(blocks, operation.workload, operation.steps)
         if isinstance(operation, Elementwise):
             return self.calls.elementwise(self.blocked(data), data.map, operation.steps, sink)
         in_block = self.in_block(operation.geometry, data)

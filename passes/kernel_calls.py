@@ -17,10 +17,12 @@ from tvm_lowrank.schedules.x86 import (
     elementwise,
     fused,
     gather,
+    interleave,
     layout,
     normalisation,
     packing,
     pooling,
+    resizing,
 )
 from tvm_lowrank.schedules.x86.chain import ChainWorkload, FusedSchedule
 from tvm_lowrank.schedules.x86.isa import VectorISA
@@ -240,6 +242,39 @@ class KernelCalls:
         shape = (workload.batch, workload.out_channels, *workload.out_size)
         args = [*sources, *self._operands(steps, None)]
         return self._call(gvar, args, self.blocked_type(shape), sink)
+
+    def interleave(
+        self, source: relax.Expr, workload: interleave.InterleaveWorkload, steps: list[Step]
+    ) -> relax.Expr:
+        """Pixels of a blocked map from its channels, with epilogue steps."""
+        names = tuple(name for name, _ in steps)
+        gvar = self._kernel(
+            (workload, names),
+            lambda: interleave.emit_interleave(workload, self.isa, names),
+            "interleave",
+        )
+        shape = (workload.batch, workload.out_channels, *workload.out_size)
+        return self._call(gvar, [source, *self._operands(steps, None)], self.blocked_type(shape))
+
+    def resize(
+        self,
+        source: relax.Expr,
+        shape: Shape,
+        tables: tuple[np.ndarray, np.ndarray],
+        linear: bool,
+    ) -> relax.Expr:
+        """A blocked map resized; ``tables`` are those of its rows and columns."""
+        n, c, *size = shape
+        out = tuple(each.shape[1] for each in tables)
+        gvar = self._kernel(
+            ("resize", shape, out, linear),
+            lambda: resizing.emit_resize(
+                n, c, (size[0], size[1]), (out[0], out[1]), linear, self.isa
+            ),
+            "resize",
+        )
+        args = [source, *map(constant, tables)]
+        return self._call(gvar, args, self.blocked_type((n, c, *out)))
 
     def layer_norm(
         self,

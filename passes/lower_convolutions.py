@@ -17,8 +17,13 @@ from tvm_lowrank.passes.grow_epilogues import (
     lower_binary,
 )
 from tvm_lowrank.passes.kernel_calls import WeightParameter, Weights
-from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense
-from tvm_lowrank.passes.lower_reductions import lower_global_pool, lower_layer_norm, lower_pool
+from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense, lower_transposed
+from tvm_lowrank.passes.lower_reductions import (
+    lower_global_pool,
+    lower_layer_norm,
+    lower_pool,
+    lower_resize,
+)
 from tvm_lowrank.passes.lower_views import (
     lower_concat,
     lower_take,
@@ -144,6 +149,10 @@ class _Lowerer(BlockedRewriter):
             layer = f"conv{self.count}"
             self.count += 1
             result = lower_convolution(self, value, layer)
+        elif name == "nn.conv2d_transpose":
+            result = lower_transposed(self, value)
+        elif name == "image.resize2d":
+            result = lower_resize(self, value)
         elif name == "matmul":
             name_of_product, _ = self.products.get(var, (None, None))
             result = lower_dense(self, value, name_of_product)

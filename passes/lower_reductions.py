@@ -1,4 +1,4 @@
-"""Pooling and normalisation over channels, of blocked maps."""
+"""Pooling, resizing, and normalisation over channels, of blocked maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tvm import relax
 from tvm_lowrank.passes.blocked import CHW, NCHW, NHWC, BlockedTensor, of_map
 from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter
 from tvm_lowrank.passes.graph import constant_array, is_constant, op_name, static_shape
-from tvm_lowrank.schedules.x86 import pooling
+from tvm_lowrank.schedules.x86 import pooling, resizing
 
 
 def lower_pool(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
@@ -101,6 +101,30 @@ def lower_layer_norm(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTen
         rewriter.blocked(source), source.map, float(attrs.epsilon), (scale, shift)
     )
     return BlockedTensor(source.shape, source.map, source.view, blocked=blocked)
+
+
+def lower_resize(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
+    """The nearest pixel or linear interpolation; None for cubic, and for parts of the map."""
+    source, shape, attrs = rewriter.blocked_map(value.args[0]), static_shape(value), value.attrs
+    linear = str(attrs.method) == "linear"
+    if source is None or shape is None or str(attrs.layout) != "NCHW":
+        return None
+    if not linear and str(attrs.method) != "nearest_neighbor":
+        return None
+    transformation = str(attrs.coordinate_transformation_mode)
+    rounding = None if linear else str(attrs.rounding_method)
+    if transformation not in resizing.TRANSFORMATIONS or rounding not in (
+        *resizing.ROUNDINGS,
+        None,
+    ):
+        return None
+    rows, columns = (
+        resizing.table(size, out, transformation, rounding)
+        for size, out in zip(source.map[2:], shape[2:], strict=True)
+    )
+    blocked = rewriter.calls.resize(rewriter.blocked(source), source.map, (rows, columns), linear)
+    n, c, h, w = shape
+    return of_map((n, c, h, w), blocked=blocked)
 
 
 def _pair(values: Any) -> tuple[int, int]:

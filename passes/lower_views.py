@@ -19,7 +19,7 @@ from tvm_lowrank.passes.blocked import (
 from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter
 from tvm_lowrank.passes.graph import constant_array, is_constant
 from tvm_lowrank.schedules.x86.emitter import ALIGNMENT
-from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload
+from tvm_lowrank.schedules.x86.gather import ChannelRun, GatherWorkload, joined_runs
 from tvm_lowrank.schedules.x86.placement import Images
 
 
@@ -111,14 +111,7 @@ def lower_take(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | 
     channels = [
         (run.source, run.first + number) for run in workload.runs for number in range(run.count)
     ]
-    runs: list[ChannelRun] = []
-    for taken_from, first in (channels[channel] for channel in order):
-        last = runs[-1] if runs else None
-        if last and (last.source, last.first + last.count) == (taken_from, first):
-            runs[-1] = replace(last, count=last.count + 1)
-        else:
-            runs.append(ChannelRun(taken_from, first, 1))
-    taken = replace(workload, runs=tuple(runs))
+    taken = replace(workload, runs=joined_runs(channels[channel] for channel in order))
     shape = (source.map[0], taken.out_channels, *taken.out_size)
     return of_map(shape, pending=Pending(sources, Gather(taken)))
 

@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from helpers import operators, relative, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions, survey
 from tvm_lowrank.passes.pipeline import normalise
@@ -244,6 +246,84 @@ def test_channels_in_any_order_are_one_copy():
     x = g.op("Gather", g.conv("x", 16, 37), g.constant(order, np.int64), axis=1)
     found, _ = lowered(g, g.conv(x, 30, 16))
     assert found["lowrank_gather"] == 1 and found["take"] == 0
+
+
+@st.composite
+def transposed(draw):
+    """The attributes of a transposed convolution, and its filters."""
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    strides = draw(pair)
+    kernel = [draw(st.integers(1, 5)) for _ in range(2)]
+    pads = [draw(st.integers(0, min(2, kernel[i % 2] - 1))) for i in range(4)]
+    extra = [draw(st.integers(0, step - 1)) for step in strides]
+    return draw(st.sampled_from([3, 20, 32])), {
+        "strides": strides, "kernel_shape": kernel, "pads": pads, "output_padding": extra
+    }  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(transposed(), st.integers(1, 2))
+def test_transposed_convolutions_are_convolutions_whose_phases_are_interleaved(case, batch):
+    filters, attributes = case
+    g = Graph(batch, 8, 6, 7)
+    weight = g.constant(RNG.standard_normal((24, filters, *attributes["kernel_shape"])) / 10)
+    x = g.op("Relu", g.conv("x", 8, 24))
+    x = g.op("ConvTranspose", x, weight, g.constant(RNG.standard_normal(filters)), **attributes)
+    found, epilogues = lowered(g, g.op("Relu", x))
+    assert not {"add", "nn.relu", "lowrank_elementwise"} & set(found)
+    assert found["nn.conv2d_transpose"] + found["lowrank_interleave"] == 1
+    if attributes["strides"] == (2, 2) and max(attributes["pads"]) <= 1:
+        assert found["lowrank_interleave"] == 1 and len(epilogues) == 2
+
+
+def test_transposed_convolutions_in_groups_or_with_holes_stay():
+    for attributes, filters in (({"group": 2}, 8), ({"dilations": [2, 2]}, 16)):
+        g = Graph(1, 8, 6, 6)
+        x = g.conv("x", 8, 16)
+        weight = g.constant(RNG.standard_normal((16, filters, 3, 3)) / 10)
+        found, _ = lowered(g, g.op("ConvTranspose", x, weight, strides=[2, 2], **attributes))
+        assert found["nn.conv2d_transpose"] == 1
+
+
+@pytest.mark.parametrize("mode", ["CRD", "DCR"])
+@pytest.mark.parametrize("filters", [3, 16])
+def test_depth_to_space_is_one_copy_with_what_follows(mode, filters):
+    g = Graph(2, 8, 6, 5)
+    x = g.op("Tanh", g.op("DepthToSpace", g.conv("x", 8, 9 * filters), blocksize=3, mode=mode))
+    found, _ = lowered(g, x)
+    assert found["lowrank_conv2d"] == found["lowrank_interleave"] == 1
+    assert not {"reshape", "permute_dims", "tanh", "lowrank_elementwise"} & set(found)
+
+
+RESIZED = {
+    "nearest": {"mode": "nearest", "nearest_mode": "floor",
+                "coordinate_transformation_mode": "asymmetric"},
+    "nearest half": {"mode": "nearest", "coordinate_transformation_mode": "half_pixel"},
+    "linear": {"mode": "linear", "coordinate_transformation_mode": "half_pixel"},
+    "corners": {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
+    "pytorch": {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RESIZED)
+@pytest.mark.parametrize("sizes", [(14, 10), (21, 13), (3, 4), (7, 5)])
+def test_maps_are_resized_in_blocks(kind, sizes):
+    g = Graph(2, 8, 7, 5)
+    target = g.constant((2, 20, *sizes), np.int64)
+    x = g.op("Resize", g.conv("x", 8, 20), "", "", target, **RESIZED[kind])
+    lateral = g.op("Resize", g.conv("x", 8, 20), "", "", target, **RESIZED["nearest"])
+    found, epilogues = lowered(g, g.op("Add", x, g.conv(lateral, 20, 20, 1)))
+    assert found["image.resize2d"] == 0 and ("bias", "residual") in epilogues
+    assert found["lowrank_resize"] == 2
+
+
+def test_cubic_resizing_stays():
+    g = Graph(1, 8, 7, 5)
+    x = g.op(
+        "Resize", g.conv("x", 8, 16), "", "", g.constant((1, 16, 9, 9), np.int64), mode="cubic"
+    )
+    found, _ = lowered(g, x)
+    assert found["image.resize2d"] == 1
 
 
 @pytest.mark.parametrize("batch", [1, 3])

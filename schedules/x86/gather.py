@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tvm import ir, tirx
@@ -77,6 +77,23 @@ class GatherWorkload:
         return same and self.origin == (0, 0) and self.stride == (1, 1)
 
 
+def runs_of(channels: Iterable[int], source: int = 0) -> tuple[ChannelRun, ...]:
+    """Channels of one source in any order, neighbours together."""
+    return joined_runs((source, int(channel)) for channel in channels)
+
+
+def joined_runs(channels: Iterable[tuple[int, int]]) -> tuple[ChannelRun, ...]:
+    """Channels, each with its source, in any order, neighbours together."""
+    runs: list[ChannelRun] = []
+    for source, channel in channels:
+        last = runs[-1] if runs else None
+        if last and (last.source, last.first + last.count) == (source, channel):
+            runs[-1] = replace(last, count=last.count + 1)
+        else:
+            runs.append(ChannelRun(source, channel, 1))
+    return tuple(runs)
+
+
 # Where a lane of an output block comes from: (source, channel), None for the fill value.
 _Lane: TypeAlias = "tuple[int, int] | None"
 
@@ -130,7 +147,7 @@ def emit_gather(
     with em.loop(given.batch * rows, moving(size), prefix="task") as task:
         image = em.bind_index(quotient(task, rows), "image")
         row = em.bind_index(remainder(task, rows), "row")
-        for blocks in _plan(given, isa.lanes):
+        for blocks in plan_blocks(given, isa.lanes):
             with em.loop(blocks.count, prefix="block") as index:
                 out = (image * out_blocks + blocks.first + index) * pixels
                 if given.keeps_map:
@@ -140,7 +157,7 @@ def emit_gather(
                         extent = clamp_high(pixels - start, columns)
                     with em.loop(extent, prefix="pixel") as pixel:
                         at = start + pixel
-                        value = _vector(em, given, blocks, sources, (image, index, at))
+                        value = emit_vector(em, given, blocks, sources, (image, index, at))
                         position = (out + at) * isa.lanes
                         channel = (blocks.first + index) * isa.lanes
                         em.store(y, epilogue.apply(value, channel, position), position)
@@ -181,7 +198,7 @@ def _emit_row(
     def copy() -> None:
         with em.loop(high - low, start=low, prefix="pixel") as pixel:
             at = line * workload.width + left + pixel * step
-            value = _vector(em, workload, blocks, sources, (image, index, at))
+            value = emit_vector(em, workload, blocks, sources, (image, index, at))
             em.store(y, value, (base + pixel) * em.lanes)
 
     if whole:
@@ -194,7 +211,7 @@ def _emit_row(
         clear(low, high)
 
 
-def _vector(
+def emit_vector(
     em: Emitter,
     workload: GatherWorkload,
     blocks: _Blocks,
@@ -234,7 +251,7 @@ def _vector(
     return value
 
 
-def _plan(workload: GatherWorkload, lanes: int) -> list[_Blocks]:
+def plan_blocks(workload: GatherWorkload, lanes: int) -> list[_Blocks]:
     """The output blocks in order, neighbours that are made alike together."""
     plan: list[_Blocks] = []
     for number, content in enumerate(_contents(workload, lanes)):
