@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,30 @@ def lower_activation(rewriter: BlockedRewriter, found: Activation) -> BlockedTen
         vector = np.full(result.channels, found.scale, np.float32)
         append_channelwise(steps_of(result), "multiply", vector)
     return result
+
+
+def lower_prelu(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
+    """ReLU with a trained slope, one or one a channel; None for other slopes."""
+    var, slopes = value.args
+    source = rewriter.values.get(var) if isinstance(var, relax.Var) else None
+    if not isinstance(source, BlockedTensor) or not is_constant(slopes):
+        return None
+    array = constant_array(slopes).reshape(-1)
+    if array.size and (array == array[0]).all():
+        return append_step(rewriter, var, f"leaky_relu:{float(array[0])}", [])
+    if array.size != source.channels or (source.view, int(value.attrs.axis)) != (NCHW, 1):
+        return None
+    return append_step(rewriter, var, "prelu", [array])
+
+
+def lower_plain(rewriter: BlockedRewriter, step: str, var: relax.Expr) -> relax.Expr | None:
+    """An activation of a tensor that is in no blocks; None for tensors shorter than a vector."""
+    shape = static_shape(var)
+    count = math.prod(shape or ())
+    if shape is None or count < rewriter.calls.isa.lanes:
+        return None
+    row = rewriter.emit(relax.op.reshape(rewriter.substitute(var), (count,)))
+    return rewriter.emit(relax.op.reshape(rewriter.calls.activation(row, count, step), shape))
 
 
 def append_step(

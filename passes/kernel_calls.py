@@ -33,8 +33,8 @@ from tvm_lowrank.geometry import ConvGeometry
 
 # (N, C, H, W); maps of flat tensors (N, C) have one pixel.
 Shape = tuple[int, int, int, int]
-# A step of an epilogue with its operands: channel vectors for ``bias`` and ``affine``, a blocked
-# tensor for ``residual``, none for the others.
+# A step of an epilogue with its operands: channel vectors for ``bias``, ``affine`` and ``prelu``, a
+# blocked tensor for ``residual`` and ``gate``, none for the others.
 Step: TypeAlias = tuple[str, list[Any]]
 
 
@@ -224,6 +224,15 @@ class KernelCalls:
         args = [source, *self._operands(steps, None)]
         return self._call(gvar, args, self.blocked_type(shape), sink)
 
+    def activation(self, source: relax.Expr, count: int, step: str) -> relax.Expr:
+        """An activation of a vector of ``count`` values."""
+        gvar = self._kernel(
+            ("activation", count, step),
+            lambda: elementwise.emit_activation(count, step, self.isa),
+            "activation",
+        )
+        return self._call(gvar, [source], relax.TensorType((count,), "float32"))
+
     def gather(
         self,
         sources: list[relax.Expr],
@@ -302,7 +311,7 @@ class KernelCalls:
         for index, (name, operands) in enumerate(steps):
             if name == "bias" and index == 0:
                 args.append(self._weight(layer, "bias", pack, operands[0]))
-            elif name in ("bias", "affine"):
+            elif name in ("bias", "affine", "prelu"):
                 args += [constant(pack(vector)) for vector in operands]
             else:
                 args += operands

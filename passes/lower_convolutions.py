@@ -15,6 +15,8 @@ from tvm_lowrank.passes.grow_epilogues import (
     append_step,
     lower_activation,
     lower_binary,
+    lower_plain,
+    lower_prelu,
 )
 from tvm_lowrank.passes.kernel_calls import WeightParameter, Weights
 from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense, lower_transposed
@@ -159,7 +161,11 @@ class _Lowerer(BlockedRewriter):
         elif name in ("add", "multiply"):
             result = lower_binary(self, name, value)
         elif name in ACTIVATIONS:
-            result = append_step(self, value.args[0], ACTIVATIONS[name](value), [])
+            step = ACTIVATIONS[name](value)
+            result = append_step(self, value.args[0], step, [])
+            result = result or lower_plain(self, step, value.args[0])
+        elif name == "nn.prelu":
+            result = lower_prelu(self, value)
         elif name in ("nn.max_pool2d", "nn.avg_pool2d"):
             result = lower_pool(self, value)
         elif name in ("mean", "nn.adaptive_avg_pool2d"):

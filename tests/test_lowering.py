@@ -269,8 +269,8 @@ def test_transposed_convolutions_are_convolutions_whose_phases_are_interleaved(c
     weight = g.constant(RNG.standard_normal((24, filters, *attributes["kernel_shape"])) / 10)
     x = g.op("Relu", g.conv("x", 8, 24))
     x = g.op("ConvTranspose", x, weight, g.constant(RNG.standard_normal(filters)), **attributes)
-    found, epilogues = lowered(g, g.op("Relu", x))
-    assert not {"add", "nn.relu", "lowrank_elementwise"} & set(found)
+    found, epilogues = lowered(g, g.op("Tanh", x))
+    assert not {"add", "tanh", "lowrank_elementwise"} & set(found)
     assert found["nn.conv2d_transpose"] + found["lowrank_interleave"] == 1
     if attributes["strides"] == (2, 2) and max(attributes["pads"]) <= 1:
         assert found["lowrank_interleave"] == 1 and len(epilogues) == 2
@@ -324,6 +324,27 @@ def test_cubic_resizing_stays():
     )
     found, _ = lowered(g, x)
     assert found["image.resize2d"] == 1
+
+
+def test_slopes_of_prelu_are_steps():
+    g = Graph(1, 16, 8, 8)
+    x = g.op("PRelu", g.conv("x", 16, 20), g.constant(RNG.uniform(-0.5, 0.5, (20, 1, 1))))
+    x = g.op("PRelu", g.conv(x, 20, 16), g.constant([0.25]))
+    x = g.op("PRelu", g.conv(x, 16, 16), g.constant(RNG.uniform(0, 0.5, (16, 8, 8))))
+    found, epilogues = lowered(g, g.conv(x, 16, 16))
+    assert epilogues[:2] == [("bias", "prelu"), ("bias", "leaky_relu:0.25")]
+    assert found["nn.prelu"] + found["multiply"] + found["where"] <= 2
+
+
+def test_activations_of_what_is_in_no_blocks_are_kernels_too():
+    g = Graph(1, 16, 8, 8)
+    parts = [g.op("Flatten", g.conv("x", 16, filters), axis=2) for filters in (6, 10)]
+    x = g.op("Tanh", g.op("Sigmoid", g.op("Concat", *parts, axis=0)))
+    g2 = Graph(1, 3, 5, 5)
+    y = g2.op("Sigmoid", g2.op("Mul", "x", g2.constant(RNG.standard_normal((5, 5)))))
+    for graph, out, count in ((g, x, 2), (g2, g2.conv(y, 3, 8), 1)):
+        found, _ = lowered(graph, out)
+        assert found["lowrank_activation"] == count and not {"sigmoid", "tanh"} & set(found)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -35,7 +35,7 @@ def workloads(draw, lanes):
         draw(st.integers(2, 37)),
         stride=draw(st.tuples(st.integers(1, 3), st.integers(1, 3))),
     )
-    steps = st.sampled_from(["bias", "residual", "gate", "affine", "hard_swish", "silu"])
+    steps = st.sampled_from(["bias", "residual", "gate", "prelu", "hard_swish", "silu"])
     epilogue = tuple(draw(st.lists(steps, max_size=3)))
     return ConvWorkload(geometry, draw(st.sampled_from([1, lanes])), epilogue)
 

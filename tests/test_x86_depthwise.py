@@ -53,7 +53,7 @@ def workloads(draw, lanes):
         dilation=dilation,
         batch=draw(st.integers(1, 3)),
     )
-    steps = st.sampled_from(["bias", "residual", "gate", "affine", "hard_swish", "silu"])
+    steps = st.sampled_from(["bias", "residual", "gate", "prelu", "hard_swish", "silu"])
     return ConvWorkload(geometry, lanes, tuple(draw(st.lists(steps, max_size=3))))
 
 

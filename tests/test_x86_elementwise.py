@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm_lowrank.schedules.x86.elementwise import emit_elementwise
+from tvm_lowrank.schedules.x86.elementwise import emit_activation, emit_elementwise
 from tvm_lowrank.schedules.x86.workload import parse_step
 from x86_support import CPUS, apply_steps, block, reference_activation, run, runnable_isa, unblock
 
@@ -52,7 +52,7 @@ def maps(draw):
     shape = draw(
         st.tuples(st.integers(1, 2), st.integers(1, 37), st.integers(1, 30), st.integers(1, 30))
     )
-    steps = ["bias", "residual", "gate", "affine", *TOLERANCES]
+    steps = ["bias", "residual", "gate", "prelu", "affine", *TOLERANCES]
     return shape, tuple(draw(st.lists(st.sampled_from(steps), max_size=4)))
 
 
@@ -73,6 +73,24 @@ def test_any_map_and_steps(name):
         assert error <= 1e-6 * max(1, np.abs(expected).max()), steps
 
     check_one()
+
+
+@pytest.mark.parametrize("name", CPUS)
+@pytest.mark.parametrize("count", [16, 17, 75, 4099, 70003])
+def test_activations_of_any_number_of_values(name, count):
+    isa = runnable_isa(name)
+    x = np.resize(values(), count)
+    for step in ("relu", "silu", "clip:-1.5:6"):
+        y = run(emit_activation(count, step, isa), isa, [x], (count,))
+        expected = reference_activation(x, *parse_step(step))
+        assert np.abs(y - expected).max() <= 1e-6 * max(1, np.abs(expected).max())
+
+
+def test_activations_have_no_operands_and_whole_vectors():
+    with pytest.raises(ValueError, match="bias is no activation"):
+        emit_activation(32, "bias", runnable_isa("generic"))
+    with pytest.raises(ValueError, match="fewer than 4"):
+        emit_activation(3, "relu", runnable_isa("generic"))
 
 
 def test_steps_that_are_unknown_or_malformed_are_refused():

@@ -154,6 +154,10 @@ def apply_steps(
             residual = rng.standard_normal(y.shape).astype("float32")
             operands.append(block(residual, isa.lanes))
             y = y + residual
+        elif name == "prelu":
+            slopes = rng.uniform(-0.5, 1.5, y.shape[1]).astype("float32")
+            operands.append(pack_channels(slopes, isa))
+            y = np.where(y < 0, slopes[:, None, None] * y, y)
         elif name in ("bias", "affine"):
             vectors = [
                 rng.standard_normal(y.shape[1]).astype("float32")

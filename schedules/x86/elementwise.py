@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tvm import tirx
 
-from .emitter import Emitter, quotient, remainder
+from .emitter import Emitter, clamp_high, moving, quotient, remainder
 from .epilogue import Epilogue
 from .isa import VectorISA
 
@@ -52,4 +52,31 @@ def emit_elementwise(
                 step(group * _UNROLL + i)
         with em.loop(extent - whole * _UNROLL, start=whole * _UNROLL, prefix="pixel") as pixel:
             step(pixel)
+    return em.finish()
+
+
+def emit_activation(count: int, step: str, isa: VectorISA) -> tirx.PrimFunc:
+    """Build ``(x, y)``, both of shape (count,): an activation of each value, whatever they are of.
+
+    Raises ValueError for a step unknown, malformed, or with operands, and for fewer values than a
+    vector has.
+    """
+    if count < isa.lanes:
+        raise ValueError(f"{count} values, fewer than {isa.lanes}")
+    em = Emitter(isa)
+    x = em.argument("x", (count,))
+    activation = Epilogue(em, (step,), isa.lanes, (1, isa.lanes))
+    if activation.has_operands:
+        raise ValueError(f"{step} is no activation")
+    y = em.argument("y", (count,))
+    vectors = -(-count // isa.lanes)
+    tasks = -(-vectors // _CHUNK)
+    with em.loop(tasks, moving(4 * count), prefix="task") as task:
+        first = em.bind_index(task * _CHUNK, "first")
+        extent = clamp_high(vectors - first, _CHUNK) if vectors % _CHUNK else _CHUNK
+        with em.loop(extent, prefix="vector") as vector:
+            # The last vector begins early enough to be whole.
+            at = clamp_high((first + vector) * isa.lanes, count - isa.lanes)
+            at = em.bind_index(at, "at")
+            em.store(y, activation.apply(em.load(x, at), 0, at), at)
     return em.finish()

@@ -29,8 +29,9 @@ class Epilogue:
     """The steps of a workload's epilogue, with the parameters of the kernel they read.
 
     Creating one adds those parameters to the function of ``em``, in the order of the steps: a
-    vector of ``channels`` values for a bias, two (scale, shift) for an affine step, a map of shape
-    ``map_shape`` for a residual, one of a single pixel for a gate. The other steps have none.
+    vector of ``channels`` values for a bias or the slopes of a PReLU, two (scale, shift) for an
+    affine step, a map of shape ``map_shape`` for a residual, one of a single pixel for a gate. The
+    other steps have none.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Epilogue:
         for index, step in enumerate(steps):
             name, numbers = parse_step(step)
             buffers: tuple[tirx.Buffer, ...] = ()
-            if name == "bias":
-                buffers = (em.argument(f"bias{index}", (channels,)),)
+            if name in ("bias", "prelu"):
+                buffers = (em.argument(f"{name}{index}", (channels,)),)
             elif name == "residual":
                 buffers = (em.argument(f"residual{index}", map_shape),)
             elif name == "gate":
@@ -56,6 +57,11 @@ class Epilogue:
                 scale = em.argument(f"scale{index}", (channels,))
                 buffers = (scale, em.argument(f"shift{index}", (channels,)))
             self._steps.append((name, numbers, buffers))
+
+    @property
+    def has_operands(self) -> bool:
+        """Whether a step reads parameters of the kernel."""
+        return any(buffers for _, _, buffers in self._steps)
 
     def store(
         self,
@@ -106,6 +112,10 @@ class Epilogue:
                 value = value * em.load(buffers[0], channel) + em.load(buffers[1], channel)
             elif name == "relu":
                 value = tirx.max(value, em.constant(0))
+            elif name == "prelu":
+                value = em.bind(value)
+                slope = em.load(buffers[0], channel)
+                value = tirx.max(value, em.constant(0)) + slope * tirx.min(value, em.constant(0))
             else:
                 if name in _LONG:
                     # TVM's analysis looks through variables, in time exponential in their depth.

@@ -19,6 +19,7 @@ EPILOGUE_STEPS = {
     "relu": 0,
     "clip": 2,
     "leaky_relu": 1,
+    "prelu": 0,
     "sigmoid": 0,
     "silu": 0,
     "hard_sigmoid": 0,
@@ -66,6 +67,7 @@ class ConvWorkload:
     - ``"gate"``: multiply by a value per image and channel, a map of one pixel;
     - ``"affine"``: multiply by a scale per channel and add a shift per channel;
     - ``"relu"``: ``max(y, 0)``; ``"leaky_relu:ALPHA"``: ``ALPHA * y`` where y is negative;
+      ``"prelu"``: the same by a slope per channel;
     - ``"clip:LOW:HIGH"``: ``min(max(y, LOW), HIGH)``, where a bound may be ``inf`` or ``-inf``;
     - ``"sigmoid"``, ``"tanh"``; ``"silu"``: ``y * sigmoid(y)``; ``"gelu"``: with the exact erf;
     - ``"hard_sigmoid"``: ``clip(y / 6 + 1 / 2, 0, 1)``; ``"hard_swish"``: y times that.
