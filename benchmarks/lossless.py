@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
-from lowered import Calls, count_calls
+from tvm_lowrank.passes.count_calls import Calls, count_calls
 
 from tvm_lowrank import Plan
 from tvm_lowrank.frontend import load_model

@@ -19,13 +19,14 @@ from tvm_lowrank.passes.grow_epilogues import (
     lower_prelu,
 )
 from tvm_lowrank.passes.kernel_calls import WeightParameter, Weights
-from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense, lower_transposed
+from tvm_lowrank.passes.lower_products import lower_convolution, lower_dense
 from tvm_lowrank.passes.lower_reductions import (
     lower_global_pool,
     lower_layer_norm,
     lower_pool,
     lower_resize,
 )
+from tvm_lowrank.passes.lower_transposed import lower_transposed
 from tvm_lowrank.passes.lower_views import (
     lower_concat,
     lower_take,

@@ -17,7 +17,7 @@ import peers
 import probes
 import roofline
 from helpers import reference, relative
-from lowered import count_calls
+from tvm_lowrank.passes.count_calls import count_calls
 from tvm_lowrank.passes.graph import op_name
 from tvm_lowrank.passes.pipeline import normalise
 

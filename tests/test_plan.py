@@ -38,6 +38,7 @@ def test_plan_names_every_layer_with_a_form_or_a_reason(made):
         assert layer.form != "dense" or layer.reason or not plan.rewritten
     assert plan.layers[4].reason == "groups = channels: depthwise"
     assert plan.metric == "disagreement"
+    assert plan.result["left_to_tvm"] == {}
     assert plan.result["samples"] == 16
     assert plan.transformed or plan.reason
 

@@ -102,6 +102,13 @@ def test_the_curve_is_listed_and_drawn(small, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "choices tried" in text and "2.00x" in text and "6.00x" in text
     assert text.count("missed") == 1 and "kept, trained" in text
+    assert "no kernels" not in text
+    replace(plan, result={**result, "left_to_tvm": {"concat": 1, "nn.prelu": 2}}).save(
+        tmp_path / "plan.json"
+    )
+    assert main([str(tmp_path)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "no kernels for 1 concat, 2 nn.prelu: TVM's own loops, on one thread" in text
     drawn = tmp_path / "curve.svg"
     circles = list(ElementTree.parse(drawn).iter(f"{NAMESPACE}circle"))
     assert len(circles) == 3 + 2  # a point each, and the two in the legend

@@ -14,6 +14,7 @@ from tvm_lowrank.cost import metaschedule
 from tvm_lowrank.data import DataSplit
 from tvm_lowrank.decompose import FORMS
 from tvm_lowrank.metrics import Quality, judge
+from tvm_lowrank.passes.count_calls import count_calls
 from tvm_lowrank.passes.pipeline import factor
 from tvm_lowrank.plan import Plan
 from tvm_lowrank.planner import verify
@@ -56,6 +57,8 @@ class Judge:
     report: Report
     complaints: list[str] = field(default_factory=list)
     plans: dict[Path, Plan] = field(default_factory=dict)
+    # Operators that have no kernels, by the library: on a GPU TVM schedules them.
+    left: dict[Path, dict[str, int]] = field(default_factory=dict)
 
     def conclude(self, make_curve: Callable[[], Curve] | None) -> Plan:
         """Build the fastest choice that promises to keep the budget, and judge the library.
@@ -149,6 +152,8 @@ class Judge:
     def _build(self, plan: Plan, path: Path) -> Path:
         target, options = self.assembler.survey.timer.target, self.assembler.survey.options
         mod = plan.lower(factor(self.assembler.normalised, plan.chains()))
+        if target.kind.name == "llvm":
+            self.left[path] = dict(count_calls(mod).others)
         if options.metaschedule_trials:
             folder = self.metaschedule_folder
             mod = metaschedule.prepare(mod, target)
@@ -192,7 +197,8 @@ class Judge:
     ) -> Plan:
         """The plan with its figures; its library becomes ``model.so``."""
         built.rename(self.directory / "model.so")
-        return replace(plan, result=self._result(before, after, slow, fast, plan))
+        result = self._result(before, after, slow, fast, plan)
+        return replace(plan, result={**result, "left_to_tvm": self.left.get(built, {})})
 
     def _result(
         self,

@@ -123,6 +123,9 @@ def summary(plan: Plan) -> str:
         f"float32); "
         f"{result['kernel_weight_bytes'] / 1e6:.2f} MB as the kernels keep them"
     )
+    if left := result.get("left_to_tvm"):
+        names = ", ".join(f"{count} {name}" for name, count in left.items())
+        lines.append(f"no kernels for {names}: TVM's own loops, on one thread")
     return "\n".join(lines)
 
 
