@@ -14,6 +14,8 @@ import tvm
 from tvm import ir, s_tir, tirx
 from tvm.tirx.compilation_pipeline import register_tir_pipeline
 
+from .parallel_loops import share_loops
+
 # The pipeline's name for ``tvm.compile(..., tir_pipeline=NAME)``, and the attribute of functions
 # that are flat already: vectors on one-dimensional buffers, no blocks but the outermost.
 NAME = "lowrank"
@@ -28,19 +30,20 @@ _CPU = 1  # DLPack's number for processors
 def lowrank_tir_pipeline() -> tuple[tvm.transform.Pass, Any, Any]:
     """What TVM wants of a pipeline: the passes, and those that finish host and device code.
 
-    Functions that are not marked as `FLAT` take TVM's default pipeline.
+    Functions that are not marked as `FLAT` take TVM's default pipeline, shared among threads.
     """
     default, finish_host, finish_device = tirx.get_tir_pipeline("default")
 
     @tvm.transform.module_pass(opt_level=0, name="lowrank_tir_pipeline")
     def run(mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         flat = {name: func for name, func in mod.functions_items() if FLAT in (func.attrs or {})}
-        rest = {name: func for name, func in mod.functions_items() if name not in flat}
-        if not flat:
-            return default(mod)
+        rest = {name: share_loops(func) for name, func in mod.functions_items() if name not in flat}
+        scheduled = default(tvm.IRModule(rest, attrs=mod.attrs)) if rest else None
+        if scheduled is not None and not flat:
+            return scheduled
         lowered = _flat_passes(alone=not rest)(tvm.IRModule(flat, attrs=mod.attrs))
-        if rest:
-            lowered.update(default(tvm.IRModule(rest, attrs=mod.attrs)))
+        if scheduled is not None:
+            lowered.update(scheduled)
         return lowered
 
     return run, finish_host, finish_device

@@ -125,7 +125,7 @@ def summary(plan: Plan) -> str:
     )
     if left := result.get("left_to_tvm"):
         names = ", ".join(f"{count} {name}" for name, count in left.items())
-        lines.append(f"no kernels for {names}: TVM's own loops, on one thread")
+        lines.append(f"no kernels for {names}: TVM's own loops, with its maps unblocked")
     return "\n".join(lines)
 
 
