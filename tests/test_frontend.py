@@ -92,3 +92,44 @@ def test_an_operator_that_tvm_lacks_is_named():
     )
     with pytest.raises(LowRankError, match="cannot be imported by TVM"):
         load_model(model)
+
+
+@pytest.mark.parametrize("kind", ["Resize", "Upsample"])
+def test_resizing_to_no_whole_number_of_pixels_is_refused(kind):
+    def resized(scales, **attributes):
+        inputs = ["x", "", "s"] if kind == "Resize" else ["x", "s"]
+        node = onnx.helper.make_node(kind, inputs, ["y"], "up", mode="linear", **attributes)
+        value = onnx.helper.make_tensor_value_info
+        ends = [value("x", 1, [1, 3, 8, 7])], [value("y", 1, None)]
+        weights = [onnx.numpy_helper.from_array(np.float32(scales), "s")]
+        graph = onnx.helper.make_graph([node], "g", *ends, weights)
+        opset = 17 if kind == "Resize" else 9
+        opsets = [onnx.helper.make_opsetid("", opset)]
+        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+    with pytest.raises(LowRankError, match=r"up makes 7 pixels 1\.5 times as many, no whole"):
+        load_model(resized([1, 1, 2, 1.5]))
+    if kind == "Resize":
+        load_model(resized([1, 1, 2, 3]))
+        load_model(resized([1, 1, 2, 1.5], coordinate_transformation_mode="align_corners"))
+
+
+def test_exported_programs_that_resize_to_no_whole_number_are_refused():
+    torch = pytest.importorskip("torch")
+
+    class Upsampled(torch.nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            self.options = options
+
+        def forward(self, x):
+            return torch.nn.functional.interpolate(x, mode="bilinear", **self.options)
+
+    def load(**options):
+        return load_model(torch.export.export(Upsampled(**options), (torch.zeros(1, 3, 8, 7),)))
+
+    with pytest.raises(LowRankError, match="the exported program: upsample_bilinear2d makes 7"):
+        load(scale_factor=1.5)
+    for options in ({"scale_factor": 2.0}, {"size": (9, 9)}):
+        load(**options)
+    load(scale_factor=1.5, align_corners=True)

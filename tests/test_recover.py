@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import small_network
 from helpers import reference, relative, shared
+from test_lowering import Graph
 
 torch = pytest.importorskip("torch")
 
@@ -62,6 +63,28 @@ def test_the_module_can_begin_at_a_border(net):
             assert torch.equal(given, whole)
             assert [*seen] == [other for other in module.borders if other > border]
             assert all(torch.equal(value, ends[other]) for other, value in seen.items())
+
+
+def test_a_decoder_with_gates_and_shuffles_is_a_module_too():
+    g, rng = Graph(1, 3, 12, 10), np.random.default_rng(0)
+    x = g.op("PRelu", g.conv("x", 3, 24), g.constant(rng.uniform(0, 0.5, (24, 1, 1))))
+    gate = g.op("Sigmoid", g.conv(g.op("GlobalAveragePool", x), 24, 24, 1))
+    x = g.op("Mul", x, gate)
+    for shape, order in (([1, 4, 6, 12, 10], [0, 2, 1, 3, 4]), ([1, 24, 12, 10], None)):
+        x = g.op("Reshape", x, g.constant(shape, np.int64))
+        x = g.op("Transpose", x, perm=order) if order else x
+    weight = g.constant(rng.standard_normal((24, 16, 3, 4)) / 9)
+    x = g.op("ConvTranspose", x, weight, strides=[2, 2], pads=[1, 0, 0, 1], output_padding=[1, 0])
+    erf = g.op("Add", g.op("Erf", g.op("Div", x, g.constant(2**0.5))), g.constant(1.0))
+    x = g.conv(g.op("Mul", x, erf), 16, 16)
+    x = g.op("Resize", x, "", g.constant([1, 1, 2, 3]), mode="linear")
+    x = g.op("Resize", x, "", "", g.constant([1, 16, 30, 77], np.int64), mode="nearest")
+    x = g.op("Gather", x, g.constant([3, 1, 14, 0], np.int64), axis=1)
+    model = g.model(g.conv(x, 4, 5))
+    mod = normalise(load_model(model))
+    x = rng.standard_normal((3, 3, 12, 10)).astype(np.float32)
+    expected = np.concatenate([reference(model, part[None]) for part in x])
+    assert relative(outputs(RelaxModule(mod, collect_layers(mod)), x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["vgg6-cifar10", "resnet20-cifar10", "crepe-tiny"])

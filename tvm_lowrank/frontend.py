@@ -100,7 +100,10 @@ def _from_onnx(proto: onnx.ModelProto, batch: int, where: str) -> tvm.IRModule:
     try:
         # Pads and shapes that an exporter computes from constants must be constants for TVM.
         simple = onnxslim.slim(proto)
+        _refuse_uneven_scales(simple, where)
         return from_onnx(simple, shape_dict=shapes, keep_params_in_input=False)
+    except LowRankError:
+        raise
     except Exception as error:
         raise LowRankError(
             f"{where} cannot be imported by TVM ({_first_line(error)}); "
@@ -108,6 +111,37 @@ def _from_onnx(proto: onnx.ModelProto, batch: int, where: str) -> tvm.IRModule:
         ) from error
     finally:
         quiet.setLevel(level)
+
+
+def _refuse_uneven_scales(model: onnx.ModelProto, where: str) -> None:
+    """Raise for what is resized by a factor to no whole number of pixels.
+
+    TVM keeps the sizes alone, of which another factor follows than the one that is given.
+    """
+    resizing = [node for node in model.graph.node if node.op_type in ("Resize", "Upsample")]
+    if not resizing:
+        return
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.input, *inferred.value_info)
+    }
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in resizing:
+        corners = any(attribute.s == b"align_corners" for attribute in node.attribute)
+        given = [onnx.numpy_helper.to_array(tensors[x]) for x in node.input[1:3] if x in tensors]
+        for scales in (array for array in given if array.size == 4 and not corners):
+            sizes = shapes.get(node.input[0], [])
+            _refuse_scales(node.name or node.op_type, sizes[2:], list(scales[2:]), where)
+
+
+def _refuse_scales(name: str, sizes: list[int], scales: list[float], where: str) -> None:
+    for size, scale in zip(sizes, scales, strict=False):
+        if abs(size * scale - round(size * scale)) > 1e-3:
+            raise LowRankError(
+                f"{where}: {name} makes {size} pixels {scale:g} times as many, no whole number, "
+                "and TVM would take another factor; export it with the size that it makes"
+            )
 
 
 def _from_exported(program: Any) -> tvm.IRModule:
@@ -118,6 +152,12 @@ def _from_exported(program: Any) -> tvm.IRModule:
         )
     from tvm.relax.frontend.torch import from_exported_program
 
+    for node in program.graph_module.graph.nodes:
+        scales = node.args[-1] if node.name.startswith("upsample_") else None
+        known = getattr(node.args[0], "meta", {}).get("val") if scales is not None else None
+        corners = any(argument is True for argument in node.args)
+        if isinstance(scales, list | tuple) and known is not None and not corners:
+            _refuse_scales(node.name, list(known.shape)[2:], list(scales), "the exported program")
     try:
         return from_exported_program(program, unwrap_unit_return_tuple=True)
     except Exception as error:

@@ -23,6 +23,7 @@ from tvm_lowrank.passes.graph import (
     op_name,
     static_shape,
 )
+from tvm_lowrank.schedules.x86.resizing import table
 from tvm_lowrank.torch_layers import FactoredConv2d
 
 torch: Any = require_torch()
@@ -244,6 +245,43 @@ def _clip(call: Any, args: list[Any], shape: Any) -> Any:
     return args[0].clamp(low, high)
 
 
+def _transposed(call: Any, args: list[Any], shape: Any) -> Any:
+    attrs = call.attrs
+    if str(attrs.data_layout) != "NCHW" or str(attrs.kernel_layout) != "IOHW":
+        raise LowRankError(
+            f"recovery does not know transposed convolutions in {attrs.data_layout}; leave it out"
+        )
+    stride, dilation = _pair(attrs.strides), _pair(attrs.dilation)
+    more, groups = _pair(attrs.output_padding), int(attrs.groups)
+    top, left, bottom, right = (int(p) for p in attrs.padding)
+    whole = F.conv_transpose2d(*args[:2], None, stride, 0, more, groups, dilation)
+    return whole[..., top : whole.shape[2] - bottom, left : whole.shape[3] - right]
+
+
+def _resize(call: Any, args: list[Any], shape: Any) -> Any:
+    attrs, found = call.attrs, args[0]
+    method, transformation = str(attrs.method), str(attrs.coordinate_transformation_mode)
+    rounding = None if method == "linear" else str(attrs.rounding_method)
+    if method not in ("linear", "nearest_neighbor") or str(attrs.layout) != "NCHW":
+        raise LowRankError(f"recovery does not know {method} resizing; leave it out")
+    for axis in (2, 3):
+        try:
+            steps = table(found.shape[axis], shape[axis], transformation, rounding)
+        except ValueError as error:
+            raise LowRankError(f"recovery does not know this resizing ({error})") from error
+        low, high, weight = (torch.from_numpy(step).to(found.device) for step in steps)
+        low, high = (found.index_select(axis, pixels.long()) for pixels in (low, high))
+        found = torch.lerp(low, high, weight.reshape(-1, *[1] * (3 - axis)))
+    return found
+
+
+def _prelu(call: Any, args: list[Any], shape: Any) -> Any:
+    slopes = args[1].reshape(-1)
+    if len(slopes) > 1 and _axis(call) != 1:
+        raise LowRankError("recovery knows slopes of a PReLU along the channels only; leave it out")
+    return F.prelu(args[0], slopes)
+
+
 def _axis(call: Any) -> int:
     return int(call.attrs.axis)
 
@@ -268,6 +306,8 @@ _OPERATORS: dict[str, Callable[[Any, list[Any], Any], Any]] = {
     "nn.gelu": lambda call, args, shape: F.gelu(args[0]),
     "nn.softmax": lambda call, args, shape: args[0].softmax(_axis(call)),
     "nn.log_softmax": lambda call, args, shape: args[0].log_softmax(_axis(call)),
+    "nn.conv2d_transpose": _transposed,
+    "nn.prelu": _prelu,
     "nn.max_pool2d": _pool,
     "nn.avg_pool2d": _pool,
     "nn.adaptive_avg_pool2d": lambda call, args, shape: F.adaptive_avg_pool2d(args[0], shape[2:]),
@@ -275,7 +315,9 @@ _OPERATORS: dict[str, Callable[[Any, list[Any], Any], Any]] = {
     "nn.pad": _pad,
     "clip": _clip,
     "concat": lambda call, args, shape: torch.cat(list(args[0]), _axis(call)),
+    "erf": lambda call, args, shape: args[0].erf(),
     "exp": lambda call, args, shape: args[0].exp(),
+    "image.resize2d": _resize,
     "mean": _mean,
     "permute_dims": _permute,
     "reshape": lambda call, args, shape: args[0].reshape(shape),
@@ -285,5 +327,6 @@ _OPERATORS: dict[str, Callable[[Any, list[Any], Any], Any]] = {
     "expand_dims": lambda call, args, shape: args[0].reshape(shape),
     "flatten": lambda call, args, shape: args[0].reshape(shape),
     "strided_slice": _slice,
+    "take": lambda call, args, shape: args[0].index_select(_axis(call), args[1]),
     "tanh": lambda call, args, shape: args[0].tanh(),
 }
