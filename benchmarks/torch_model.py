@@ -266,6 +266,13 @@ def _softmax(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
     return to.call(torch.softmax, to.value(node.input[0]), attributes.get("axis", -1))
 
 
+def _hard_sigmoid(to: _Converter, node: Any, attributes: Attributes) -> fx.Node:
+    line = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
+    if not np.allclose(line, (1 / 6, 0.5)):
+        raise ValueError(f"HardSigmoid of {line} is not converted, only x / 6 + 1 / 2")
+    return to.call(F.hardsigmoid, to.value(node.input[0]))
+
+
 def _identity(to: _Converter, node: Any, _attributes: Attributes) -> Any:
     return to.value(node.input[0])
 
@@ -278,6 +285,9 @@ _CONVERTERS: dict[str, Callable[[_Converter, Any, Attributes], Any]] = {
     "MatMul": _elementwise(torch.matmul),
     "Relu": _elementwise(F.relu),
     "Sigmoid": _elementwise(torch.sigmoid),
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _elementwise(F.hardswish),
+    "Tanh": _elementwise(torch.tanh),
     "Erf": _elementwise(torch.erf),
     "Gelu": _elementwise(F.gelu),
     "Add": _elementwise(operator.add),

@@ -16,6 +16,7 @@ import in_network
 import peers
 import probes
 import roofline
+import zoo
 from helpers import reference, relative
 from tvm_lowrank.passes.count_calls import count_calls
 from tvm_lowrank.passes.graph import op_name
@@ -149,6 +150,19 @@ def test_the_torch_conversion_equals_onnx_runtime(small, model):
     with torch.no_grad():
         outputs = load_torch(model)(torch.from_numpy(x)).numpy()
     assert relative(outputs, reference(model, x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2"])
+def test_the_torch_conversion_knows_gates_and_shuffles(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    from torch_model import load_torch
+
+    graph, output = zoo.NETWORKS[name](1)
+    onnx.save(graph.model(output), tmp_path / "net.onnx")
+    x = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+    with torch.no_grad():
+        outputs = load_torch(tmp_path / "net.onnx")(torch.from_numpy(x)).numpy()
+    assert relative(outputs, reference(tmp_path / "net.onnx", x)) < 1e-4
 
 
 def test_the_torch_conversion_pads_slices_and_adds_axes(tmp_path):
