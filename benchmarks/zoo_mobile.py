@@ -50,7 +50,7 @@ def mobilenet_v3_large(batch: int = 1) -> tuple[Graph, str]:
             squeezed = _multiple_of_8(hidden // 4)
             y = _gate(g, y, squeezed, g.relu, g.hard_sigmoid)
         x = _project(g, x, y, filters, stride, gain=8.0 if gated else 2.0)
-    x = g.flatten(g.global_pool(g.hard_swish(conv_norm(g, x, 960, gain=1.0))))
+    x = g.flatten(g.global_pool(g.hard_swish(conv_norm(g, x, 960, gain=3.0))))
     return g, g.linear(g.hard_swish(g.linear(x, 1280)), CLASSES)
 
 
