@@ -273,13 +273,11 @@ class KernelCalls:
         linear: bool,
     ) -> relax.Expr:
         """A blocked map resized; ``tables`` are those of its rows and columns."""
-        n, c, *size = shape
-        out = tuple(each.shape[1] for each in tables)
+        n, c, *_ = shape
+        out = (tables[0].shape[1], tables[1].shape[1])
         gvar = self._kernel(
             ("resize", shape, out, linear),
-            lambda: resizing.emit_resize(
-                n, c, (size[0], size[1]), (out[0], out[1]), linear, self.isa
-            ),
+            lambda: resizing.emit_resize(n, c, shape[2:], out, linear, self.isa),
             "resize",
         )
         args = [source, *map(constant, tables)]

@@ -9,7 +9,8 @@ from tvm import relax
 from tvm_lowrank.passes.blocked import CHW, NCHW, NHWC, BlockedTensor, of_map
 from tvm_lowrank.passes.blocked_rewriter import BlockedRewriter
 from tvm_lowrank.passes.graph import constant_array, is_constant, op_name, static_shape
-from tvm_lowrank.schedules.x86 import pooling, resizing
+from tvm_lowrank.passes.resize_tables import tables_of
+from tvm_lowrank.schedules.x86 import pooling
 
 
 def lower_pool(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
@@ -105,24 +106,15 @@ def lower_layer_norm(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTen
 
 def lower_resize(rewriter: BlockedRewriter, value: relax.Call) -> BlockedTensor | None:
     """The nearest pixel or linear interpolation; None for cubic, and for parts of the map."""
-    source, shape, attrs = rewriter.blocked_map(value.args[0]), static_shape(value), value.attrs
-    linear = str(attrs.method) == "linear"
-    if source is None or shape is None or str(attrs.layout) != "NCHW":
+    source, shape = rewriter.blocked_map(value.args[0]), static_shape(value)
+    if source is None or shape is None:
         return None
-    if not linear and str(attrs.method) != "nearest_neighbor":
+    try:
+        tables = tables_of(value, source.map[2:], shape[2:])
+    except ValueError:
         return None
-    transformation = str(attrs.coordinate_transformation_mode)
-    rounding = None if linear else str(attrs.rounding_method)
-    if transformation not in resizing.TRANSFORMATIONS or rounding not in (
-        *resizing.ROUNDINGS,
-        None,
-    ):
-        return None
-    rows, columns = (
-        resizing.table(size, out, transformation, rounding)
-        for size, out in zip(source.map[2:], shape[2:], strict=True)
-    )
-    blocked = rewriter.calls.resize(rewriter.blocked(source), source.map, (rows, columns), linear)
+    linear = str(value.attrs.method) == "linear"
+    blocked = rewriter.calls.resize(rewriter.blocked(source), source.map, tables, linear)
     n, c, h, w = shape
     return of_map((n, c, h, w), blocked=blocked)
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tvm
 from cuda_support import LOOPS, SM80, SM90, needs_nvcc
+from graph_support import Graph
 from helpers import operators, reference, relative, run
-from test_lowering import Graph
 from tvm_lowrank.passes.lower import lower, survey
 from tvm_lowrank.passes.lower_for_cuda import LowerForCuda
 from tvm_lowrank.passes.pipeline import factor, normalise

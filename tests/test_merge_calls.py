@@ -7,10 +7,10 @@ import threading
 import numpy as np
 import pytest
 import tvm
+from graph_support import Graph
 from helpers import factored_plan, operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_lowering import Graph
 from tvm import relax, tirx
 from tvm_lowrank.passes.graph import constant_array, is_constant
 from tvm_lowrank.passes.lower_convolutions import LowerConvolutions

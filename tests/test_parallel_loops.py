@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tvm
+from graph_support import RNG, Graph
 from helpers import relative
-from test_lowering import RNG, Graph
 from tvm import relax, s_tir
 from tvm_lowrank.passes.lower import lower
 from tvm_lowrank.passes.pipeline import normalise

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 from conftest import small_network
+from graph_support import Graph
 from helpers import reference, relative, shared
-from test_lowering import Graph
 
 torch = pytest.importorskip("torch")
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tvm_lowrank.schedules.x86.resizing import ROUNDINGS, TRANSFORMATIONS, emit_resize, table
+from tvm_lowrank.passes.resize_tables import ROUNDINGS, TRANSFORMATIONS, table
+from tvm_lowrank.schedules.x86.resizing import emit_resize
 from x86_support import CPUS, block, run, runnable_isa, unblock
 
 HALF = Fraction(1, 2)

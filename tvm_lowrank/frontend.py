@@ -135,6 +135,16 @@ def _refuse_uneven_scales(model: onnx.ModelProto, where: str) -> None:
             _refuse_scales(node.name or node.op_type, sizes[2:], list(scales[2:]), where)
 
 
+def _refuse_uneven_factors(program: Any) -> None:
+    """The same of an exported program's interpolation by a factor."""
+    for node in program.graph_module.graph.nodes:
+        scales = node.args[-1] if node.name.startswith("upsample_") else None
+        known = getattr(node.args[0], "meta", {}).get("val") if scales is not None else None
+        corners = any(argument is True for argument in node.args)
+        if isinstance(scales, list | tuple) and known is not None and not corners:
+            _refuse_scales(node.name, list(known.shape)[2:], list(scales), "the exported program")
+
+
 def _refuse_scales(name: str, sizes: list[int], scales: list[float], where: str) -> None:
     for size, scale in zip(sizes, scales, strict=False):
         if abs(size * scale - round(size * scale)) > 1e-3:
@@ -152,12 +162,7 @@ def _from_exported(program: Any) -> tvm.IRModule:
         )
     from tvm.relax.frontend.torch import from_exported_program
 
-    for node in program.graph_module.graph.nodes:
-        scales = node.args[-1] if node.name.startswith("upsample_") else None
-        known = getattr(node.args[0], "meta", {}).get("val") if scales is not None else None
-        corners = any(argument is True for argument in node.args)
-        if isinstance(scales, list | tuple) and known is not None and not corners:
-            _refuse_scales(node.name, list(known.shape)[2:], list(scales), "the exported program")
+    _refuse_uneven_factors(program)
     try:
         return from_exported_program(program, unwrap_unit_return_tuple=True)
     except Exception as error:

@@ -23,7 +23,7 @@ from tvm_lowrank.passes.graph import (
     op_name,
     static_shape,
 )
-from tvm_lowrank.schedules.x86.resizing import table
+from tvm_lowrank.passes.resize_tables import tables_of
 from tvm_lowrank.torch_layers import FactoredConv2d
 
 torch: Any = require_torch()
@@ -259,16 +259,12 @@ def _transposed(call: Any, args: list[Any], shape: Any) -> Any:
 
 
 def _resize(call: Any, args: list[Any], shape: Any) -> Any:
-    attrs, found = call.attrs, args[0]
-    method, transformation = str(attrs.method), str(attrs.coordinate_transformation_mode)
-    rounding = None if method == "linear" else str(attrs.rounding_method)
-    if method not in ("linear", "nearest_neighbor") or str(attrs.layout) != "NCHW":
-        raise LowRankError(f"recovery does not know {method} resizing; leave it out")
-    for axis in (2, 3):
-        try:
-            steps = table(found.shape[axis], shape[axis], transformation, rounding)
-        except ValueError as error:
-            raise LowRankError(f"recovery does not know this resizing ({error})") from error
+    found = args[0]
+    try:
+        tables = tables_of(call, tuple(found.shape[2:]), tuple(shape[2:]))
+    except ValueError as error:
+        raise LowRankError(f"recovery does not know resizing ({error}); leave it out") from error
+    for axis, steps in zip((2, 3), tables, strict=True):
         low, high, weight = (torch.from_numpy(step).to(found.device) for step in steps)
         low, high = (found.index_select(axis, pixels.long()) for pixels in (low, high))
         found = torch.lerp(low, high, weight.reshape(-1, *[1] * (3 - axis)))

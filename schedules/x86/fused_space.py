@@ -88,6 +88,12 @@ def is_flat(geometry: ConvGeometry) -> bool:
 
 def refuse(workload: ChainWorkload, isa: VectorISA) -> str | None:
     """Why no fused kernel can compute the chain, or None if one can."""
+    found = fused_space(workload, isa)
+    return None if found else _unfit(workload, isa) or "no register tile fits the bands"
+
+
+def _unfit(workload: ChainWorkload, isa: VectorISA) -> str | None:
+    """Why a stage has no kernel on blocks of channels, or None if all have."""
     for stage in workload.stages:
         family = depthwise if is_depthwise(stage.geometry) else convolution
         reason = family.refuse(stage, isa)
@@ -95,7 +101,7 @@ def refuse(workload: ChainWorkload, isa: VectorISA) -> str | None:
             reason = f"in_block is {stage.in_block}, expected {isa.lanes}"
         if reason is not None:
             return reason
-    return None if _schedules(workload, isa) else "no register tile fits the bands"
+    return None
 
 
 def is_legal(workload: ChainWorkload, schedule: FusedSchedule, isa: VectorISA) -> str | None:
@@ -155,17 +161,8 @@ def fused_space(
     promising depends on how many ``threads`` share the tasks.
     """
     flat = any(is_flat(stage.geometry) for stage in workload.stages)
-    if refuse(workload, isa) is not None or (bfloat16 and not (isa.bfloat16 and flat)):
+    if _unfit(workload, isa) is not None or (bfloat16 and not (isa.bfloat16 and flat)):
         return []
-    return _schedules(workload, isa, bfloat16, threads)
-
-
-def _schedules(
-    workload: ChainWorkload,
-    isa: VectorISA,
-    bfloat16: bool = False,
-    threads: int | None = None,
-) -> list[FusedSchedule]:
     last = workload.stages[-1].geometry
     found: dict[FusedSchedule, float] = {}
     for rows in sorted({-(-last.out_height // count) for count in _BANDS}, reverse=True):

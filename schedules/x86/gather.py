@@ -77,9 +77,9 @@ class GatherWorkload:
         return same and self.origin == (0, 0) and self.stride == (1, 1)
 
 
-def runs_of(channels: Iterable[int], source: int = 0) -> tuple[ChannelRun, ...]:
-    """Channels of one source in any order, neighbours together."""
-    return joined_runs((source, int(channel)) for channel in channels)
+def runs_of(channels: Iterable[int]) -> tuple[ChannelRun, ...]:
+    """Channels of a single source in any order, neighbours together."""
+    return joined_runs((0, int(channel)) for channel in channels)
 
 
 def joined_runs(channels: Iterable[tuple[int, int]]) -> tuple[ChannelRun, ...]:

@@ -174,11 +174,7 @@ class RoundedMap:
                 at = em.bind_index(pixel * em.lanes, "at")
                 self._move(start + at, second, copy, to + at)
 
-        if whole := self.blocks // 2:
-            with em.loop(whole, prefix="block") as block:
-                move(block, True)
-        if self.blocks % 2:
-            move(whole, False)
+        self._each_block(move)
 
     def round_pixel(
         self, place: tuple[Index, Index], copy: tirx.Buffer, target: Index, size: int
@@ -196,25 +192,19 @@ class RoundedMap:
             image * (self.blocks * self._size) + (line * geometry.width + column) * em.lanes, "from"
         )
 
-        def move_all() -> None:
-            whole = self.blocks // 2
-            if whole:
-                with em.loop(whole, prefix="block") as block:
-                    at = em.bind_index(start + block * (2 * self._size), "at")
-                    self._move(at, True, copy, target + block * size)
-            if self.blocks % 2:
-                at = em.bind_index(start + whole * (2 * self._size), "at")
-                self._move(at, False, copy, target + whole * size)
+        def move(block: Index, second: bool) -> None:
+            at = em.bind_index(start + block * (2 * self._size), "at")
+            self._move(at, second, copy, target + block * size)
 
         if not any(geometry.padding):
-            move_all()
+            self._each_block(move)
             return
         inside = tirx.And(
             tirx.And(tirx.GE(line, 0), tirx.LT(line, geometry.height)),
             tirx.And(tirx.GE(column, 0), tirx.LT(column, geometry.width)),
         )
         with em.when(inside):
-            move_all()
+            self._each_block(move)
         with em.when(tirx.Not(inside)), em.loop(self.pairs, prefix="block") as block:
             em.store(copy, em.constant(0), target + block * size)
 
@@ -223,6 +213,14 @@ class RoundedMap:
         values = self.em.load(self.x, at)
         others = self.em.load(self.x, at + self._size) if second else self.em.constant(0)
         self.em.store(copy, self.em.rounded(values, others), target)
+
+    def _each_block(self, move: Callable[[Index, bool], None]) -> None:
+        """Move all blocks of pairs, each told whether it has a second block of channels."""
+        if whole := self.blocks // 2:
+            with self.em.loop(whole, prefix="block") as block:
+                move(block, True)
+        if self.blocks % 2:
+            move(whole, False)
 
     def _of_block(self, block: Index, move: Callable[[bool], None]) -> None:
         """Move both blocks of channels of a block of pairs, or the one that the last may have."""

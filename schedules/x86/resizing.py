@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 from tvm import ir, tirx
 
 from .emitter import Emitter, Index, moving, quotient, remainder
 from .isa import VectorISA
 
-# Axes of a table: the pixel before, the one after, and the weight of the latter.
+# What `rows` and `columns` hold.
 _BEFORE, _AFTER, _WEIGHT = range(3)
-
-TRANSFORMATIONS = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
-ROUNDINGS = ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil")
 
 
 def emit_resize(
@@ -25,8 +21,8 @@ def emit_resize(
 ) -> tirx.PrimFunc:
     """Build ``(x, rows, columns, y)`` on blocked maps ``(N, ceil(C / lanes), H, W, lanes)``.
 
-    ``rows`` and ``columns`` are `table`'s for each axis; without ``linear`` only the pixel before
-    counts.
+    ``rows`` (3, OH) and ``columns`` (3, OW) are of each axis: the pixel before, the one after, and
+    the weight of the latter; without ``linear`` only the first counts.
     """
     blocks, (height, width), (out_height, out_width) = -(-channels // isa.lanes), size, out_size
     em = Emitter(isa)
@@ -69,41 +65,3 @@ def emit_resize(
                 value = between(value, below, down)
             em.store(y, value, (line * out_width + column) * isa.lanes)
     return em.finish()
-
-
-def table(size: int, out_size: int, transformation: str, rounding: str | None) -> np.ndarray:
-    """Where the pixels of an axis come from, as float32 of shape (3, out_size).
-
-    Two pixels of the input and the weight of the second; with a ``rounding`` (the nearest pixel)
-    both are the same. ``transformation`` is how a pixel's place in the output becomes one in the
-    input, as in ONNX's Resize. Places are exact fractions; those outside are the border's.
-
-    Raises ValueError for a transformation or rounding that is not among `TRANSFORMATIONS` and
-    `ROUNDINGS`.
-    """
-    number = np.arange(out_size)
-    if transformation == "align_corners":
-        over, under = number * (size - 1), max(out_size - 1, 1)
-    elif transformation == "asymmetric":
-        over, under = number * size, out_size
-    elif transformation in ("half_pixel", "pytorch_half_pixel"):
-        over, under = (2 * number + 1) * size - out_size, 2 * out_size
-        if transformation == "pytorch_half_pixel" and out_size == 1:
-            over = np.zeros_like(over)
-    else:
-        raise ValueError(f"transformation {transformation!r} is unknown")
-    first = over // under
-    weight = (over - first * under) / under
-    if rounding is not None:
-        rounded = {
-            "floor": first,
-            "ceil": -(-over // under),
-            "round_prefer_floor": -(-(2 * over - under) // (2 * under)),
-            "round_prefer_ceil": (2 * over + under) // (2 * under),
-        }
-        if rounding not in rounded:
-            raise ValueError(f"rounding {rounding!r} is unknown")
-        first, weight = rounded[rounding], np.zeros(out_size)
-    second = first + (rounding is None)
-    pixels = [np.clip(pixel, 0, size - 1) for pixel in (first, second)]
-    return np.stack([*pixels, weight]).astype(np.float32)
